@@ -1,0 +1,37 @@
+# Two commands do everything on a fresh machine with Python 3.11 and g++: make demo, make test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: demo test check format clean
+
+demo: $(READY)
+	$(BIN)/ditattn generate --prompt "a big red circle moves right on a blue background" \
+	  --attention-backend rain_fusion_attn --attention-backend-config sparsity=0.75,skip_first_steps=20% \
+	  --output-path outputs
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python tools/check_import_layers.py
+	$(BIN)/python -m pytest -q -m "not slow"
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# torch goes first, pinned: with an open range the other packages would pull its CUDA build, several GB
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
