@@ -1,0 +1,1 @@
+"""What to attend: backends, block plans, token orders, block selection."""

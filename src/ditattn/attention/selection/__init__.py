@@ -1,0 +1,1 @@
+"""Which key blocks each query block keeps: one file per rule, each returning a BlockPlan."""

@@ -1,0 +1,62 @@
+"""Everything ditattn raises on purpose.
+
+DitattnError
+├── ConfigError (ValueError)            a configuration key or value
+│   └── UnknownKey                      no such key; names the nearest one
+├── UnknownBackend (ValueError)         no such backend name
+├── UnsupportedCall (ValueError)        shapes, dtypes or options no implementation of an op takes
+│   └── UnsupportedHeadSize             says which head sizes are possible
+├── UnsupportedModel (ValueError)       a backend that a model family does not support, or a model we do not know
+├── BackendUnavailable (ImportError)    something is missing on this machine; says what and how to install it
+└── DenseInStrictMode (RuntimeError)    strict=True and a call would have run densely
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendUnavailable",
+    "ConfigError",
+    "DenseInStrictMode",
+    "DitattnError",
+    "UnknownBackend",
+    "UnknownKey",
+    "UnsupportedCall",
+    "UnsupportedHeadSize",
+    "UnsupportedModel",
+]
+
+
+class DitattnError(Exception):
+    """Base of every exception in this package."""
+
+
+class ConfigError(DitattnError, ValueError):
+    """A configuration value that cannot be honoured."""
+
+
+class UnknownKey(ConfigError):
+    """A configuration key that does not exist."""
+
+
+class UnknownBackend(DitattnError, ValueError):
+    """A backend name that does not exist."""
+
+
+class UnsupportedCall(DitattnError, ValueError):
+    """An attention call that the asked implementation, or every implementation, refuses."""
+
+
+class UnsupportedHeadSize(UnsupportedCall):
+    """A head size that the backend does not support."""
+
+
+class UnsupportedModel(DitattnError, ValueError):
+    """A model family that is unknown, or that does not support the asked backend."""
+
+
+class BackendUnavailable(DitattnError, ImportError):
+    """A backend or implementation asked for by name cannot run on this machine."""
+
+
+class DenseInStrictMode(DitattnError, RuntimeError):
+    """With strict=True a call that cannot run sparse raises instead of running densely."""

@@ -1,0 +1,52 @@
+"""Mean of every block of consecutive tokens: the pooling behind block selection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ditattn.attention.plan import BLOCK_SIZE, num_blocks
+from ditattn.errors import UnsupportedCall
+from ditattn.ops.table import CallFacts, Implementation, choose, load
+
+__all__ = ["TABLE", "block_mean"]
+
+_HERE = "ditattn.ops.block_mean"
+
+TABLE: tuple[Implementation, ...] = (
+    Implementation("torch", f"{_HERE}.pure_torch:run"),
+    Implementation("reference", f"{_HERE}.reference:run", automatic=False),
+)
+
+
+def block_mean(x: Tensor, block_size: int = BLOCK_SIZE, *, implementation: str | None = None) -> Tensor:
+    """Mean over blocks of `block_size` consecutive tokens; the tail block is the mean of its real tokens.
+
+    Args:
+        x: `[B, S, H, D]`, any strides.
+        block_size: tokens per block.
+        implementation: a name from `TABLE`; None takes the first possible one.
+
+    Returns:
+        fp32 `[B, ceil(S / block_size), H, D]`.
+
+    Raises:
+        UnsupportedCall: x is not four-dimensional, is empty, or no implementation takes it.
+    """
+    if x.ndim != 4 or 0 in x.shape or block_size < 1:
+        raise UnsupportedCall(f"block_mean needs a non-empty [B, S, H, D] and a positive block size, not {list(x.shape)} and {block_size}")
+    chosen = choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation)
+    out: Tensor = _op(x, block_size, chosen.name)
+    return out
+
+
+@torch.library.custom_op("ditattn::block_mean", mutates_args=())
+def _op(x: Tensor, block_size: int, implementation: str) -> Tensor:
+    run = load(choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation))
+    out: Tensor = run(x, block_size)
+    return out.contiguous()
+
+
+@_op.register_fake
+def _(x: Tensor, block_size: int, implementation: str) -> Tensor:
+    return x.new_empty(x.shape[0], num_blocks(x.shape[1], block_size), *x.shape[2:], dtype=torch.float32)

@@ -1,0 +1,147 @@
+"""Attention over the key blocks that a BlockPlan keeps: contract, custom op and table of implementations.
+
+Forward only. The custom op `ditattn::block_sparse_attention` has a fake, so that compiled graphs keep it whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ditattn.attention.plan import BlockPlan
+from ditattn.errors import UnsupportedCall
+from ditattn.ops.contract import call_facts, check_qkv, default_scale
+from ditattn.ops.table import Implementation, choose, load
+
+__all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse"]
+
+_HERE = "ditattn.ops.block_sparse_attention"
+_EVERYTHING = frozenset({"causal", "key_lengths", "lse", "gqa", "unequal_lengths"})
+
+TABLE: tuple[Implementation, ...] = (
+    Implementation("torch", f"{_HERE}.pure_torch:run", honours=_EVERYTHING),
+    Implementation("reference", f"{_HERE}.reference:run", honours=_EVERYTHING, automatic=False),
+)
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Exact attention over the kept blocks of `plan`.
+
+    Args:
+        query: `[B, S, H, D]`, any strides; S is `plan.query_length`.
+        key, value: `[B, T, G, D]`, H a multiple of G; T is `plan.key_length`.
+        plan: kept key blocks per batch element and query head. Its values are trusted here (`BlockPlan.check` verifies them).
+        scale: factor on the scores, 1 / sqrt(D) when None; applied in fp32.
+        causal: within the kept blocks query i sees keys 0..i.
+        key_lengths: integer `[B]`; only that many leading keys of each batch element are real.
+        implementation: a name from `TABLE`; None takes the first possible one.
+
+    Returns:
+        `[B, S, H, D]`, contiguous, in the query's dtype. Rows that see no key are zero.
+
+    Raises:
+        UnsupportedCall: tensors and plan do not fit together, or no implementation takes the call.
+        BackendUnavailable: the named implementation cannot run here.
+    """
+    return _call(query, key, value, plan, scale, causal, key_lengths, False, implementation)[0]
+
+
+def block_sparse_attention_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `block_sparse_attention`; also the natural log-sum-exp of the scaled scores, fp32 `[B, H, S]`, -inf where no key is seen."""
+    return _call(query, key, value, plan, scale, causal, key_lengths, True, implementation)
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan,
+    scale: float | None,
+    causal: bool,
+    key_lengths: Tensor | None,
+    return_lse: bool,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor]:
+    check_qkv(query, key, value, key_lengths)
+    _check_plan(query, key, plan)
+    facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, lse=return_lse)
+    chosen = choose(TABLE, facts, implementation)
+    scale = default_scale(query.shape[3]) if scale is None else scale
+    out, lse = _op(query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, chosen.name)
+    return out, lse
+
+
+def _check_plan(query: Tensor, key: Tensor, plan: BlockPlan) -> None:
+    """Shapes only: reading the plan's values would cost a host synchronisation per call."""
+    if (plan.query_length, plan.key_length) != (query.shape[1], key.shape[1]):
+        raise UnsupportedCall(
+            f"the plan is for {plan.query_length} x {plan.key_length} tokens, the call has {query.shape[1]} x {key.shape[1]}"
+        )
+    if plan.indices.shape[0] not in (1, query.shape[0]) or plan.indices.shape[1] not in (1, query.shape[2]):
+        raise UnsupportedCall(f"the plan is for B, H = {list(plan.indices.shape[:2])}, the call has {[query.shape[0], query.shape[2]]}")
+    if plan.indices.shape[2] != plan.num_query_blocks or plan.counts.shape != plan.indices.shape[:3]:
+        raise UnsupportedCall(
+            f"the plan has shapes {list(plan.indices.shape)}, {list(plan.counts.shape)} for {plan.num_query_blocks} query blocks"
+        )
+    if plan.indices.device != query.device:
+        raise UnsupportedCall(f"the plan is on {plan.indices.device}, the query on {query.device}")
+
+
+@torch.library.custom_op("ditattn::block_sparse_attention", mutates_args=())
+def _op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_size: int,
+    scale: float,
+    causal: bool,
+    key_lengths: Tensor | None,
+    return_lse: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, lse=return_lse)
+    run = load(choose(TABLE, facts, implementation))
+    plan = BlockPlan(indices, counts, query.shape[1], key.shape[1], block_size)
+    out, lse = run(query, key, value, plan, scale, causal, key_lengths, return_lse)
+    return out.contiguous(), (lse if return_lse else query.new_empty(0, dtype=torch.float32))
+
+
+@_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_size: int,
+    scale: float,
+    causal: bool,
+    key_lengths: Tensor | None,
+    return_lse: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = query.shape
+    lse_shape = (batch, heads, length) if return_lse else (0,)
+    return query.new_empty(query.shape), query.new_empty(lse_shape, dtype=torch.float32)

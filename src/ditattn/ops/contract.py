@@ -1,0 +1,58 @@
+"""What every attention op asks of its tensors, checked once at the border.
+
+Layout everywhere: query `[B, S, H, D]`, key and value `[B, T, G, D]` with H a multiple of G (grouped heads), strided is fine.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ditattn.errors import UnsupportedCall
+from ditattn.ops.table import CallFacts
+
+__all__ = ["call_facts", "check_qkv", "default_scale"]
+
+
+def default_scale(head_dim: int) -> float:
+    """1 / sqrt(D)."""
+    return 1.0 / math.sqrt(head_dim)
+
+
+def check_qkv(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None = None) -> None:
+    """Raise UnsupportedCall unless the three tensors fit together.
+
+    Args:
+        key_lengths: integer `[B]`, how many leading key tokens of each batch element are real.
+    """
+    if not (query.ndim == key.ndim == value.ndim == 4):
+        raise UnsupportedCall(f"query, key, value must be [B, S, H, D], not {list(query.shape)}, {list(key.shape)}, {list(value.shape)}")
+    if key.shape != value.shape:
+        raise UnsupportedCall(f"key {list(key.shape)} and value {list(value.shape)} must have the same shape")
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise UnsupportedCall(f"query {list(query.shape)} and key {list(key.shape)} must agree in batch and head size")
+    if 0 in query.shape or 0 in key.shape:
+        raise UnsupportedCall(f"no axis may be empty: query {list(query.shape)}, key {list(key.shape)}")
+    if query.shape[2] % key.shape[2]:
+        raise UnsupportedCall(f"{query.shape[2]} query heads are not a multiple of {key.shape[2]} key heads")
+    if not (query.dtype == key.dtype == value.dtype):
+        raise UnsupportedCall(f"query, key, value must share a dtype, not {query.dtype}, {key.dtype}, {value.dtype}")
+    if not (query.device == key.device == value.device):
+        raise UnsupportedCall(f"query, key, value must share a device, not {query.device}, {key.device}, {value.device}")
+    if not query.dtype.is_floating_point:
+        raise UnsupportedCall(f"attention needs a floating dtype, not {query.dtype}")
+    if key_lengths is not None and (key_lengths.shape != query.shape[:1] or key_lengths.dtype.is_floating_point):
+        raise UnsupportedCall(
+            f"key_lengths must be an integer tensor [{query.shape[0]}], not {key_lengths.dtype} {list(key_lengths.shape)}"
+        )
+
+
+def call_facts(query: Tensor, key: Tensor, **needs: bool) -> CallFacts:
+    """Facts of a call; keyword flags that are true become needs."""
+    wanted = {name for name, flag in needs.items() if flag}
+    if query.shape[2] != key.shape[2]:
+        wanted.add("gqa")
+    if query.shape[1] != key.shape[1]:
+        wanted.add("unequal_lengths")
+    return CallFacts(query.device.type, query.dtype, query.shape[3], frozenset(wanted))

@@ -1,0 +1,103 @@
+"""Exact dense attention: contract, custom op and table of implementations.
+
+    softmax(scale * Q K^T + mask) V
+
+Forward only; there is no backward. The custom op `ditattn::dense_attention` has a fake, so that compiled graphs keep it whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ditattn.ops.contract import call_facts, check_qkv, default_scale
+from ditattn.ops.table import HALF, Implementation, choose, load
+
+__all__ = ["TABLE", "dense_attention"]
+
+_HERE = "ditattn.ops.dense_attention"
+_SDPA_HONOURS = frozenset({"causal", "key_lengths", "attn_mask", "gqa", "unequal_lengths"})
+
+TABLE: tuple[Implementation, ...] = (
+    Implementation("torch", f"{_HERE}.pure_torch:run", honours=_SDPA_HONOURS),
+    Implementation(
+        "flash", f"{_HERE}.pure_torch:run_flash", devices=("cpu",), honours=frozenset({"causal", "gqa", "unequal_lengths"}), automatic=False
+    ),
+    Implementation(
+        "flash",
+        f"{_HERE}.pure_torch:run_flash",
+        devices=("cuda",),
+        dtypes=HALF,
+        honours=frozenset({"causal", "gqa", "unequal_lengths"}),
+        automatic=False,
+    ),
+    Implementation("reference", f"{_HERE}.reference:run", honours=_SDPA_HONOURS, automatic=False),
+)
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Exact attention over every key.
+
+    Args:
+        query: `[B, S, H, D]`, any strides.
+        key, value: `[B, T, G, D]`, H a multiple of G.
+        scale: factor on the scores, 1 / sqrt(D) when None; applied in fp32.
+        causal: query i sees keys 0..i (aligned at the start, as torch's SDPA does).
+        key_lengths: integer `[B]`; only that many leading keys of each batch element are real. Length 0 yields zeros.
+        attn_mask: bool (True is kept) or additive, broadcastable to `[B, H, S, T]`.
+        implementation: a name from `TABLE`; None takes the first possible one.
+
+    Returns:
+        `[B, S, H, D]`, contiguous, in the query's dtype.
+
+    Raises:
+        UnsupportedCall: the tensors do not fit together, or no implementation takes the call.
+        BackendUnavailable: the named implementation cannot run here.
+    """
+    check_qkv(query, key, value, key_lengths)
+    facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, attn_mask=attn_mask is not None)
+    chosen = choose(TABLE, facts, implementation)
+    scale = default_scale(query.shape[3]) if scale is None else scale
+    out: Tensor = _op(query, key, value, scale, causal, key_lengths, attn_mask, chosen.name)
+    return out
+
+
+@torch.library.custom_op("ditattn::dense_attention", mutates_args=())
+def _op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    causal: bool,
+    key_lengths: Tensor | None,
+    attn_mask: Tensor | None,
+    implementation: str,
+) -> Tensor:
+    facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, attn_mask=attn_mask is not None)
+    run = load(choose(TABLE, facts, implementation))
+    out: Tensor = run(query, key, value, scale, causal, key_lengths, attn_mask)
+    return out.contiguous()
+
+
+@_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    causal: bool,
+    key_lengths: Tensor | None,
+    attn_mask: Tensor | None,
+    implementation: str,
+) -> Tensor:
+    return query.new_empty(query.shape)

@@ -1,0 +1,155 @@
+"""Which implementation of an operation serves a call, and why the others do not.
+
+Each op lists its implementations in a literal table. `explain` compares the documented needs of every row with the facts of a call;
+nothing is imported except to see whether a needed package exists, and a row's module is loaded only when the row is taken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+
+from ditattn.errors import BackendUnavailable, UnsupportedCall
+
+__all__ = ["CallFacts", "Implementation", "Package", "Verdict", "choose", "explain", "load"]
+
+HALF = ("bfloat16", "float16")
+FLOATS = ("float32", *HALF)
+
+
+@dataclass(frozen=True)
+class Package:
+    """Something to install: its import name, what it gives and the command that installs it."""
+
+    module: str
+    gives: str
+    install: str
+
+    def missing(self) -> bool:
+        """Look for the module without importing it (a parent package is imported if the name is dotted)."""
+        try:
+            return importlib.util.find_spec(self.module) is None
+        except (ImportError, ValueError):
+            return True
+
+    def sentence(self) -> str:
+        return f"package '{self.module}' is missing ({self.gives}): {self.install}"
+
+
+@dataclass(frozen=True)
+class CallFacts:
+    """What an implementation may be picky about. `needs` holds any of: causal, key_lengths, attn_mask, lse, gqa, unequal_lengths."""
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    needs: frozenset[str] = frozenset()
+
+    def sentence(self) -> str:
+        extras = f", {', '.join(sorted(self.needs))}" if self.needs else ""
+        return f"{self.device}, {str(self.dtype).removeprefix('torch.')}, head size {self.head_dim}{extras}"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One row of an op's table.
+
+    Attributes:
+        name: the technique: `reference`, `torch`, `cpu`, `triton`, `ascend`, ...
+        target: "module:function", loaded when first taken.
+        devices: torch device types; empty means any.
+        dtypes: names of torch dtypes.
+        head_dims: possible head sizes; empty means any.
+        honours: which `CallFacts.needs` it can serve.
+        packages: what must be installed.
+        probe: "module:function" that returns None or the reason why it cannot run here (a library that was not built, a missing device).
+        automatic: False for rows that run only when asked for by name.
+    """
+
+    name: str
+    target: str
+    devices: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = FLOATS
+    head_dims: tuple[int, ...] = ()
+    honours: frozenset[str] = frozenset()
+    packages: tuple[Package, ...] = ()
+    probe: str | None = None
+    automatic: bool = True
+
+    def refusal(self, facts: CallFacts) -> str | None:
+        """Why this row cannot serve the call, or None."""
+        if self.devices and facts.device not in self.devices:
+            return f"runs on {' or '.join(self.devices)}, not on {facts.device}"
+        for package in self.packages:
+            if package.missing():
+                return package.sentence()
+        dtype = str(facts.dtype).removeprefix("torch.")
+        if dtype not in self.dtypes:
+            return f"takes {', '.join(self.dtypes)}, not {dtype}"
+        if self.head_dims and facts.head_dim not in self.head_dims:
+            return f"takes head sizes {', '.join(map(str, self.head_dims))}, not {facts.head_dim}"
+        if unmet := facts.needs - self.honours:
+            return f"does not honour {', '.join(sorted(unmet))}"
+        return _resolve(self.probe)() if self.probe else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An implementation and the reason it cannot serve the call; None means it can."""
+
+    implementation: Implementation
+    reason: str | None = field(default=None)
+
+
+@cache
+def _resolve(target: str) -> Callable[..., Any]:
+    module, _, attribute = target.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return function
+
+
+def load(implementation: Implementation) -> Callable[..., Any]:
+    """The function behind a row."""
+    return _resolve(implementation.target)
+
+
+def explain(table: Sequence[Implementation], facts: CallFacts) -> list[Verdict]:
+    """Every row of the table with the reason it was or was not possible, in order of preference."""
+    return [Verdict(row, row.refusal(facts)) for row in table]
+
+
+@lru_cache(maxsize=1024)
+def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | None = None) -> Implementation:
+    """The row that serves the call: the named one, or the first possible automatic one. Decided once per call signature.
+
+    Raises:
+        BackendUnavailable: the named row cannot run on this machine.
+        UnsupportedCall: no such name, the named row refuses the call's shape or options, or no row is possible.
+    """
+    if name is not None:
+        return _named(table, facts, name)
+    verdicts = explain(table, facts)
+    for verdict in verdicts:
+        if verdict.reason is None and verdict.implementation.automatic:
+            return verdict.implementation
+    reasons = "; ".join(f"{v.implementation.name}: {v.reason}" for v in verdicts if v.reason)
+    raise UnsupportedCall(f"no implementation takes this call ({facts.sentence()}). {reasons}")
+
+
+def _named(table: tuple[Implementation, ...], facts: CallFacts, name: str) -> Implementation:
+    row = next((row for row in table if row.name == name), None)
+    if row is None:
+        raise UnsupportedCall(f"no implementation named '{name}'; there is {', '.join(row.name for row in table)}")
+    reason = row.refusal(facts)
+    if reason is None:
+        return row
+    possible = [v.implementation.name for v in explain(table, facts) if v.reason is None]
+    message = f"implementation '{name}' was asked for ({facts.sentence()}): {reason}. Possible here: {', '.join(possible) or 'none'}"
+    missing = (row.devices and facts.device not in row.devices) or any(p.missing() for p in row.packages)
+    raise (BackendUnavailable if missing else UnsupportedCall)(message)
