@@ -7,7 +7,6 @@ nothing is imported except to see whether a needed package exists, and a row's m
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -16,30 +15,12 @@ from typing import Any
 import torch
 
 from ditattn.errors import BackendUnavailable, UnsupportedCall
+from ditattn.packages import Package
 
-__all__ = ["CallFacts", "Implementation", "Package", "Verdict", "choose", "explain", "load"]
+__all__ = ["CallFacts", "Implementation", "Verdict", "choose", "explain", "load"]
 
 HALF = ("bfloat16", "float16")
 FLOATS = ("float32", *HALF)
-
-
-@dataclass(frozen=True)
-class Package:
-    """Something to install: its import name, what it gives and the command that installs it."""
-
-    module: str
-    gives: str
-    install: str
-
-    def missing(self) -> bool:
-        """Look for the module without importing it (a parent package is imported if the name is dotted)."""
-        try:
-            return importlib.util.find_spec(self.module) is None
-        except (ImportError, ValueError):
-            return True
-
-    def sentence(self) -> str:
-        return f"package '{self.module}' is missing ({self.gives}): {self.install}"
 
 
 @dataclass(frozen=True)
@@ -143,13 +124,15 @@ def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | None
 
 
 def _named(table: tuple[Implementation, ...], facts: CallFacts, name: str) -> Implementation:
-    row = next((row for row in table if row.name == name), None)
-    if row is None:
-        raise UnsupportedCall(f"no implementation named '{name}'; there is {', '.join(row.name for row in table)}")
-    reason = row.refusal(facts)
-    if reason is None:
-        return row
-    possible = [v.implementation.name for v in explain(table, facts) if v.reason is None]
-    message = f"implementation '{name}' was asked for ({facts.sentence()}): {reason}. Possible here: {', '.join(possible) or 'none'}"
-    missing = (row.devices and facts.device not in row.devices) or any(p.missing() for p in row.packages)
-    raise (BackendUnavailable if missing else UnsupportedCall)(message)
+    """A name may have one row per device: the possible one, else the refusal of the row for this device."""
+    rows = [row for row in table if row.name == name]
+    if not rows:
+        raise UnsupportedCall(f"no implementation named '{name}'; there is {', '.join(dict.fromkeys(row.name for row in table))}")
+    for row in rows:
+        if row.refusal(facts) is None:
+            return row
+    row = next((row for row in rows if not row.devices or facts.device in row.devices), rows[0])
+    possible = dict.fromkeys(v.implementation.name for v in explain(table, facts) if v.reason is None)
+    asked = f"implementation '{name}' was asked for ({facts.sentence()}): {row.refusal(facts)}"
+    missing = (row.devices and facts.device not in row.devices) or any(package.missing() for package in row.packages)
+    raise (BackendUnavailable if missing else UnsupportedCall)(f"{asked}. Possible here: {', '.join(possible) or 'none'}")
