@@ -20,12 +20,12 @@ from ditattn.config import AttentionConfig, DenseAttentionConfig
 from ditattn.errors import UnknownBackend, UnsupportedHeadSize
 
 __all__ = [
+    "KERNEL_HEAD_SIZES",
     "AttentionBackend",
     "AttentionBackendEnum",
     "AttentionImpl",
     "AttentionMetadata",
     "AttentionMetadataBuilder",
-    "KERNEL_HEAD_SIZES",
     "CallRecord",
 ]
 

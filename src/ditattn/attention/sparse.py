@@ -48,10 +48,10 @@ class SparseAttentionMetadata(AttentionMetadata):
     """One step as a sparse backend sees it.
 
     Attributes:
-        skip_first_steps: steps before this index run densely.
+        skip_first_steps: steps before this index run densely; None stands for a share of an unknown number of steps.
         sparsity: asked share of key blocks to drop.
         num_steps: steps of the run; None if unknown.
-        skip_last_steps: that many last steps run densely.
+        skip_last_steps: that many last steps run densely; None as above.
         skip_layers: layers that run densely.
         min_tokens: shorter sequences run densely.
         latent_shape: token grid (F, Y, X) of the video, after patchify; None if unknown.
@@ -60,10 +60,10 @@ class SparseAttentionMetadata(AttentionMetadata):
         first_frame_sink: keep the first frame's blocks whole.
     """
 
-    skip_first_steps: int = 10
+    skip_first_steps: int | None = 10
     sparsity: float = 0.2
     num_steps: int | None = None
-    skip_last_steps: int = 0
+    skip_last_steps: int | None = 0
     skip_layers: frozenset[int] = frozenset()
     min_tokens: int = 0
     latent_shape: tuple[int, int, int] | None = None
@@ -97,12 +97,11 @@ def latent_grid(raw_latent_shape: Sequence[int], patch_size: int | Sequence[int]
 
 
 class SparseAttentionMetadataBuilder(AttentionMetadataBuilder):
-    """Validates the facts of a step and makes the metadata. Keep one per run: it warns at sparsity 0 once, not per step."""
+    """Validates the facts of a step and makes the metadata. At sparsity 0 it warns once per process, not per step."""
 
     metadata_cls: ClassVar[type[SparseAttentionMetadata]] = SparseAttentionMetadata
 
-    def __init__(self) -> None:
-        self._warned = False
+    warned_at_zero: ClassVar[bool] = False
 
     def build(
         self,
@@ -110,7 +109,7 @@ class SparseAttentionMetadataBuilder(AttentionMetadataBuilder):
         current_timestep: int | None = None,
         raw_latent_shape: Sequence[int] | None = None,
         patch_size: int | Sequence[int] = 1,
-        skip_first_steps: int = 10,
+        skip_first_steps: int | None = 10,
         sparsity: float = 0.2,
         **kwargs: Any,
     ) -> SparseAttentionMetadata:
@@ -126,9 +125,9 @@ class SparseAttentionMetadataBuilder(AttentionMetadataBuilder):
         Raises:
             ConfigError: skip_first_steps < 0 or sparsity outside [0, 1); names both values.
         """
-        check_skip_and_sparsity(skip_first_steps, sparsity)
-        if sparsity == 0 and not self._warned:
-            self._warned = True
+        check_skip_and_sparsity(skip_first_steps or 0, sparsity)
+        if sparsity == 0 and not SparseAttentionMetadataBuilder.warned_at_zero:
+            SparseAttentionMetadataBuilder.warned_at_zero = True
             logger.warning("sparsity is 0: every block is kept, so every call runs densely")
         grid = None if raw_latent_shape is None else latent_grid(raw_latent_shape, patch_size)
         return self.metadata_cls(
@@ -180,17 +179,11 @@ class SparseAttentionImpl(AttentionImpl):
 
     def why_dense(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> str | None:
         """The reason why this call runs densely, one of `Reason`; None if it runs sparse."""
-        step = metadata.current_timestep
         if self.keeps_everything(metadata):
             return Reason.SPARSITY_ZERO
-        if step is None and (metadata.skip_first_steps or metadata.skip_last_steps):
-            return Reason.STEP_UNKNOWN
-        if step is not None and step < metadata.skip_first_steps:
-            return Reason.FIRST_STEPS
-        if metadata.skip_last_steps and metadata.num_steps is None:
-            return Reason.STEPS_UNKNOWN
-        if step is not None and metadata.num_steps is not None and step >= metadata.num_steps - metadata.skip_last_steps:
-            return Reason.LAST_STEPS
+        reason = _why_not_this_step(metadata)
+        if reason is not None:
+            return reason
         if metadata.skip_layers and self.layer_index is None:
             return Reason.LAYER_UNKNOWN
         if self.layer_index in metadata.skip_layers:
@@ -204,6 +197,19 @@ class SparseAttentionImpl(AttentionImpl):
     def _check_order(self, metadata: SparseAttentionMetadata) -> None:
         if self.causal and metadata.token_order != "raster":
             raise ConfigError("causal attention needs token_order='raster': in tile order the tokens before a token are not its past")
+
+
+def _why_not_this_step(metadata: SparseAttentionMetadata) -> str | None:
+    step, first, last = metadata.current_timestep, metadata.skip_first_steps, metadata.skip_last_steps
+    if first is None or last is None or (last and metadata.num_steps is None):
+        return Reason.STEPS_UNKNOWN
+    if step is None:
+        return Reason.STEP_UNKNOWN if first or last else None
+    if step < first:
+        return Reason.FIRST_STEPS
+    if metadata.num_steps is not None and last and step >= metadata.num_steps - last:
+        return Reason.LAST_STEPS
+    return None
 
 
 def _why_not_these_tokens(query_tokens: int, key_tokens: int, metadata: SparseAttentionMetadata) -> str | None:

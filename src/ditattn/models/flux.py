@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
 from ditattn.models.interface import ModelFamily, TokenLayout, text_length
 
 __all__ = ["FLUX"]
@@ -16,15 +19,25 @@ def layout(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
     Raises:
         ValueError: the image's tokens are not a full grid at the front.
     """
-    hidden, ids = arguments["hidden_states"], arguments["img_ids"]
-    ids = ids[0] if ids.ndim == 3 else ids
+    ids = arguments["img_ids"]
+    if ids not in _grids:
+        _grids[ids] = _grid(ids[0] if ids.ndim == 3 else ids)
+    rows, columns = _grids[ids]
+    batch, length, channels = arguments["hidden_states"].shape
+    return TokenLayout((batch, channels, 1, rows, columns), (1, 1, 1), text_length(arguments), length - rows * columns)
+
+
+# a pipeline passes the same img_ids in every step: reading them costs a device synchronisation, once per run
+_grids: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _grid(ids: Tensor) -> tuple[int, int]:
     own = ids[:, 0] == 0
     num_image = int(own.sum())
     rows, columns = int(ids[own, 1].max()) + 1, int(ids[own, 2].max()) + 1
     if rows * columns != num_image or not bool(own[:num_image].all()):
         raise ValueError(f"img_ids hold {num_image} tokens of the image, not a grid of {rows} x {columns} at the front")
-    batch, length, channels = hidden.shape
-    return TokenLayout((batch, channels, 1, rows, columns), (1, 1, 1), text_length(arguments), length - num_image)
+    return rows, columns
 
 
 FLUX = ModelFamily(

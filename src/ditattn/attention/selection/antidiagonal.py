@@ -137,7 +137,7 @@ def _pick(mass: Tensor, sparsity: float, threshold: float, causal: bool, keep_si
     scores = mass.nan_to_num(nan=torch.inf).masked_fill(forced, 0.0).masked_fill(~valid, -1.0)
     ranked, order = scores.sort(dim=-1, descending=True, stable=True)
     chosen = torch.arange(columns, device=mass.device) < _num_chosen(ranked, num_valid, sparsity, threshold)
-    mask = torch.zeros_like(valid.expand_as(mass)).scatter(-1, order, chosen)
+    mask = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, chosen.expand_as(order))
     if causal:
         mask = mask | (num_valid <= 2)
     return (mask | forced) & valid
