@@ -11,7 +11,7 @@ import typer
 
 from ditattn._version import __version__
 from ditattn.cli.backends import backends
-from ditattn.cli.failures import report_failure
+from ditattn.cli.failures import EXIT_INTERRUPTED, report_failure
 from ditattn.cli.generate import generate
 
 __all__ = ["app", "run"]
@@ -51,9 +51,14 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; every failure ends in one line on stderr. Returns the exit status."""
-    signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         status = typer.main.get_command(app)(args=list(arguments), prog_name="ditattn", standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
         return report_failure(error, debug="--debug" in arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if status == EXIT_INTERRUPTED:
+        # newer versions of typer turn Ctrl-C into this status, without a word
+        return report_failure(KeyboardInterrupt(), debug=False)
     return status if isinstance(status, int) else 0

@@ -71,10 +71,14 @@ def availability(only: str | None = None) -> list[Row]:
 def _device_types(only: str | None) -> list[str]:
     if only is None:
         return list(PLATFORMS)
-    try:
-        return [torch.device(only).type]
-    except RuntimeError:
-        raise ConfigError(f"--device {only} is no torch device; there is {', '.join(PLATFORMS)}") from None
+    device_type = only.partition(":")[0]
+    if device_type not in PLATFORMS:
+        # torch knows further device types, and npu only after torch_npu was imported
+        try:
+            torch.device(device_type)
+        except RuntimeError:
+            raise ConfigError(f"--device {only} is no torch device; there is {', '.join(PLATFORMS)}") from None
+    return [device_type]
 
 
 def _rows(platform: Platform, backend: type[AttentionBackend]) -> Iterator[Row]:
