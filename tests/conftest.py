@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-# OpenMP threads that spin while they wait slow each other down many times over where processes share the cores; torch reads it when imported
+# OpenMP threads that spin while they wait slow each other down many times over where processes share cores; torch reads it at import
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import torch
+from hypothesis import settings
 
 # the first example of a property often pays for imports; runs are made repeatable instead of timed
 settings.register_profile("house", deadline=None, derandomize=True, print_blob=True)
