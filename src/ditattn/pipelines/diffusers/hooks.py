@@ -70,7 +70,7 @@ class RootHook(ModelHook):
         try:
             if self._model.family.dispatches:
                 return self.fn_ref.original_forward(*args, **kwargs)
-            with _SdpaRedirect(forward):
+            with _SdpaRedirect():
                 return self.fn_ref.original_forward(*args, **kwargs)
         finally:
             self._leave(forward)
@@ -93,22 +93,22 @@ class RootHook(ModelHook):
 
 
 class _SdpaRedirect(TorchFunctionMode):
-    """For families that call torch's SDPA directly, with `[B, H, S, D]`: inside their self-attention modules the call comes to us."""
+    """For families that call torch's SDPA directly, with `[B, H, S, D]`: inside their self-attention modules the call comes to us.
 
-    def __init__(self, forward: Forward) -> None:
-        super().__init__()
-        self._forward = forward
-        self._busy = False
+    In a compiled graph no module hook runs, so there every call of the denoiser is taken, and the layer is counted in the operation.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is not nn.functional.scaled_dot_product_attention or self._forward.layer is None or self._busy:
-            return func(*args, **kwargs)
-        self._busy = True
-        try:
+        # torch takes the mode off while it runs, so that the SDPA call of our own kernel does not come back here
+        if func is nn.functional.scaled_dot_product_attention and (torch.compiler.is_compiling() or _in_served_layer()):
             return _attend_bhsd(*args, **kwargs)
-        finally:
-            self._busy = False
+        return func(*args, **kwargs)
+
+
+def _in_served_layer() -> bool:
+    forward = running()
+    return forward is not None and forward.layer is not None
 
 
 def _attend_bhsd(
@@ -171,7 +171,7 @@ def add_layer_hooks(layers: list[nn.Module]) -> Callable[[], None]:
         def end(_module: nn.Module, _args: Any, _output: Any) -> None:
             leave_layer()
 
-        handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end, always_call=True)]
+        handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
 
     def remove() -> None:
         for handle in handles:
