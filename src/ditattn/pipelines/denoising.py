@@ -108,13 +108,15 @@ class DenoisingStage:
 
     def enter(self, model: ServedModel, arguments: Mapping[str, Any], cache_context: Any = None, branch: str | None = None) -> Forward:
         """A forward of `model` begins in this thread. `arguments` are the forward's arguments by name."""
+        others = [other for other in getattr(_local, "stack", []) if other.model is not model]
+        if len(others) < len(getattr(_local, "stack", [])):
+            # KeyboardInterrupt ended a forward without a word, since torch calls no hook then: another run begins
+            self.clock.reset()
         step = self.clock.read(cache_context, branch, arguments.get("timestep"))
         model.log.step_sources[step.source] += 1
         layout = _layout(model, arguments)
         forward = Forward(self, model, step, branch, layout, self._build_attn_metadata(model, step, layout))
-        if not hasattr(_local, "stack"):
-            _local.stack = []
-        _local.stack.append(forward)
+        _local.stack = [*others, forward]
         return forward
 
     def leave(self, forward: Forward) -> None:
@@ -124,7 +126,8 @@ class DenoisingStage:
             del stack[stack.index(forward) :]
 
     def reset(self) -> None:
-        """The pipeline call ended."""
+        """The run ended: the next forward is step 0."""
+        _local.stack = [other for other in getattr(_local, "stack", []) if other.stage is not self]
         self.clock.reset()
         self._metadata.clear()
 
