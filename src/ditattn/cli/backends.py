@@ -22,8 +22,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def backends(as_json: AsJson = False, device: OnlyDevice = None, debug: Debug = False) -> None:
     """List every attention backend and what computes it on this machine: ready or not, why not, and what installs what is missing.
 
-    "serves" marks the implementation that runs when you name the backend (for bfloat16 and head size 64); a "ready" one can run too. Numbers
-    lead to the reasons below the table.
+    "serves" marks the implementation that runs when you name the backend (for bfloat16 and head size 64); a "ready" one can run too.
+    Numbers lead to the reasons below the table.
     """
     from ditattn.cli.availability import availability, devices
 
