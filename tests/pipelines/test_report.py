@@ -67,7 +67,19 @@ def test_the_sentence_says_what_ran_and_why_not(log: ComponentLog) -> None:
     assert sentence.startswith(
         "rain_fusion_attn: 3 sparse at density 0.500 (asked sparsity 0.5) / 5 dense (skipped layer: 3, first steps: 2)"
     )
-    assert ComponentLog("transformer", "fa", {}).report().sentence().startswith("fa: no calls")
+
+
+def test_the_sentence_says_when_forwards_ran_without_us(log: ComponentLog) -> None:
+    idle = ComponentLog("transformer", "fa", {})
+    assert idle.report().sentence().startswith("fa: no calls;")
+    idle.step_sources["scheduler"] += 6
+    assert "no calls in 6 forwards; its attention processors or their backend were replaced" in idle.report().sentence()
+
+
+def test_implementations_are_listed_once(log: ComponentLog) -> None:
+    for name in ("torch", "triton", "torch"):
+        log.note_implementation("dense_attention", name)
+    assert log.report().implementations == {"dense_attention": "torch, triton"}
 
 
 def test_the_summary_names_every_component(log: ComponentLog) -> None:

@@ -375,6 +375,26 @@ def test_an_unknown_family_stays_as_it_was_and_says_so(caplog: pytest.LogCapture
         ditattn.install(tiny.pipe, "rain_fusion_attn", strict=True)
 
 
+def test_context_parallelism_is_refused() -> None:
+    tiny = tiny_pipelines.wan()
+    tiny.pipe.transformer.blocks[0].attn1.processor._parallel_config = object()
+    with pytest.raises(UnsupportedModel, match="context parallelism"):
+        ditattn.install(tiny.pipe, "rain_fusion_attn")
+
+
+@pytest.mark.parametrize("build", [tiny_pipelines.cogvideox, tiny_pipelines.wan], ids=["other processors", "another backend"])
+def test_attention_that_is_taken_from_us_later_is_reported(build: Any) -> None:
+    tiny = build()
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE) as handle:
+        if build is tiny_pipelines.cogvideox:
+            tiny.pipe.transformer.fuse_qkv_projections()
+        else:
+            for block in tiny.pipe.transformer.blocks:
+                block.attn1.processor._attention_backend = None
+        tiny.run(1)
+    assert "replaced after the installation" in handle.report().summary()
+
+
 def test_strict_raises_for_a_reason_that_nobody_asked_for() -> None:
     tiny = _qwen_with_gaps()
     with (
