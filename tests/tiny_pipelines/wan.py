@@ -1,4 +1,4 @@
-"""Wan: 5 x 16 x 16 tokens, 10 blocks."""
+"""Wan: 5 x 14 x 20 tokens, 11 blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, nois
 from tiny_pipelines.text import TEXT_DIM, text_encoder, tokenizer
 
 IMAGE_DIM = 20
-SIZE = {"height": 256, "width": 256, "num_frames": 17}
+SIZE = {"height": 224, "width": 320, "num_frames": 17}
 
 
 def transformer(seed: int = 0, **changes: Any) -> Any:

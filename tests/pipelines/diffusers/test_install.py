@@ -83,7 +83,7 @@ def test_a_skipped_layer_is_dense_in_every_step(wan: TinyPipeline) -> None:
     assert report.density_by_layer[1] is None
 
 
-@pytest.mark.parametrize(("min_tokens", "sparse"), [(1280, 12), (1281, 0)])
+@pytest.mark.parametrize(("min_tokens", "sparse"), [(1400, 12), (1401, 0)])
 def test_short_sequences_run_densely(wan: TinyPipeline, min_tokens: int, sparse: int) -> None:
     report = ran(wan, **{**SPARSE, "min_tokens": min_tokens})
     assert report.sparse == sparse
