@@ -210,6 +210,19 @@ def test_a_forward_that_raised_ends_the_run(error: type[BaseException]) -> None:
     assert running() is None
 
 
+def test_an_interrupted_installation_leaves_no_forward_behind() -> None:
+    denoiser = transformer().requires_grad_(False)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = ditattn.install(denoiser, "rain_fusion_attn", **SPARSE)
+    with denoiser.blocks[1].register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
+        _forward(denoiser, 900)
+    handle.remove()
+    assert running() is None
+
+
 def test_step_overrides_every_source() -> None:
     denoiser = transformer().requires_grad_(False)
     with ditattn.install(denoiser, "rain_fusion_attn", **{**SPARSE, "skip_first_steps": "50%"}) as handle:
