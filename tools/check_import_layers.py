@@ -31,6 +31,7 @@ ONLY_IN: dict[str, list[str]] = {
     "transformers": ["ditattn.pipelines.diffusers"],
     "tokenizers": ["ditattn.pipelines.diffusers"],
     "imageio": ["ditattn.cli"],
+    "imageio_ffmpeg": ["ditattn.cli"],
     "typer": ["ditattn.cli"],
     "rich": ["ditattn.cli"],
 }

@@ -12,12 +12,25 @@ from torch import Tensor
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.table import CallFacts
 
-__all__ = ["call_facts", "check_qkv", "default_scale"]
+__all__ = ["call_facts", "check_qkv", "checked_scale", "default_scale"]
 
 
 def default_scale(head_dim: int) -> float:
     """1 / sqrt(D)."""
     return 1.0 / math.sqrt(head_dim)
+
+
+def checked_scale(scale: float | None, head_dim: int) -> float:
+    """The factor on the scores: 1 / sqrt(D) for None.
+
+    Raises:
+        UnsupportedCall: the scale is NaN or infinite.
+    """
+    if scale is None:
+        return default_scale(head_dim)
+    if not math.isfinite(scale):
+        raise UnsupportedCall(f"the scale must be finite, not {scale}")
+    return float(scale)
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None = None) -> None:

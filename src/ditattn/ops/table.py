@@ -63,13 +63,20 @@ class Implementation:
     probe: str | None = None
     automatic: bool = True
 
+    def runs_on(self, device: str) -> bool:
+        return not self.devices or device in self.devices
+
     def refusal(self, facts: CallFacts) -> str | None:
         """Why this row cannot serve the call, or None."""
-        if self.devices and facts.device not in self.devices:
+        if not self.runs_on(facts.device):
             return f"runs on {' or '.join(self.devices)}, not on {facts.device}"
-        for package in self.packages:
-            if package.missing():
-                return package.sentence()
+        missing = [package.sentence() for package in self.packages if package.missing()]
+        if missing:
+            return "; ".join(missing)
+        return self.mismatch(facts) or (_resolve(self.probe)() if self.probe else None)
+
+    def mismatch(self, facts: CallFacts) -> str | None:
+        """What of the call's dtype, head size or options the row does not take on any machine, or None."""
         dtype = str(facts.dtype).removeprefix("torch.")
         if dtype not in self.dtypes:
             return f"takes {', '.join(self.dtypes)}, not {dtype}"
@@ -77,7 +84,7 @@ class Implementation:
             return f"takes head sizes {', '.join(map(str, self.head_dims))}, not {facts.head_dim}"
         if unmet := facts.needs - self.honours:
             return f"does not honour {', '.join(sorted(unmet))}"
-        return _resolve(self.probe)() if self.probe else None
+        return None
 
 
 @dataclass(frozen=True)
@@ -124,15 +131,14 @@ def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | None
 
 
 def _named(table: tuple[Implementation, ...], facts: CallFacts, name: str) -> Implementation:
-    """A name may have one row per device: the possible one, else the refusal of the row for this device."""
     rows = [row for row in table if row.name == name]
     if not rows:
         raise UnsupportedCall(f"no implementation named '{name}'; there is {', '.join(dict.fromkeys(row.name for row in table))}")
-    for row in rows:
-        if row.refusal(facts) is None:
-            return row
-    row = next((row for row in rows if not row.devices or facts.device in row.devices), rows[0])
-    possible = dict.fromkeys(v.implementation.name for v in explain(table, facts) if v.reason is None)
-    asked = f"implementation '{name}' was asked for ({facts.sentence()}): {row.refusal(facts)}"
-    missing = (row.devices and facts.device not in row.devices) or any(package.missing() for package in row.packages)
-    raise (BackendUnavailable if missing else UnsupportedCall)(f"{asked}. Possible here: {', '.join(possible) or 'none'}")
+    # a name may have one row per device: the row for this device answers
+    row = next((row for row in rows if row.runs_on(facts.device)), rows[0])
+    reason = row.refusal(facts)
+    if reason is None:
+        return row
+    possible = [v.implementation.name for v in explain(table, facts) if v.reason is None]
+    message = f"implementation '{name}' was asked for ({facts.sentence()}): {reason}. Possible here: {', '.join(possible) or 'none'}"
+    raise (UnsupportedCall if reason == row.mismatch(facts) else BackendUnavailable)(message)

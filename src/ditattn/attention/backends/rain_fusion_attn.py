@@ -46,7 +46,14 @@ class RainFusionAttentionImpl(SparseAttentionImpl):
         super().__init__(num_heads, head_size, softmax_scale, causal, *args, **kwargs)
 
     def plan(self, query: Tensor, key: Tensor, attn_metadata: SparseAttentionMetadata, protected: Tensor) -> BlockPlan:
-        return mean_pool.select(query, key, scale=self.softmax_scale, sparsity=attn_metadata.sparsity, protected=protected)
+        return mean_pool.select(
+            query,
+            key,
+            scale=self.softmax_scale,
+            sparsity=attn_metadata.sparsity,
+            protected=protected,
+            key_lengths=attn_metadata.key_lengths,
+        )
 
 
 class RainFusionAttentionBackend(AttentionBackend):

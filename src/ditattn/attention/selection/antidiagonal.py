@@ -89,11 +89,18 @@ def estimate(
     for b in range(batch):
         num_keys = None if key_lengths is None else key_lengths[b]
         for g in range(key.shape[2]):
-            folded_key = _fold(key[b, :, g], stride)
+            folded_key = _fold(_without_padding(key[b, :, g], num_keys), stride)
             for h in range(g * group, (g + 1) * group):
                 folded_query = _fold(query[b, :, h], stride, reverse=True)
                 mass[b, h] = _head_mass(folded_query, folded_key, scale / stride, causal, num_keys, stride, block_size // stride)
     return mass
+
+
+def _without_padding(key: Tensor, num_keys: Tensor | None) -> Tensor:
+    """Keys past the real ones set to 0: one of them may share a fold with real ones."""
+    if num_keys is None:
+        return key
+    return key.masked_fill((torch.arange(key.shape[0], device=key.device) >= num_keys).unsqueeze(-1), 0.0)
 
 
 def _fold(x: Tensor, stride: int, reverse: bool = False) -> Tensor:

@@ -19,7 +19,16 @@ def num_kept(num_key_blocks: int, sparsity: float) -> int:
     return max(1, math.ceil(round(num_key_blocks * (1 - sparsity), 6)))
 
 
-def select(query: Tensor, key: Tensor, *, scale: float, sparsity: float, protected: Tensor, block_size: int = BLOCK_SIZE) -> BlockPlan:
+def select(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float,
+    sparsity: float,
+    protected: Tensor,
+    key_lengths: Tensor | None = None,
+    block_size: int = BLOCK_SIZE,
+) -> BlockPlan:
     """Keep, for each query block of each batch element and head, the key blocks with the highest pooled score.
 
     The score of a pair is `scale * mean(q) . mean(k)` in fp32. The method ranks by its softmax over the key blocks, which is strictly
@@ -32,6 +41,8 @@ def select(query: Tensor, key: Tensor, *, scale: float, sparsity: float, protect
         scale: factor on the scores.
         sparsity: asked share of key blocks to drop; every row keeps exactly `num_kept(N, sparsity)` blocks, and the protected ones.
         protected: bool `[N]`, N = number of key blocks; kept as columns and, where S = T, as whole rows.
+        key_lengths: integer `[B]`, real keys of each batch element. Blocks that hold padding leave the ranking; the one that also holds
+            real keys is kept.
 
     Returns:
         BlockPlan over `[B, H]`.
@@ -42,7 +53,14 @@ def select(query: Tensor, key: Tensor, *, scale: float, sparsity: float, protect
     k = k.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
     scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * scale
     keep = num_kept(num_blocks(key.shape[1], block_size), sparsity)
-    mask = _top(scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf), keep)
+    scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    if key_lengths is None:
+        mask = _top(scores, keep)
+    else:
+        start = torch.arange(scores.shape[-1], device=key.device) * block_size
+        real = key_lengths.view(-1, 1, 1, 1)
+        padded = (start + block_size).clamp(max=key.shape[1]) > real
+        mask = _top(scores.masked_fill(padded, -torch.inf), keep) | (padded & (start < real))
     mask |= protected
     if query.shape[1] == key.shape[1]:
         mask |= protected.unsqueeze(-1)

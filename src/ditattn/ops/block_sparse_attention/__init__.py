@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ditattn.attention.plan import BlockPlan
 from ditattn.errors import UnsupportedCall
-from ditattn.ops.contract import call_facts, check_qkv, default_scale
+from ditattn.ops.contract import call_facts, check_qkv, checked_scale
 from ditattn.ops.table import Implementation, choose, load
 
 __all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse"]
@@ -50,7 +50,7 @@ def block_sparse_attention(
         `[B, S, H, D]`, contiguous, in the query's dtype. Rows that see no key are zero.
 
     Raises:
-        UnsupportedCall: tensors and plan do not fit together, or no implementation takes the call.
+        UnsupportedCall: tensors and plan do not fit together, the scale is not finite, or no implementation takes the call.
         BackendUnavailable: the named implementation cannot run here.
     """
     return _call(query, key, value, plan, scale, causal, key_lengths, False, implementation)[0]
@@ -86,7 +86,7 @@ def _call(
     _check_plan(query, key, plan)
     facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, lse=return_lse)
     chosen = choose(TABLE, facts, implementation)
-    scale = default_scale(query.shape[3]) if scale is None else scale
+    scale = checked_scale(scale, query.shape[3])
     out, lse = _op(query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, chosen.name)
     return out, lse
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ditattn.ops.contract import call_facts, check_qkv, default_scale
+from ditattn.ops.contract import call_facts, check_qkv, checked_scale
 from ditattn.ops.table import HALF, Implementation, choose, load
 from ditattn.packages import SGL_KERNEL_NPU, TORCH_NPU
 
@@ -74,13 +74,13 @@ def dense_attention(
         `[B, S, H, D]`, contiguous, in the query's dtype.
 
     Raises:
-        UnsupportedCall: the tensors do not fit together, or no implementation takes the call.
+        UnsupportedCall: the tensors do not fit together, the scale is not finite, or no implementation takes the call.
         BackendUnavailable: the named implementation cannot run here.
     """
     check_qkv(query, key, value, key_lengths)
     facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, attn_mask=attn_mask is not None)
     chosen = choose(TABLE, facts, implementation)
-    scale = default_scale(query.shape[3]) if scale is None else scale
+    scale = checked_scale(scale, query.shape[3])
     out: Tensor = _op(query, key, value, scale, causal, key_lengths, attn_mask, chosen.name)
     return out
 

@@ -18,8 +18,9 @@ LASER_LENGTH_MULTIPLE = 256
 LASER_HEAD_DIM = 128
 # `pre_tokens` carries the number of zero-padded key columns; this value means none.
 LASER_NO_PADDING = 2**31 - 1
-# bf16 reaches further than fp16. Dividing q, k and v by a power of two loses nothing in bf16 and keeps the operator's fp16 scores,
-# which it stores before the softmax scale, in range; the scale and the output take the factors back.
+# bf16 reaches further than fp16. Dividing q, k and v by a power of two keeps them and the operator's fp16 scores, which it stores before
+# the softmax scale, in range; the scale and the output take the factors back. Magnitudes from 2^-9 up lose no bit, smaller ones move by
+# at most 2^-17.
 LASER_BF16_DIVISOR = 256.0
 
 

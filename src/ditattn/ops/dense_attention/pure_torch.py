@@ -28,7 +28,8 @@ def run_flash(
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    # no fused kernel of torch takes a strided last axis
+    q, k, v = ((x if x.stride(3) == 1 else x.contiguous()).transpose(1, 2) for x in (query, key, value))
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=query.shape[2] != key.shape[2])
     return out.transpose(1, 2)
 

@@ -1,0 +1,26 @@
+"""Every test starts from the same seed and thread count."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# OpenMP threads that spin while they wait slow each other down many times over where processes share cores; torch reads it at import
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from hypothesis import settings
+
+# the first example of a property often pays for imports; runs are made repeatable instead of timed
+settings.register_profile("house", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("house")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

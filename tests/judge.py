@@ -1,0 +1,112 @@
+"""How a result is judged: against the float64 oracle, in proportion to torch's own attention on the same problem in the same dtype."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import oracle
+from cases import Case, Problem
+from ditattn.ops.table import CallFacts, Implementation, explain
+
+FACTOR = 1.5
+
+# One element may be this many times worse than the worst element of torch's result: catches a wrong element that a norm over the whole
+# tensor would drown.
+ELEMENT_FACTOR = 8
+
+
+def facts_of(case: Case, device: str, dtype: torch.dtype, *, lse: bool = False) -> CallFacts:
+    """What the op's table is asked for this case."""
+    needs = {
+        "causal": case.causal,
+        "key_lengths": case.key_lengths is not None,
+        "attn_mask": case.mask is not None,
+        "gqa": case.heads != case.key_heads,
+        "unequal_lengths": case.query_length != case.key_length,
+        "lse": lse,
+    }
+    return CallFacts(device, dtype, case.dim, frozenset(name for name, needed in needs.items() if needed))
+
+
+def possible(table: tuple[Implementation, ...], facts: CallFacts) -> list[str]:
+    """Names of the implementations that take the call on this machine."""
+    return [verdict.implementation.name for verdict in explain(table, facts) if verdict.reason is None]
+
+
+def rounding_floor(problem: Problem) -> float:
+    """Relative error that no implementation can promise to stay below, whatever torch's luck on one small problem.
+
+    A logit is known to half a unit in its last fp32 place, which moves its weight by that much times the logit; a few such units are
+    allowed. Half types round the weights and the output as well: a twentieth of their unit covers a lucky rounding of torch's.
+    """
+    scale = 1 / math.sqrt(problem.query.shape[3]) if problem.scale is None else problem.scale
+    group = problem.query.shape[2] // problem.key.shape[2]
+    keys = problem.key.double().repeat_interleave(group, dim=2)
+    largest = torch.einsum("bshd,bthd->bhst", problem.query.double(), keys).abs().max().item() * abs(scale)
+    unit = torch.finfo(problem.query.dtype).eps / 2
+    half = 0.0 if problem.query.dtype == torch.float32 else 0.05 * unit
+    return 2**-24 * max(4.0, largest) + half
+
+
+def torch_result(problem: Problem) -> Tensor:
+    """SDPA on the same problem; rows that see no key are zero, as the contract says."""
+    seen = oracle.visible(problem.query, problem.key, attn_mask=problem.attn_mask, plan=problem.plan, **_without_scale(problem))
+    mask: Tensor | None = None if bool(seen.all()) else seen
+    if problem.attn_mask is not None and problem.attn_mask.dtype != torch.bool:
+        mask = problem.attn_mask.expand(seen.shape).masked_fill(~seen, -torch.inf)
+    q, k, v = (x.transpose(1, 2) for x in (problem.query, problem.key, problem.value))
+    gqa = q.shape[1] != k.shape[1]
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=problem.scale, enable_gqa=gqa)
+    return torch.where(seen.any(-1, keepdim=True), out, 0).transpose(1, 2)
+
+
+def _without_scale(problem: Problem) -> dict[str, object]:
+    return {name: value for name, value in problem.options.items() if name != "scale"}
+
+
+def exact_result(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The oracle's output and log-sum-exp."""
+    return oracle.attention(problem.query, problem.key, problem.value, attn_mask=problem.attn_mask, plan=problem.plan, **problem.options)
+
+
+def check_output(out: Tensor, problem: Problem) -> None:
+    """Shape, dtype, layout, and error against the oracle: in norm and element by element."""
+    exact, lse = exact_result(problem)
+    assert out.shape == problem.query.shape
+    assert out.dtype == problem.query.dtype
+    assert out.is_contiguous()
+    assert not out.isnan().any(), "NaN came in from outside the views"
+    blind = lse.isneginf().transpose(1, 2)
+    assert bool((out[blind] == 0).all()), "a row without keys must be zero"
+    theirs = torch_result(problem)
+    floor = rounding_floor(problem)
+    error, allowed = relative_error(out, exact), FACTOR * relative_error(theirs, exact) + floor
+    assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"
+    size = exact.abs().max()
+    worst, worst_allowed = (out - exact).abs().max(), ELEMENT_FACTOR * ((theirs - exact).abs().max() + floor * size)
+    assert worst <= worst_allowed, f"worst element is off by {worst:.2e}, allowed {worst_allowed:.2e}"
+
+
+def check_lse(lse: Tensor, problem: Problem) -> None:
+    """fp32 `[B, H, S]`, -inf exactly where no key is seen."""
+    exact = exact_result(problem)[1]
+    assert lse.shape == exact.shape
+    assert lse.dtype == torch.float32
+    blind = exact.isneginf()
+    assert torch.equal(lse.isneginf(), blind)
+    # half types may sum weights of their own precision: a relative error e of the sum is an absolute error e of the logarithm
+    slack = 0.0 if problem.query.dtype == torch.float32 else 2e-4
+    error = (lse - exact)[~blind].abs()
+    if error.numel():
+        allowed = 4 * rounding_floor(problem) + 2**-22 * exact[~blind].abs() + slack
+        assert bool((error <= allowed).all()), f"log-sum-exp is off by up to {error.max():.2e}"
+
+
+def relative_error(out: Tensor, exact: Tensor) -> float:
+    """Frobenius norm of the difference over that of the exact result; absolute where the exact result is zero."""
+    size = exact.norm().item()
+    return (out.double() - exact).norm().item() / (size or 1.0)

@@ -1,0 +1,94 @@
+"""Every implementation of the block mean that this machine can run, against the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import oracle
+from cases import DEVICES, DTYPES, LAYOUTS, MEAN_CASES
+from ditattn.errors import UnsupportedCall
+from ditattn.ops.block_mean import TABLE, block_mean
+from ditattn.ops.table import CallFacts, explain
+
+
+def _names(dtype: torch.dtype, device: str, dim: int = 64) -> list[str]:
+    return [v.implementation.name for v in explain(TABLE, CallFacts(device, dtype, dim)) if v.reason is None]
+
+
+COMBINATIONS = [
+    pytest.param(name, dtype, device, id=f"{name}-{str(dtype)[6:]}-{device}")
+    for device in DEVICES
+    for dtype in DTYPES
+    for name in _names(dtype, device)
+]
+NAMES = [(name, device) for device in DEVICES for name in _names(torch.float32, device)]
+
+
+def _tensor(length: int, dtype: torch.dtype, device: str, layout: str = "padded", dim: int = 64) -> torch.Tensor:
+    x = (3 + torch.randn(2, length, 3, dim)).to(dtype).to(device)
+    return LAYOUTS[layout](x).copy_(x)
+
+
+def _check(name: str, x: torch.Tensor, block: int) -> None:
+    mean = block_mean(x, block, implementation=name)
+    exact = oracle.block_mean(x, block)
+    assert mean.shape == exact.shape
+    assert mean.dtype == torch.float32
+    assert mean.is_contiguous()
+    # summed in fp32 whatever the input: a few units in the last place of the largest term
+    assert (mean - exact).abs().max() <= 4 * 2**-24 * x.abs().max().double() * min(block, x.shape[1]) ** 0.5
+
+
+@pytest.mark.parametrize(("name", "dtype", "device"), COMBINATIONS)
+@pytest.mark.parametrize(("length", "block"), MEAN_CASES)
+def test_lengths_and_blocks(name: str, dtype: torch.dtype, device: str, length: int, block: int) -> None:
+    _check(name, _tensor(length, dtype, device), block)
+
+
+@pytest.mark.parametrize(("name", "dtype", "device"), COMBINATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dim", [1, 5, 80, 128])
+def test_layouts(name: str, dtype: torch.dtype, device: str, layout: str, dim: int) -> None:
+    if name in _names(dtype, device, dim):
+        _check(name, _tensor(300, dtype, device, layout, dim), 128)
+
+
+@pytest.mark.parametrize(("name", "device"), NAMES)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_inf_stay_in_their_block(name: str, device: str, poison: float) -> None:
+    x = _tensor(300, torch.float32, device)
+    x[1, 130, 2, 7] = poison
+    mean = block_mean(x, implementation=name)
+    expected = torch.ones_like(mean, dtype=torch.bool)
+    expected[1, 1, 2, 7] = False
+    assert torch.equal(mean.isfinite(), expected)
+
+
+@pytest.mark.parametrize(("name", "device"), NAMES)
+def test_fake_agrees_with_the_real_op(name: str, device: str) -> None:
+    x = _tensor(300, torch.bfloat16, device, "transposed")
+    real = block_mean(x, implementation=name)
+    with FakeTensorMode() as mode:
+        fake = block_mean(mode.from_tensor(x), implementation=name)
+    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.parametrize(("name", "device"), NAMES)
+def test_opcheck(name: str, device: str) -> None:
+    torch.library.opcheck(torch.ops.ditattn.block_mean.default, (_tensor(140, torch.float32, device), 128, name))
+
+
+@pytest.mark.parametrize(
+    ("x", "block", "text"),
+    [
+        (torch.ones(4, 4, 4), 128, "non-empty"),
+        (torch.ones(1, 0, 4, 4), 128, "non-empty"),
+        (torch.ones(1, 4, 4, 4), 0, "positive block size"),
+        (torch.ones(1, 4, 4, 4, dtype=torch.float64), 128, "no implementation takes this call"),
+    ],
+)
+def test_bad_calls_say_what_is_wrong(x: torch.Tensor, block: int, text: str) -> None:
+    with pytest.raises(UnsupportedCall, match=text):
+        block_mean(x, block)

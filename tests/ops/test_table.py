@@ -1,0 +1,101 @@
+"""The choice of an implementation, on invented tables and facts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ditattn.errors import BackendUnavailable, UnsupportedCall
+from ditattn.ops.table import CallFacts, Implementation, Package, choose, explain, load
+
+ABSENT = Package("package_that_nobody_has", "the fast road", "pip install package_that_nobody_has")
+FACTS = CallFacts("cpu", torch.float32, 64)
+
+
+def runs() -> None:
+    return None
+
+
+def no_library() -> str:
+    return "the library was not built: no compiler"
+
+
+def row(name: str, **fields: object) -> Implementation:
+    return Implementation(name, f"{__name__}:runs", **fields)
+
+
+def reason(implementation: Implementation, facts: CallFacts = FACTS) -> str | None:
+    return explain((implementation,), facts)[0].reason
+
+
+def test_first_possible_row_is_taken() -> None:
+    table = (row("gpu", devices=("cuda",)), row("other"), row("last"))
+    assert choose(table, FACTS).name == "other"
+
+
+def test_rows_that_are_not_automatic_run_only_by_name() -> None:
+    table = (row("manual", automatic=False), row("portable"))
+    assert choose(table, FACTS).name == "portable"
+    assert choose(table, FACTS, "manual").name == "manual"
+
+
+@pytest.mark.parametrize(
+    ("fields", "facts", "text"),
+    [
+        ({"devices": ("cuda", "npu")}, FACTS, "runs on cuda or npu, not on cpu"),
+        ({"dtypes": ("bfloat16",)}, FACTS, "takes bfloat16, not float32"),
+        ({"head_dims": (32, 128)}, FACTS, "takes head sizes 32, 128, not 64"),
+        ({"honours": frozenset({"gqa"})}, CallFacts("cpu", torch.float32, 64, frozenset({"gqa", "causal"})), "does not honour causal"),
+        ({"packages": (ABSENT,)}, FACTS, "pip install package_that_nobody_has"),
+        ({"probe": "builtins:repr"}, FACTS, None),
+    ],
+)
+def test_every_need_has_its_reason(fields: dict[str, object], facts: CallFacts, text: str | None) -> None:
+    if "probe" in fields:
+        fields = {"probe": f"{__name__}:no_library"}
+        text = "no compiler"
+    assert text in (reason(row("x", **fields), facts) or "")
+
+
+def test_a_row_whose_needs_are_met_gives_no_reason() -> None:
+    full = row("x", devices=("cpu",), dtypes=("float32",), head_dims=(64,), packages=(Package("torch", "", ""),), probe=f"{__name__}:runs")
+    assert reason(full) is None
+
+
+def test_nothing_possible_lists_every_reason() -> None:
+    table = (row("gpu", devices=("cuda",)), row("half", dtypes=("float16",)))
+    with pytest.raises(UnsupportedCall, match=r"cpu, float32, head size 64.*gpu: runs on cuda.*half: takes float16"):
+        choose(table, FACTS)
+
+
+@pytest.mark.parametrize("fields", [{"devices": ("cuda",)}, {"packages": (ABSENT,)}, {"probe": f"{__name__}:no_library"}])
+def test_named_row_that_this_machine_cannot_run_is_unavailable(fields: dict[str, object]) -> None:
+    with pytest.raises(BackendUnavailable, match=r"'wanted' was asked for.*Possible here: portable"):
+        choose((row("wanted", **fields), row("portable")), FACTS, "wanted")
+
+
+def test_named_row_that_refuses_the_call_is_unsupported() -> None:
+    with pytest.raises(UnsupportedCall, match=r"takes float16, not float32\. Possible here: none"):
+        choose((row("wanted", dtypes=("float16",)),), FACTS, "wanted")
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(UnsupportedCall, match="no implementation named 'x'; there is a, b"):
+        choose((row("a"), row("b")), FACTS, "x")
+
+
+def test_rows_may_share_a_name_for_different_devices() -> None:
+    table = (row("flash", devices=("cpu",), dtypes=("float32",)), row("flash", devices=("cuda",), dtypes=("float16",)))
+    assert choose(table, FACTS, "flash").devices == ("cpu",)
+    assert choose(table, CallFacts("cuda", torch.float16, 64), "flash").devices == ("cuda",)
+    with pytest.raises(UnsupportedCall, match="takes float16, not float32"):
+        choose(table, CallFacts("cuda", torch.float32, 64), "flash")
+
+
+def test_missing_parent_of_a_dotted_package_counts_as_missing() -> None:
+    assert Package("package_that_nobody_has.part", "", "").missing()
+    assert not Package("torch.nn", "", "").missing()
+
+
+def test_load_returns_the_function() -> None:
+    assert load(Implementation("x", "math:sqrt"))(4) == 2
