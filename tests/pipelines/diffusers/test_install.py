@@ -83,7 +83,7 @@ def test_a_skipped_layer_is_dense_in_every_step(wan: TinyPipeline) -> None:
     assert report.density_by_layer[1] is None
 
 
-@pytest.mark.parametrize(("min_tokens", "sparse"), [(1280, 12), (1281, 0)])
+@pytest.mark.parametrize(("min_tokens", "sparse"), [(1400, 12), (1401, 0)])
 def test_short_sequences_run_densely(wan: TinyPipeline, min_tokens: int, sparse: int) -> None:
     report = ran(wan, **{**SPARSE, "min_tokens": min_tokens})
     assert report.sparse == sparse
@@ -207,6 +207,19 @@ def test_a_forward_that_raised_ends_the_run(error: type[BaseException]) -> None:
         _forward(denoiser, 600)
     cells = handle._stage.models[0].log.cells
     assert {layer: cell.sparse for (step, layer), cell in cells.items() if step == 0} == {0: 2, 1: 1}
+    assert running() is None
+
+
+def test_an_interrupted_installation_leaves_no_forward_behind() -> None:
+    denoiser = transformer().requires_grad_(False)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = ditattn.install(denoiser, "rain_fusion_attn", **SPARSE)
+    with denoiser.blocks[1].register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
+        _forward(denoiser, 900)
+    handle.remove()
     assert running() is None
 
 
@@ -373,6 +386,26 @@ def test_an_unknown_family_stays_as_it_was_and_says_so(caplog: pytest.LogCapture
     assert "UnknownTransformer" in caplog.text
     with pytest.raises(UnsupportedModel, match="UnknownTransformer"):
         ditattn.install(tiny.pipe, "rain_fusion_attn", strict=True)
+
+
+def test_context_parallelism_is_refused() -> None:
+    tiny = tiny_pipelines.wan()
+    tiny.pipe.transformer.blocks[0].attn1.processor._parallel_config = object()
+    with pytest.raises(UnsupportedModel, match="context parallelism"):
+        ditattn.install(tiny.pipe, "rain_fusion_attn")
+
+
+@pytest.mark.parametrize("build", [tiny_pipelines.cogvideox, tiny_pipelines.wan], ids=["other processors", "another backend"])
+def test_attention_that_is_taken_from_us_later_is_reported(build: Any) -> None:
+    tiny = build()
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE) as handle:
+        if build is tiny_pipelines.cogvideox:
+            tiny.pipe.transformer.fuse_qkv_projections()
+        else:
+            for block in tiny.pipe.transformer.blocks:
+                block.attn1.processor._attention_backend = None
+        tiny.run(1)
+    assert "replaced after the installation" in handle.report().summary()
 
 
 def test_strict_raises_for_a_reason_that_nobody_asked_for() -> None:
