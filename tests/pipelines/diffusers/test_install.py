@@ -336,6 +336,40 @@ def test_offloading_that_renews_its_wrapper_after_every_run_keeps_us(wan: TinyPi
     assert handle.report().components["transformer"].sparse == 2 * CALLS_PER_STEP
 
 
+def test_a_block_cache_leaves_steps_and_layers_right() -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    tiny = tiny_pipelines.wan(transformer=transformer(num_layers=4))
+    # the residual of these weights hardly changes: after the first step only block 0 runs
+    tiny.pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    cached, before = tiny.run(3), footprint(tiny.pipe)
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", skip_layers="3", **SPARSE) as handle:
+        tiny.run(3)
+    report = handle.report().components["transformer"]
+    assert footprint(tiny.pipe) == before
+    assert torch.equal(tiny.run(3), cached)
+    cells = handle._stage.models[0].log.cells
+    assert {key: cell.sparse + cell.dense for key, cell in cells.items()} == {
+        (0, 0): 2,
+        (0, 1): 2,
+        (0, 2): 2,
+        (0, 3): 2,
+        (1, 0): 2,
+        (2, 0): 2,
+    }
+    assert report.dense_reasons == {"skipped layer": 2}
+
+
+def test_blocks_that_are_offloaded_later_are_served() -> None:
+    tiny = tiny_pipelines.wan()
+    native, cpu = tiny.run(2), torch.device("cpu")
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE) as handle:
+        tiny.pipe.transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+        tiny.run(2)
+    assert handle.report().components["transformer"].sparse == 2 * CALLS_PER_STEP
+    assert torch.equal(tiny.run(2), native)
+
+
 def _wrap(denoiser: nn.Module, how: str, seen: list[int]) -> None:
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from diffusers.hooks import HookRegistry, ModelHook
