@@ -44,7 +44,10 @@ class Package:
 
 @dataclass(frozen=True)
 class CallFacts:
-    """What an implementation may be picky about. `needs` holds any of: causal, key_lengths, attn_mask, lse, gqa, unequal_lengths."""
+    """What an implementation may be picky about.
+
+    `needs` holds any of: causal, key_lengths, attn_mask, lse, gqa, unequal_lengths, other_block_size (not the usual 128 tokens).
+    """
 
     device: str
     dtype: torch.dtype
@@ -70,6 +73,7 @@ class Implementation:
         packages: what must be installed.
         probe: "module:function" that returns None or the reason why it cannot run here (a library that was not built, a missing device).
         automatic: False for rows that run only when asked for by name.
+        computes_in: a dtype coarser than the inputs' in which products are formed; only for rows that are not automatic.
     """
 
     name: str
@@ -81,6 +85,7 @@ class Implementation:
     packages: tuple[Package, ...] = ()
     probe: str | None = None
     automatic: bool = True
+    computes_in: str | None = None
 
     def runs_on(self, device: str) -> bool:
         return not self.devices or device in self.devices

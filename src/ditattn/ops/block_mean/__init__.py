@@ -14,6 +14,7 @@ __all__ = ["TABLE", "block_mean"]
 _HERE = "ditattn.ops.block_mean"
 
 TABLE: tuple[Implementation, ...] = (
+    Implementation("cpu", f"{_HERE}.cpu:run", devices=("cpu",), probe="ditattn.ops.cpu_library:problem"),
     Implementation("torch", f"{_HERE}.pure_torch:run"),
     Implementation("reference", f"{_HERE}.reference:run", automatic=False),
 )

@@ -18,7 +18,23 @@ __all__ = ["TABLE", "dense_attention"]
 _HERE = "ditattn.ops.dense_attention"
 _SDPA_HONOURS = frozenset({"causal", "key_lengths", "attn_mask", "gqa", "unequal_lengths"})
 
+_CPU_HONOURS = frozenset({"causal", "key_lengths", "gqa", "unequal_lengths"})
+_LIBRARY = "ditattn.ops.cpu_library"
+_HEAD_DIMS = (32, 64, 96, 128)
+
 TABLE: tuple[Implementation, ...] = (
+    Implementation("cpu", f"{_HERE}.cpu:run", devices=("cpu",), head_dims=_HEAD_DIMS, honours=_CPU_HONOURS, probe=f"{_LIBRARY}:problem"),
+    Implementation(
+        "cpu_fast_fp32",
+        f"{_HERE}.cpu:run_fast_fp32",
+        devices=("cpu",),
+        dtypes=("float32",),
+        head_dims=_HEAD_DIMS,
+        honours=_CPU_HONOURS,
+        probe=f"{_LIBRARY}:bf16_problem",
+        automatic=False,
+        computes_in="bfloat16",
+    ),
     Implementation("torch", f"{_HERE}.pure_torch:run", honours=_SDPA_HONOURS),
     Implementation(
         "flash", f"{_HERE}.pure_torch:run_flash", devices=("cpu",), honours=frozenset({"causal", "gqa", "unequal_lengths"}), automatic=False
