@@ -132,13 +132,13 @@ template <int D> struct Bf16Kernel {
   }
 
   // O^T = O^T * alpha + V^T . P^T, the block summed on its own first.
-  static __attribute__((noinline)) void accumulate(const unit_t* V, const unit_t* P, float* O, const Softmax& s, bool first, int pairs) {
+  static __attribute__((noinline)) void accumulate(const unit_t* V, const unit_t* P, float* O, const float* alpha, bool first, int pairs) {
     for (int d = 0; d < D; d += MR) {
       __m512 c[MR][NV];
       tile(c, V + d * VALUE_UNITS, 1, MR, P, pairs);
       UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++) {
         float* o = O + (d + i) * PQ + 16 * j;
-        _mm512_store_ps(o, first ? c[i][j] : _mm512_fmadd_ps(_mm512_load_ps(o), _mm512_load_ps(s.alpha + 16 * j), c[i][j]));
+        _mm512_store_ps(o, first ? c[i][j] : _mm512_fmadd_ps(_mm512_load_ps(o), _mm512_load_ps(alpha + 16 * j), c[i][j]));
       }
     }
   }
@@ -156,12 +156,12 @@ template <int D> struct Bf16Kernel {
       const int rows = (visit.kv + MR - 1) / MR * MR;
       for (int p = 0; p < panels; p++) {
         Panel& panel = t.panels[p];
-        alignas(64) float block_max[PQ];
+        alignas(64) float block_max[PQ], alpha[PQ];
         scores(visit, panel.Q, t.S, block_max, rows);
         if (visit.diagonal || visit.kv < rows) mask_scores(t.S, ROWS_OF_PANEL, block_max, visit.kv, visit.diagonal, p * PQ, rows);
-        panel.softmax.grow(block_max, scale_log2e);
+        panel.softmax.grow(block_max, alpha, scale_log2e);
         weights(t.S, t.P, panel.softmax, scale_log2e, rows);
-        accumulate((const unit_t*)visit.value, t.P, panel.O, panel.softmax, n == 0, rows / 2);
+        accumulate((const unit_t*)visit.value, t.P, panel.O, alpha, n == 0, rows / 2);
       }
     }
     for (int p = 0; p < panels; p++) write_panel<D>(t.panels[p].O, ROWS_OF_PANEL, t.panels[p].softmax, unit, p * PQ);

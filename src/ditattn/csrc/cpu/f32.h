@@ -90,13 +90,13 @@ template <int D> struct F32Kernel {
   }
 
   // O^T = O^T * alpha + V^T . P^T. The block is summed on its own and then added: a smaller fp32 error over many blocks.
-  static __attribute__((noinline)) void accumulate(const float* V, const float* P, float* O, const Softmax& s, bool first, int keys) {
+  static __attribute__((noinline)) void accumulate(const float* V, const float* P, float* O, const float* alpha, bool first, int keys) {
     for (int d = 0; d < D; d += MR) {
       vf c[MR][NV];
       tile(c, V + d * BLOCK, 1, MR, P, keys);
       UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++) {
         vf* o = (vf*)(O + (d + i) * PQ) + j;
-        *o = first ? c[i][j] : *o * ((const vf*)s.alpha)[j] + c[i][j];
+        *o = first ? c[i][j] : *o * ((const vf*)alpha)[j] + c[i][j];
       }
     }
   }
@@ -114,12 +114,12 @@ template <int D> struct F32Kernel {
       const int rows = (visit.kv + MR - 1) / MR * MR;
       for (int p = 0; p < panels; p++) {
         Panel& panel = t.panels[p];
-        alignas(64) float block_max[PQ];
+        alignas(64) float block_max[PQ], alpha[PQ];
         scores(visit, panel.Q, t.S, block_max, rows);
         if (visit.diagonal || visit.kv < rows) mask_scores(t.S, ROWS_OF_PANEL, block_max, visit.kv, visit.diagonal, p * PQ, rows);
-        panel.softmax.grow(block_max, scale_log2e);
+        panel.softmax.grow(block_max, alpha, scale_log2e);
         weights(t.S, panel.softmax, scale_log2e, rows);
-        accumulate((const float*)visit.value, t.S, panel.O, panel.softmax, n == 0, rows);
+        accumulate((const float*)visit.value, t.S, panel.O, alpha, n == 0, rows);
       }
     }
     for (int p = 0; p < panels; p++) write_panel<D>(t.panels[p].O, ROWS_OF_PANEL, t.panels[p].softmax, unit, p * PQ);

@@ -17,16 +17,15 @@ INLINE int at(Layout l, int row, int vector) { return (row / 16) * l.row16 + (ro
 struct Softmax {
   alignas(64) float max[PQ];
   alignas(64) float sum[PQ];
-  alignas(64) float alpha[PQ];  // factor on what was summed before
 
   // The smallest finite float: a first score of -infinity then has weight 0 instead of NaN.
   void reset() {
     for (int i = 0; i < PQ; i++) { max[i] = -FLT_MAX; sum[i] = 0; }
   }
 
-  // Takes the maximum of a new block; returns whether any lane grew. Lanes that did not grow get a factor of exactly 1: the polynomial's
+  // Takes the maximum of a new block; alpha becomes the factor on what was summed before. Returns whether any lane grew. Lanes that did not grow get a factor of exactly 1: the polynomial's
   // 2^0 is 1 + 7e-8, which would add up. No tolerance: with a lagging maximum the dominating weight is not exactly 1 in bf16.
-  bool grow(const float* block_max, float scale_log2e) {
+  bool grow(const float* block_max, float* alpha, float scale_log2e) {
     bool grew = false;
     for (int j = 0; j < NV; j++) {
       const vf old = ((vf*)max)[j], now = vmax(((const vf*)block_max)[j], old);
