@@ -1,9 +1,5 @@
 // Attention with bf16 products on CPUs with AMX: the same S^T formulation, with 16 x 16 tiles in place of vectors.
 //
-// A tile product takes 16 cycles of a unit of its own, and the exponentials of a block cost the vector units about as many cycles as
-// its products cost that unit. So the two are interleaved: while the weights of one panel are computed, the tiles work on the
-// scores of the next and on the output of the one before, a few instructions of each in turn.
-//
 // Every operand lies in tiles of 1 KiB (16 rows of 64 bytes), so that a tile load touches 16 consecutive cache lines.
 #pragma once
 #include "bf16.h"
@@ -41,6 +37,8 @@ template <int C, int A, int B> INLINE void tile_product() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
+// Visits that a panel takes in at once: the output is loaded, rescaled and stored once for all of them.
+constexpr int VISITS = 2;
 constexpr int TILE = 256;                                     // units in a tile
 constexpr Layout TILES_OF_PANEL{16, NV * TILE, TILE};         // [row / 16][lane / 16][16][16]
 
@@ -66,22 +64,11 @@ template <int D> struct AmxKernel {
     alignas(64) float O[D / 16 * NV * TILE];
     Softmax softmax;
   };
-  struct Buffers {
-    alignas(64) float S[BLOCK / 16 * NV * TILE];
-    alignas(64) unit_t P[BLOCK / 32 * NV * TILE];  // [key / 32][lane / 16] tiles of 16 pairs by 16 lanes
-    alignas(64) float block_max[PQ], alpha[PQ], offset[PQ];
-  };
+  static constexpr int STEPS = BLOCK / 32;  // of 32 keys in a whole block
   struct Scratch {
     Panel panels[PANELS];
-    Buffers buffers[2];
-  };
-  // One panel against one visit, on its way through scores, weights and output.
-  struct Flight {
-    Buffers* at;
-    Panel* panel;
-    const Visit* visit;
-    int steps, first_lane;  // steps of 32 keys
-    bool first, grew;
+    alignas(64) float S[VISITS * BLOCK / 16 * NV * TILE];
+    alignas(64) unit_t P[VISITS * STEPS * NV * TILE];  // [key / 32][lane / 16] tiles of 16 pairs by 16 lanes
   };
   static constexpr size_t SCRATCH_BYTES = sizeof(Scratch);
 
@@ -131,126 +118,122 @@ template <int D> struct AmxKernel {
     }
   }
 
-  // Weights of 8 keys for 16 lanes: group g of steps * 16.
-  INLINE void weigh(Flight& f, int g, __m512 scale) {
-    const int s = g / 16, j = g / 4 % 4, quarter = g % 4;
-    const float* S = f.at->S + ((2 * s + quarter / 2) * NV + j) * TILE + quarter % 2 * 128;
-    unit_t* P = f.at->P + (s * NV + j) * TILE + quarter * 64;
-    const __m512 offset = _mm512_load_ps(f.at->offset + 16 * j);
-    float* sums = f.panel->softmax.sum + 16 * j;
-    __m512 sum = _mm512_setzero_ps();
-    UNROLL for (int i = 0; i < 4; i++) {
-      const __m512 even = exp2_bf16(_mm512_fmadd_ps(_mm512_load_ps(S + 32 * i), scale, offset));
-      const __m512 odd = exp2_bf16(_mm512_fmadd_ps(_mm512_load_ps(S + 32 * i + 16), scale, offset));
-      sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
-      _mm512_store_si512(P + 16 * i, pair_rows(even, odd));
-    }
-    _mm512_store_ps(sums, _mm512_add_ps(_mm512_load_ps(sums), sum));
+  INLINE const char* fetch_1k(const char* p) {
+    UNROLL for (int i = 0; i < 1024; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
+    return p + 1024;
   }
 
-  // Takes 16 keys for 16 lanes into the block's maximum.
-  INLINE void take_maximum(Flight& f, int tile) {
-    const float* S = f.at->S + tile * TILE;
-    float* best = f.at->block_max + tile % NV * 16;
-    __m512 a = _mm512_load_ps(best), b = _mm512_load_ps(S);
-    UNROLL for (int i = 1; i < 16; i += 2) {
-      a = _mm512_max_ps(_mm512_load_ps(S + 16 * i), a);
-      if (i + 1 < 16) b = _mm512_max_ps(_mm512_load_ps(S + 16 * (i + 1)), b);
-    }
-    _mm512_store_ps(best, _mm512_max_ps(a, b));
+  INLINE void store_four(float* c) {
+    tile_store<0>(c), tile_store<1>(c + TILE), tile_store<2>(c + NV * TILE), tile_store<3>(c + (NV + 1) * TILE);
   }
 
-  // O^T *= alpha for 32 elements and 32 lanes.
-  INLINE void rescale(const Flight& f, int d32, int j2) {
-    UNROLL for (int t = 0; t < 4; t++) {
-      float* o = f.panel->O + ((2 * d32 + t / 2) * NV + 2 * j2 + t % 2) * TILE;
-      const __m512 alpha = _mm512_load_ps(f.at->alpha + (2 * j2 + t % 2) * 16);
-      UNROLL for (int i = 0; i < 16; i++) _mm512_store_ps(o + 16 * i, _mm512_mul_ps(_mm512_load_ps(o + 16 * i), alpha));
-    }
-  }
-
-  // S^T of one flight; between() runs after every four products.
-  template <class Between> INLINE void scores(Flight& f, Between between) {
-    const unit_t* K = (const unit_t*)f.visit->key;
-    const unit_t* Q = f.panel->Q;
-    for (int s = 0; s < f.steps; s++) for (int j2 = 0; j2 < NV / 2; j2++) {
+  // S^T of `steps` times 32 keys of one visit. Meanwhile the block at `ahead` is brought into the second-level cache.
+  static __attribute__((noinline)) void scores(const Visit& visit, const unit_t* Q, float* S, int steps, const char* ahead) {
+    for (int s = 0; s < steps; s++) for (int j2 = 0; j2 < NV / 2; j2++) {
       tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-      for (int k = 0; k < KS; k++) {
-        const unit_t *a = K + (2 * s * KS + k) * TILE, *b = Q + (k * NV + 2 * j2) * TILE;
-        four_products(a, a + KS * TILE, b, b + TILE);
-        between();
+      const unit_t *a = (const unit_t*)visit.key + 2 * s * KS * TILE, *b = Q + 2 * j2 * TILE;
+      UNROLL for (int k = 0; k < KS; k++) {
+        four_products(a + k * TILE, a + (KS + k) * TILE, b + k * NV * TILE, b + (k * NV + 1) * TILE);
+        if (ahead) ahead = fetch_1k(ahead);
       }
-      float* c = f.at->S + (2 * s * NV + 2 * j2) * TILE;
-      tile_store<0>(c), tile_store<1>(c + TILE), tile_store<2>(c + NV * TILE), tile_store<3>(c + (NV + 1) * TILE);
+      store_four(S + (2 * s * NV + 2 * j2) * TILE);
     }
   }
 
-  // O^T = O^T * alpha + V^T . P^T of one flight.
-  template <class Between> INLINE void accumulate(Flight& f, Between between) {
-    const unit_t* V = (const unit_t*)f.visit->value;
-    const bool scaled = f.grew && !f.first;
-    for (int d32 = 0; d32 < D / 32; d32++) for (int j2 = 0; j2 < NV / 2; j2++) {
-      float* c = f.panel->O + (2 * d32 * NV + 2 * j2) * TILE;
-      if (scaled) rescale(f, d32, j2);
-      if (f.first) tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-      else tile_load<0>(c), tile_load<1>(c + TILE), tile_load<2>(c + NV * TILE), tile_load<3>(c + (NV + 1) * TILE);
-      for (int s = 0; s < f.steps; s++) {
-        const unit_t *a = V + (2 * d32 * (BLOCK / 32) + s) * TILE, *b = f.at->P + (s * NV + 2 * j2) * TILE;
-        four_products(a, a + BLOCK / 32 * TILE, b, b + TILE);
-        between();
-      }
-      tile_store<0>(c), tile_store<1>(c + TILE), tile_store<2>(c + NV * TILE), tile_store<3>(c + (NV + 1) * TILE);
+  // Each lane's maximum over `tiles` times 16 keys, on top of what is in `best`.
+  static __attribute__((noinline)) void take_maximum(const float* S, float* best, int tiles) {
+    for (int j = 0; j < NV; j++) {
+      __m512 m[4];
+      UNROLL for (int i = 0; i < 4; i++) m[i] = _mm512_load_ps(best + 16 * j);
+      for (int t = 0; t < tiles; t++) UNROLL for (int i = 0; i < 16; i++)
+        m[i % 4] = _mm512_max_ps(_mm512_load_ps(S + (t * NV + j) * TILE + 16 * i), m[i % 4]);
+      _mm512_store_ps(best + 16 * j, _mm512_max_ps(_mm512_max_ps(m[0], m[1]), _mm512_max_ps(m[2], m[3])));
     }
   }
 
-  // The weights of `now`, interleaved with the scores of `next` and the output of `before`; either may be missing.
-  static __attribute__((noinline)) void stage(Flight* before, Flight* now, Flight* next, float scale_log2e) {
+  // P = 2^((S - max) * scale) in pairs of keys, and the row sums of the unrounded weights, for `steps` times 32 keys.
+  static __attribute__((noinline)) void weights(const float* S, unit_t* P, Softmax& softmax, float scale_log2e, int steps) {
     const __m512 scale = _mm512_set1_ps(scale_log2e);
-    const int groups = now ? now->steps * 16 : 0;
-    const int products = (next ? next->steps * KS * 2 : 0) + (before ? before->steps * KS * 2 : 0);
-    int done = 0, due = 0, maxima = 0;
-    auto weigh_some = [&] {
-      for (due += groups; due >= products && done < groups; due -= products) weigh(*now, done++, scale);
-    };
-    if (next) scores(*next, weigh_some);
-    const bool masked = next && (next->visit->diagonal || next->visit->kv < next->steps * 32);
-    const int tiles = next && !masked ? next->steps * 2 * NV : 0;
-    for (int i = 0; next && i < PQ; i += 16) _mm512_store_ps(next->at->block_max + i, _mm512_set1_ps(-FLT_MAX));
-    if (before) accumulate(*before, [&] {
-      if (maxima < tiles) take_maximum(*next, maxima++);
-      weigh_some();
-    });
-    while (maxima < tiles) take_maximum(*next, maxima++);
-    while (done < groups) weigh(*now, done++, scale);
-    if (masked) mask_scores(next->at->S, TILES_OF_PANEL, next->at->block_max, next->visit->kv, next->visit->diagonal, next->first_lane, next->steps * 32);
-    if (!next) return;
-    next->grew = next->panel->softmax.grow(next->at->block_max, next->at->alpha, scale_log2e);
-    for (int i = 0; i < PQ; i++) next->at->offset[i] = -next->panel->softmax.max[i] * scale_log2e;
+    for (int j = 0; j < NV; j++) {
+      const __m512 offset = _mm512_mul_ps(_mm512_load_ps(softmax.max + 16 * j), _mm512_set1_ps(-scale_log2e));
+      __m512 sum = _mm512_load_ps(softmax.sum + 16 * j);
+      for (int t = 0; t < 2 * steps; t++) {
+        const float* from = S + (t * NV + j) * TILE;
+        unit_t* to = P + (t / 2 * NV + j) * TILE + t % 2 * 128;
+        __m512 part = _mm512_setzero_ps();
+        UNROLL for (int i = 0; i < 8; i++) {
+          const __m512 even = exp2_bf16(_mm512_fmadd_ps(_mm512_load_ps(from + 32 * i), scale, offset));
+          const __m512 odd = exp2_bf16(_mm512_fmadd_ps(_mm512_load_ps(from + 32 * i + 16), scale, offset));
+          part = _mm512_add_ps(part, _mm512_add_ps(even, odd));
+          _mm512_store_si512(to + 16 * i, pair_rows(even, odd));
+        }
+        sum = _mm512_add_ps(sum, part);
+      }
+      _mm512_store_ps(softmax.sum + 16 * j, sum);
+    }
+  }
+
+  // O^T *= alpha
+  static __attribute__((noinline)) void rescale(float* O, const float* alpha) {
+    for (int j = 0; j < NV; j++) {
+      const __m512 factor = _mm512_load_ps(alpha + 16 * j);
+      for (int d = 0; d < D / 16; d++) UNROLL for (int i = 0; i < 16; i++) {
+        float* o = O + (d * NV + j) * TILE + 16 * i;
+        _mm512_store_ps(o, _mm512_mul_ps(_mm512_load_ps(o), factor));
+      }
+    }
+  }
+
+  // O^T = or += V^T . P^T over `steps` times 32 keys of consecutive visits.
+  static __attribute__((noinline)) void accumulate(const Visit* visits, const unit_t* P, float* O, bool first, int steps, bool fetch, int ahead) {
+    for (int d32 = 0; d32 < D / 32; d32++) for (int j2 = 0; j2 < NV / 2; j2++) {
+      float* c = O + (2 * d32 * NV + 2 * j2) * TILE;
+      if (first) tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+      else tile_load<0>(c), tile_load<1>(c + TILE), tile_load<2>(c + NV * TILE), tile_load<3>(c + (NV + 1) * TILE);
+      for (int s = 0; s < steps; s++) {
+        const unit_t* a = (const unit_t*)visits[s / STEPS].value + (2 * d32 * STEPS + s % STEPS) * TILE;
+        const unit_t* b = P + (s * NV + 2 * j2) * TILE;
+        four_products(a, a + STEPS * TILE, b, b + TILE);
+        // this loop touches 1 KiB of a block for every 1 KiB of its values: the same place in the block `ahead` visits on
+        if (fetch) fetch_1k(visits[s / STEPS + ahead].value + ((d32 * (NV / 2) + j2) * STEPS + s % STEPS) * 1024);
+      }
+      store_four(c);
+    }
+  }
+
+  // One panel against a few visits. Only a row's last visit can be short or diagonal, so the keys of all lie gapless in S and P.
+  // `fetch`: as many whole visits follow; their keys and values, which come from far, are fetched during this work.
+  static void attend_some(Scratch& t, Panel& panel, const Visit* visits, int num_visits, bool first, bool fetch, float scale_log2e,
+                          int first_lane) {
+    alignas(64) float best[PQ], alpha[PQ];
+    for (int i = 0; i < PQ; i++) best[i] = -FLT_MAX;
+    int steps = 0;
+    for (const Visit* visit = visits; visit < visits + num_visits; visit++) {
+      const int own = (visit->kv + 31) / 32;
+      float* S = t.S + 2 * steps * NV * TILE;
+      scores(*visit, panel.Q, S, own, fetch ? visit[num_visits].key : nullptr);
+      if (visit->diagonal || visit->kv < own * 32) mask_scores(S, TILES_OF_PANEL, visit->kv, visit->diagonal, first_lane, own * 32);
+      take_maximum(S, best, 2 * own);
+      steps += own;
+    }
+    const bool grew = panel.softmax.grow(best, alpha, scale_log2e);
+    weights(t.S, t.P, panel.softmax, scale_log2e, steps);
+    if (grew && !first) rescale(panel.O, alpha);
+    accumulate(visits, t.P, panel.O, first, steps, fetch, num_visits);
   }
 
   static void attend(const Unit& unit, char* memory) {
     Scratch& t = *(Scratch*)memory;
     // here and not once per thread: between two units a Python signal handler may have run torch's own tile code
     use_full_tiles();
-    const float scale_log2e = unit.scale * LOG2E;
-    const int panels = (unit.rows + PQ - 1) / PQ, total = panels * unit.num_visits;
+    const int panels = (unit.rows + PQ - 1) / PQ;
     for (int p = 0; p < panels; p++) {
       pack_query(unit, p * PQ, t.panels[p].Q);
       t.panels[p].softmax.reset();
     }
-    // Flight i is panel i % panels of visit i / panels. Three are in the air, on two sets of buffers: the scores of flight i + 1 replace
-    // those of flight i - 1, which were used up; their weights, maxima and factors are written only after flight i - 1 has landed.
-    Flight flights[3];
-    for (int i = -1; i <= total; i++) {
-      if (i + 1 < total) {
-        const int n = (i + 1) / panels, p = (i + 1) % panels;
-        const Visit* visit = unit.visits + n;
-        flights[(i + 1) % 3] = {&t.buffers[(i + 1) % 2], &t.panels[p], visit, (visit->kv + 31) / 32, p * PQ, n == 0, false};
-      }
-      Flight* before = i >= 1 ? &flights[(i - 1) % 3] : nullptr;
-      Flight* now = i >= 0 && i < total ? &flights[i % 3] : nullptr;
-      stage(before, now, i + 1 < total ? &flights[(i + 1) % 3] : nullptr, scale_log2e);
-    }
+    for (int n = 0; n < unit.num_visits; n += VISITS) for (int p = 0; p < panels; p++)
+      attend_some(t, t.panels[p], unit.visits + n, std::min(VISITS, unit.num_visits - n), n == 0,
+                  p == 0 && n + 2 * VISITS <= unit.num_visits, unit.scale * LOG2E, p * PQ);
     for (int p = 0; p < panels; p++) write_panel<D>(t.panels[p].O, TILES_OF_PANEL, t.panels[p].softmax, unit, p * PQ);
   }
 };

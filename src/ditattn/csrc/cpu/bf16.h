@@ -34,11 +34,23 @@ INLINE __m512 exp2_bf16(__m512 x) {
   return _mm512_scalef_ps(p, x);
 }
 
+INLINE __m256 exp2_bf16(__m256 x) {
+  const __m256 f = _mm256_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m256 p = _mm256_fmadd_ps(f, _mm256_set1_ps(0.0780245215f), _mm256_set1_ps(0.226067156f));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.695833564f));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.999925196f));
+  return _mm256_scalef_ps(p, x);
+}
+
 // Two rows of weights -> one row of pairs.
 INLINE __m512i pair_rows(__m512 even, __m512 odd) {
   alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return _mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
+INLINE __m256i pair_rows(__m256 even, __m256 odd) {
+  alignas(32) static const uint16_t order[16] = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
+  return _mm256_permutexvar_epi16(_mm256_load_si256((const __m256i*)order), (__m256i)_mm256_cvtne2ps_pbh(odd, even));
 }
 
 template <int D> struct Bf16Kernel {
@@ -158,7 +170,10 @@ template <int D> struct Bf16Kernel {
         Panel& panel = t.panels[p];
         alignas(64) float block_max[PQ], alpha[PQ];
         scores(visit, panel.Q, t.S, block_max, rows);
-        if (visit.diagonal || visit.kv < rows) mask_scores(t.S, ROWS_OF_PANEL, block_max, visit.kv, visit.diagonal, p * PQ, rows);
+        if (visit.diagonal || visit.kv < rows) {
+          mask_scores(t.S, ROWS_OF_PANEL, visit.kv, visit.diagonal, p * PQ, rows);
+          find_maximum(t.S, block_max, rows);
+        }
         panel.softmax.grow(block_max, alpha, scale_log2e);
         weights(t.S, t.P, panel.softmax, scale_log2e, rows);
         accumulate((const unit_t*)visit.value, t.P, panel.O, alpha, n == 0, rows / 2);

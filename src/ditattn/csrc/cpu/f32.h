@@ -116,7 +116,10 @@ template <int D> struct F32Kernel {
         Panel& panel = t.panels[p];
         alignas(64) float block_max[PQ], alpha[PQ];
         scores(visit, panel.Q, t.S, block_max, rows);
-        if (visit.diagonal || visit.kv < rows) mask_scores(t.S, ROWS_OF_PANEL, block_max, visit.kv, visit.diagonal, p * PQ, rows);
+        if (visit.diagonal || visit.kv < rows) {
+          mask_scores(t.S, ROWS_OF_PANEL, visit.kv, visit.diagonal, p * PQ, rows);
+          find_maximum(t.S, block_max, rows);
+        }
         panel.softmax.grow(block_max, alpha, scale_log2e);
         weights(t.S, panel.softmax, scale_log2e, rows);
         accumulate((const float*)visit.value, t.S, panel.O, alpha, n == 0, rows);

@@ -41,18 +41,23 @@ struct Softmax {
 
 // Scores of keys that a lane must not see become -infinity: rows kv.. of a short block, and on the diagonal the keys after the query.
 // Padding has logit 0 and must not enter the maximum: with strongly negative logits every real weight would underflow.
-INLINE void mask_scores(float* S, Layout layout, float* block_max, int kv, bool diagonal, int first_lane, int rows) {
-  vf best[NV];
-  for (int j = 0; j < NV; j++) best[j] = splat(-FLT_MAX);
-  for (int r = 0; r < rows; r++) for (int j = 0; j < NV; j++) {
+inline __attribute__((noinline)) void mask_scores(float* S, Layout layout, int kv, bool diagonal, int first_lane, int rows) {
+  for (int r = diagonal ? 0 : kv; r < rows; r++) for (int j = 0; j < NV; j++) {
     vf* s = (vf*)(S + at(layout, r, j));
     vi hidden = {};
     if (r >= kv) hidden = ~hidden;
-    else if (diagonal) for (int i = 0; i < W; i++) hidden[i] = first_lane + j * W + i < r ? -1 : 0;
+    else for (int i = 0; i < W; i++) hidden[i] = first_lane + j * W + i < r ? -1 : 0;
     *s = hidden ? splat(-INFINITY) : *s;
-    best[j] = vmax(best[j], *s);
   }
-  for (int j = 0; j < NV; j++) ((vf*)block_max)[j] = best[j];
+}
+
+// Each lane's maximum over `rows` keys, where the scores were masked after they were computed.
+inline __attribute__((noinline)) void find_maximum(const float* S, float* block_max, int rows) {
+  for (int j = 0; j < NV; j++) {
+    vf best = splat(-FLT_MAX);
+    for (int r = 0; r < rows; r++) best = vmax(((const vf*)(S + r * PQ))[j], best);
+    ((vf*)block_max)[j] = best;
+  }
 }
 
 // O^T / sum -> rows of the caller's output; log-sum-exp where asked for.

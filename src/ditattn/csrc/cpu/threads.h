@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <sys/mman.h>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -59,8 +60,16 @@ class Team {
 
 // Cache-line aligned memory, freed on leaving.
 class Memory {
+  static constexpr size_t HUGE_PAGE = 2 << 20;
+
  public:
-  explicit Memory(size_t bytes) { if (bytes && posix_memalign(&data_, 64, bytes + 64)) data_ = nullptr; }
+  explicit Memory(size_t bytes) {
+    if (posix_memalign(&data_, bytes >= HUGE_PAGE ? HUGE_PAGE : 64, bytes + 64)) data_ = nullptr;
+#if defined(MADV_HUGEPAGE)
+    // touching fresh memory in small pages costs as much as packing into it
+    else if (bytes >= HUGE_PAGE) madvise(data_, bytes, MADV_HUGEPAGE);
+#endif
+  }
   ~Memory() { free(data_); }
   Memory(const Memory&) = delete;
   char* get() const { return (char*)data_; }
