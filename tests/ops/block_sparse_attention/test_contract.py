@@ -177,3 +177,10 @@ def test_bad_calls_say_what_is_wrong(what: str) -> None:
     tensors, options, text = calls[what]
     with pytest.raises(UnsupportedCall, match=text):
         block_sparse_attention(*tensors, p.plan, **options)
+
+
+def test_compiles_into_one_graph() -> None:
+    problem = build(PLAIN, torch.bfloat16)
+    compiled = torch.compile(lambda q, k, v: block_sparse_attention(q, k, v, problem.plan), fullgraph=True, backend="aot_eager")
+    expected = block_sparse_attention(problem.query, problem.key, problem.value, problem.plan)
+    assert torch.equal(compiled(problem.query, problem.key, problem.value), expected)

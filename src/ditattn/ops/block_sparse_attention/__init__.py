@@ -99,10 +99,12 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     check_qkv(query, key, value, key_lengths)
     _check_plan(query, key, plan)
-    facts = _facts(query, key, causal, key_lengths, return_lse, plan.block_size)
-    chosen = choose(TABLE, facts, implementation)
+    # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
+    name = implementation or ""
+    if not torch.compiler.is_compiling():
+        name = choose(TABLE, _facts(query, key, causal, key_lengths, return_lse, plan.block_size), implementation).name
     scale = checked_scale(scale, query.shape[3])
-    out, lse = _op(query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, chosen.name)
+    out, lse = _op(query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, name)
     return out, lse
 
 
@@ -142,7 +144,7 @@ def _op(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     facts = _facts(query, key, causal, key_lengths, return_lse, block_size)
-    run = load(choose(TABLE, facts, implementation))
+    run = load(choose(TABLE, facts, implementation or None))
     plan = BlockPlan(indices, counts, query.shape[1], key.shape[1], block_size)
     out, lse = run(query, key, value, plan, scale, causal, key_lengths, return_lse)
     return out.contiguous(), (lse if return_lse else query.new_empty(0, dtype=torch.float32))

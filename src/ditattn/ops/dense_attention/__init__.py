@@ -23,7 +23,16 @@ _LIBRARY = "ditattn.ops.cpu_library"
 _HEAD_DIMS = (32, 64, 96, 128)
 
 TABLE: tuple[Implementation, ...] = (
-    Implementation("cpu", f"{_HERE}.cpu:run", devices=("cpu",), head_dims=_HEAD_DIMS, honours=_CPU_HONOURS, probe=f"{_LIBRARY}:problem"),
+    Implementation(
+        "cpu",
+        f"{_HERE}.cpu:run",
+        devices=("cpu",),
+        head_dims=_HEAD_DIMS,
+        honours=_CPU_HONOURS,
+        probe=f"{_LIBRARY}:problem",
+        # where the CPU has matrix instructions that a kernel does not use as well, torch may be faster
+        preference="ditattn.ops.preference:dense_on_cpu",
+    ),
     Implementation(
         "cpu_fast_fp32",
         f"{_HERE}.cpu:run_fast_fp32",
@@ -81,10 +90,13 @@ def dense_attention(
         BackendUnavailable: the named implementation cannot run here.
     """
     check_qkv(query, key, value, key_lengths)
-    facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, attn_mask=attn_mask is not None)
-    chosen = choose(TABLE, facts, implementation)
+    # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
+    name = implementation or ""
+    if not torch.compiler.is_compiling():
+        facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, attn_mask=attn_mask is not None)
+        name = choose(TABLE, facts, implementation).name
     scale = checked_scale(scale, query.shape[3])
-    out: Tensor = _op(query, key, value, scale, causal, key_lengths, attn_mask, chosen.name)
+    out: Tensor = _op(query, key, value, scale, causal, key_lengths, attn_mask, name)
     return out
 
 
@@ -100,7 +112,7 @@ def _op(
     implementation: str,
 ) -> Tensor:
     facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, attn_mask=attn_mask is not None)
-    run = load(choose(TABLE, facts, implementation))
+    run = load(choose(TABLE, facts, implementation or None))
     out: Tensor = run(query, key, value, scale, causal, key_lengths, attn_mask)
     return out.contiguous()
 
