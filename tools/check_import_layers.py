@@ -14,10 +14,11 @@ FLOORS: list[list[str]] = [
     ["ditattn.cli"],
     ["ditattn.pipelines"],
     ["ditattn.attention.backends", "ditattn.attention.selector"],
+    ["ditattn.attention.sparse"],
     ["ditattn.attention.selection"],
-    ["ditattn.ops", "ditattn.models"],
-    ["ditattn.attention.interface", "ditattn.attention.token_order", "ditattn.attention.schedule"],
-    ["ditattn.attention.plan", "ditattn.platforms", "ditattn.config"],
+    ["ditattn.ops", "ditattn.models", "ditattn.platforms", "ditattn.attention.token_order"],
+    ["ditattn.attention.interface"],
+    ["ditattn.attention.plan", "ditattn.config", "ditattn.packages"],
     ["ditattn.errors", "ditattn._version"],
 ]
 
@@ -30,6 +31,7 @@ ONLY_IN: dict[str, list[str]] = {
     "transformers": ["ditattn.pipelines.diffusers"],
     "tokenizers": ["ditattn.pipelines.diffusers"],
     "imageio": ["ditattn.cli"],
+    "imageio_ffmpeg": ["ditattn.cli"],
     "typer": ["ditattn.cli"],
     "rich": ["ditattn.cli"],
 }

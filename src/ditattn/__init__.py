@@ -1,5 +1,80 @@
-"""ditattn: dense and block-sparse attention backends for diffusion transformers."""
+"""ditattn: dense and block-sparse attention backends for diffusion transformers.
+
+Importing it does nothing else: every name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from ditattn._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from ditattn.attention.interface import (
+        AttentionBackend,
+        AttentionBackendEnum,
+        AttentionImpl,
+        AttentionMetadata,
+        AttentionMetadataBuilder,
+    )
+    from ditattn.attention.plan import BlockPlan
+    from ditattn.attention.selector import force_attn_backend, get_attn_backend
+    from ditattn.errors import BackendUnavailable, DitattnError
+    from ditattn.ops.block_mean import block_mean
+    from ditattn.ops.block_sparse_attention import block_sparse_attention
+    from ditattn.ops.dense_attention import dense_attention
+    from ditattn.pipelines.diffusers.install import install
+    from ditattn.pipelines.diffusers.register import register
+    from ditattn.pipelines.step_clock import step
+
+_WHERE = {
+    "AttentionBackend": "ditattn.attention.interface",
+    "AttentionBackendEnum": "ditattn.attention.interface",
+    "AttentionImpl": "ditattn.attention.interface",
+    "AttentionMetadata": "ditattn.attention.interface",
+    "AttentionMetadataBuilder": "ditattn.attention.interface",
+    "BackendUnavailable": "ditattn.errors",
+    "BlockPlan": "ditattn.attention.plan",
+    "DitattnError": "ditattn.errors",
+    "block_mean": "ditattn.ops.block_mean",
+    "block_sparse_attention": "ditattn.ops.block_sparse_attention",
+    "dense_attention": "ditattn.ops.dense_attention",
+    "force_attn_backend": "ditattn.attention.selector",
+    "get_attn_backend": "ditattn.attention.selector",
+    "install": "ditattn.pipelines.diffusers.install",
+    "register": "ditattn.pipelines.diffusers.register",
+    "step": "ditattn.pipelines.step_clock",
+}
+
+__all__ = [
+    "AttentionBackend",
+    "AttentionBackendEnum",
+    "AttentionImpl",
+    "AttentionMetadata",
+    "AttentionMetadataBuilder",
+    "BackendUnavailable",
+    "BlockPlan",
+    "DitattnError",
+    "__version__",
+    "block_mean",
+    "block_sparse_attention",
+    "dense_attention",
+    "force_attn_backend",
+    "get_attn_backend",
+    "install",
+    "register",
+    "step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'ditattn' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -45,6 +45,9 @@ def attention(
     """
     library = _library()
     batch, length, heads, dim = query.shape
+    if scale == 0:
+        # hidden scores are -infinity, and -infinity times 0 is NaN; a NaN or infinity of the query stays one
+        query, scale = query * 0, 1.0
     query, key, value = (_dense_rows(x) for x in (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype)
     lse = torch.empty(batch, heads, length, dtype=torch.float32) if return_lse else None

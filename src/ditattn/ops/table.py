@@ -7,7 +7,6 @@ nothing is imported except to see whether a needed package exists, and a row's m
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -16,30 +15,12 @@ from typing import Any
 import torch
 
 from ditattn.errors import BackendUnavailable, UnsupportedCall
+from ditattn.packages import Package
 
-__all__ = ["CallFacts", "Implementation", "Package", "Verdict", "choose", "explain", "load"]
+__all__ = ["CallFacts", "Implementation", "Verdict", "choose", "explain", "load"]
 
 HALF = ("bfloat16", "float16")
 FLOATS = ("float32", *HALF)
-
-
-@dataclass(frozen=True)
-class Package:
-    """Something to install: its import name, what it gives and the command that installs it."""
-
-    module: str
-    gives: str
-    install: str
-
-    def missing(self) -> bool:
-        """Look for the module without importing it (a parent package is imported if the name is dotted)."""
-        try:
-            return importlib.util.find_spec(self.module) is None
-        except (ImportError, ValueError):
-            return True
-
-    def sentence(self) -> str:
-        return f"package '{self.module}' is missing ({self.gives}): {self.install}"
 
 
 @dataclass(frozen=True)
@@ -97,9 +78,9 @@ class Implementation:
         """Why this row cannot serve the call, or None."""
         if not self.runs_on(facts.device):
             return f"runs on {' or '.join(self.devices)}, not on {facts.device}"
-        for package in self.packages:
-            if package.missing():
-                return package.sentence()
+        missing = [package.sentence() for package in self.packages if package.missing()]
+        if missing:
+            return "; ".join(missing)
         return self.mismatch(facts) or (_resolve(self.probe)() if self.probe else None)
 
     def mismatch(self, facts: CallFacts) -> str | None:

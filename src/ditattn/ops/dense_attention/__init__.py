@@ -12,15 +12,16 @@ from torch import Tensor
 
 from ditattn.ops.contract import call_facts, check_qkv, checked_scale
 from ditattn.ops.table import HALF, Implementation, choose, load
+from ditattn.packages import SGL_KERNEL_NPU, TORCH_NPU
 
 __all__ = ["TABLE", "dense_attention"]
 
 _HERE = "ditattn.ops.dense_attention"
 _SDPA_HONOURS = frozenset({"causal", "key_lengths", "attn_mask", "gqa", "unequal_lengths"})
-
 _CPU_HONOURS = frozenset({"causal", "key_lengths", "gqa", "unequal_lengths"})
 _LIBRARY = "ditattn.ops.cpu_library"
 _HEAD_DIMS = (32, 64, 96, 128)
+_FLASH_HONOURS = frozenset({"causal", "gqa", "unequal_lengths"})
 
 TABLE: tuple[Implementation, ...] = (
     Implementation(
@@ -45,15 +46,25 @@ TABLE: tuple[Implementation, ...] = (
         computes_in="bfloat16",
     ),
     Implementation("torch", f"{_HERE}.pure_torch:run", honours=_SDPA_HONOURS),
-    Implementation(
-        "flash", f"{_HERE}.pure_torch:run_flash", devices=("cpu",), honours=frozenset({"causal", "gqa", "unequal_lengths"}), automatic=False
-    ),
+    Implementation("flash", f"{_HERE}.pure_torch:run_flash", devices=("cpu",), honours=_FLASH_HONOURS, automatic=False),
+    Implementation("flash", f"{_HERE}.pure_torch:run_flash", devices=("cuda",), dtypes=HALF, honours=_FLASH_HONOURS, automatic=False),
     Implementation(
         "flash",
-        f"{_HERE}.pure_torch:run_flash",
-        devices=("cuda",),
+        f"{_HERE}.ascend:run_fused",
+        devices=("npu",),
         dtypes=HALF,
-        honours=frozenset({"causal", "gqa", "unequal_lengths"}),
+        honours=frozenset({"gqa", "unequal_lengths"}),
+        packages=(TORCH_NPU,),
+        automatic=False,
+    ),
+    Implementation(
+        "laser",
+        f"{_HERE}.ascend:run_laser",
+        devices=("npu",),
+        dtypes=HALF,
+        head_dims=(32, 64, 96, 128),
+        honours=frozenset({"gqa"}),
+        packages=(TORCH_NPU, SGL_KERNEL_NPU),
         automatic=False,
     ),
     Implementation("reference", f"{_HERE}.reference:run", honours=_SDPA_HONOURS, automatic=False),

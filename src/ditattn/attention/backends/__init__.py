@@ -1,0 +1,1 @@
+"""What users name: one file per method."""

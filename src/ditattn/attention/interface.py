@@ -1,0 +1,205 @@
+"""The classes that every backend is made of, under the names that users of sglang, FastVideo and vLLM know.
+
+A backend is four classes (backend, impl, metadata, builder); these bases supply every default, so that a backend's file holds only what
+is particular to it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ditattn.attention.plan import BlockPlan
+from ditattn.config import AttentionConfig, DenseAttentionConfig
+from ditattn.errors import UnknownBackend, UnsupportedHeadSize
+
+__all__ = [
+    "KERNEL_HEAD_SIZES",
+    "AttentionBackend",
+    "AttentionBackendEnum",
+    "AttentionImpl",
+    "AttentionMetadata",
+    "AttentionMetadataBuilder",
+    "CallRecord",
+]
+
+# Laser and the sparse backends: what every kernel of theirs, on every device, can be asked for.
+KERNEL_HEAD_SIZES = (32, 64, 96, 128)
+
+
+class AttentionBackendEnum(Enum):
+    """Every backend. The values are what users type."""
+
+    TORCH_SDPA = "torch_sdpa"
+    FA = "fa"
+    LASER_ATTN = "laser_attn"
+    BLOCK_SPARSE_ATTN = "block_sparse_attn"
+    RAIN_FUSION_ATTN = "rain_fusion_attn"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def is_sparse(self) -> bool:
+        """True where the backend may drop key blocks. Laser is dense."""
+        return self in (AttentionBackendEnum.BLOCK_SPARSE_ATTN, AttentionBackendEnum.RAIN_FUSION_ATTN)
+
+    @classmethod
+    def parse(cls, name: str | AttentionBackendEnum) -> AttentionBackendEnum:
+        """The member for a name as users type it, in any case.
+
+        Raises:
+            UnknownBackend: names the nearest one and lists all.
+        """
+        if isinstance(name, cls):
+            return name
+        names = [member.value for member in cls]
+        if str(name).lower() in names:
+            return cls(str(name).lower())
+        nearest = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0)[0]
+        raise UnknownBackend(f"no attention backend '{name}'; did you mean '{nearest}'? There is {', '.join(names)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMetadata:
+    """What a backend may know about one denoising step; built once per step and shared by all layers.
+
+    Attributes:
+        current_timestep: index of the denoising step, 0 first (not sigma, not t); None if unknown.
+        key_lengths: integer `[B]`: only that many leading key tokens of each batch element are real; None means all.
+    """
+
+    current_timestep: int | None = None
+    key_lengths: Tensor | None = None
+
+
+class AttentionMetadataBuilder(ABC):
+    """Makes the metadata of a step."""
+
+    def prepare(self) -> None:  # noqa: B027
+        """Called once before a run; most builders have nothing to prepare."""
+
+    @abstractmethod
+    def build(self, *, current_timestep: int | None = None, **kwargs: Any) -> AttentionMetadata:
+        """Metadata from the facts of a step."""
+
+
+class DenseMetadataBuilder(AttentionMetadataBuilder):
+    """Dense backends ask for nothing but the step; further facts are accepted, since the caller does not know who needs them."""
+
+    def build(self, *, current_timestep: int | None = None, **kwargs: Any) -> AttentionMetadata:
+        return AttentionMetadata(current_timestep=current_timestep)
+
+
+@dataclass(frozen=True)
+class CallRecord:
+    """What one attention call really did.
+
+    Attributes:
+        reason: why it ran densely; None if it ran sparse.
+        plan: the plan that ran; None if it ran densely.
+    """
+
+    reason: str | None
+    plan: BlockPlan | None = None
+
+
+class AttentionImpl(ABC):
+    """The computation of one attention layer.
+
+    Args:
+        num_heads: query heads.
+        head_size: D.
+        softmax_scale: factor on the scores; None means 1 / sqrt(D).
+        causal: query i sees keys 0..i.
+        num_kv_heads: key and value heads; None means as many as query heads.
+        prefix: the layer's path in the model, for messages.
+        layer_index: number of the layer among the model's self-attention layers; None if unknown.
+        observer: called once per `forward` with a CallRecord.
+
+    Raises:
+        UnsupportedHeadSize: the backend does not support `head_size`.
+    """
+
+    supported_head_sizes: ClassVar[tuple[int, ...]] = ()
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        num_kv_heads: int | None = None,
+        prefix: str = "",
+        *,
+        layer_index: int | None = None,
+        observer: Callable[[CallRecord], None] | None = None,
+    ) -> None:
+        check_head_size(type(self).__name__, head_size, self.supported_head_sizes)
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.head_size = head_size
+        self.softmax_scale = head_size**-0.5 if softmax_scale is None else softmax_scale
+        self.causal = causal
+        self.prefix = prefix
+        self.layer_index = layer_index
+        self._observer = observer
+
+    @abstractmethod
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> Tensor:
+        """query `[B, S, H, D]`, key and value `[B, T, G, D]` -> `[B, S, H, D]` in the query's dtype."""
+
+    def _note(self, reason: str | None, plan: BlockPlan | None = None) -> None:
+        if self._observer is not None:
+            self._observer(CallRecord(reason, plan))
+
+
+class AttentionBackend(ABC):
+    """One method that users can name. Subclasses set the class attributes; the getters are the interface that hosts call."""
+
+    enum: ClassVar[AttentionBackendEnum]
+    impl_cls: ClassVar[type[AttentionImpl]]
+    metadata_cls: ClassVar[type[AttentionMetadata]] = AttentionMetadata
+    builder_cls: ClassVar[type[AttentionMetadataBuilder]] = DenseMetadataBuilder
+    config_cls: ClassVar[type[AttentionConfig]] = DenseAttentionConfig
+    ops: ClassVar[tuple[str, ...]] = ("dense_attention",)
+    """The ops it is computed by, for `ditattn backends`."""
+    implementation: ClassVar[str | None] = None
+    """The implementation of its first op that it insists on; None takes the best one."""
+
+    @classmethod
+    def get_enum(cls) -> AttentionBackendEnum:
+        return cls.enum
+
+    @classmethod
+    def get_impl_cls(cls) -> type[AttentionImpl]:
+        return cls.impl_cls
+
+    @classmethod
+    def get_metadata_cls(cls) -> type[AttentionMetadata]:
+        return cls.metadata_cls
+
+    @classmethod
+    def get_builder_cls(cls) -> type[AttentionMetadataBuilder]:
+        return cls.builder_cls
+
+    @classmethod
+    def get_config_cls(cls) -> type[AttentionConfig]:
+        return cls.config_cls
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        """Possible head sizes; empty means any."""
+        return list(cls.impl_cls.supported_head_sizes)
+
+
+def check_head_size(who: str, head_size: int, supported: tuple[int, ...] | list[int]) -> None:
+    """Raise UnsupportedHeadSize unless `head_size` is among `supported` (empty means any)."""
+    if supported and head_size not in supported:
+        raise UnsupportedHeadSize(f"{who} supports head sizes {', '.join(map(str, supported))}, not {head_size}")

@@ -1,0 +1,162 @@
+"""Antidiagonal selection: estimate the softmax mass of every block from the antidiagonals of its tiles (the rule of Block Sparse).
+
+Groups of `stride` tokens are folded into one long vector, the query's group reversed, so that the product of two folded vectors is the sum
+of the scores on one antidiagonal of a stride x stride tile of tokens. Their softmax, summed over a block, estimates the block's mass.
+
+Source: XAttention, arXiv 2503.16428, as the operator `sparse_block_estimate` of sgl-kernel-npu specifies it. Differences, all listed in
+docs/originals.md: fp32 throughout, the tail of the keys is scored, at least one block is kept, a causal denominator is triangular, the
+flags for the forced columns are honoured, exactly the asked number of blocks is kept (the operator also keeps near-ties within 1e-5).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ditattn.attention.plan import BLOCK_SIZE, BlockPlan, num_blocks
+
+__all__ = ["STRIDE", "estimate", "select"]
+
+STRIDE = 8
+# the operator never caps rows with fewer valid blocks than this
+MIN_CAPPED_BLOCKS = 10
+# 64 MiB of fp32 scores at a time
+CHUNK_SCORES = 16 * 2**20
+
+
+def select(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float,
+    sparsity: float,
+    protected: Tensor,
+    threshold: float = 1.0,
+    causal: bool = False,
+    keep_sink: bool = True,
+    keep_recent: bool = True,
+    key_lengths: Tensor | None = None,
+    stride: int = STRIDE,
+    block_size: int = BLOCK_SIZE,
+) -> BlockPlan:
+    """Keep the key blocks with the largest estimated mass.
+
+    Args:
+        query: `[B, S, H, D]`.
+        key: `[B, T, G, D]`, H a multiple of G.
+        scale: factor on the scores.
+        sparsity: a row with K valid blocks keeps the best floor(K * (1 - sparsity)), at least 1, and the forced ones.
+        protected: bool `[N]`, kept as columns and, where S = T, as whole rows.
+        threshold: below 1, keep only the shortest run of best blocks that holds this share of the mass, capped by `sparsity`.
+        causal: only blocks up to the diagonal are valid.
+        keep_sink, keep_recent: force the first and the last valid block of every row.
+        key_lengths: integer `[B]`, real keys of each batch element.
+        stride: tokens folded together.
+
+    Returns:
+        BlockPlan over `[B, H]`.
+    """
+    mass = estimate(query, key, scale=scale, causal=causal, key_lengths=key_lengths, stride=stride, block_size=block_size)
+    mask = _pick(mass, sparsity, threshold, causal, keep_sink, keep_recent)
+    mask |= protected
+    if query.shape[1] == key.shape[1]:
+        mask |= protected.unsqueeze(-1)
+    if causal:
+        mask = mask.tril()
+    return BlockPlan.from_mask(mask, query.shape[1], key.shape[1], block_size)
+
+
+def estimate(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    stride: int = STRIDE,
+    block_size: int = BLOCK_SIZE,
+) -> Tensor:
+    """Estimated softmax mass of every block, fp32 `[B, H, M, N]`.
+
+    A row sums to the number of folded queries in it: 16 for a full block of 128 at stride 8.
+    """
+    batch, length, heads, _ = query.shape
+    group = heads // key.shape[2]
+    mass = query.new_zeros(batch, heads, num_blocks(length, block_size), num_blocks(key.shape[1], block_size), dtype=torch.float32)
+    for b in range(batch):
+        num_keys = None if key_lengths is None else key_lengths[b]
+        for g in range(key.shape[2]):
+            folded_key = _fold(_without_padding(key[b, :, g], num_keys), stride)
+            for h in range(g * group, (g + 1) * group):
+                folded_query = _fold(query[b, :, h], stride, reverse=True)
+                mass[b, h] = _head_mass(folded_query, folded_key, scale / stride, causal, num_keys, stride, block_size // stride)
+    return mass
+
+
+def _without_padding(key: Tensor, num_keys: Tensor | None) -> Tensor:
+    """Keys past the real ones set to 0: one of them may share a fold with real ones."""
+    if num_keys is None:
+        return key
+    return key.masked_fill((torch.arange(key.shape[0], device=key.device) >= num_keys).unsqueeze(-1), 0.0)
+
+
+def _fold(x: Tensor, stride: int, reverse: bool = False) -> Tensor:
+    """`[S, D]` -> fp32 `[ceil(S / stride), stride * D]`, the tail padded with zeros."""
+    groups = -(-x.shape[0] // stride)
+    x = pad(x.float(), (0, 0, 0, groups * stride - x.shape[0])).view(groups, stride, x.shape[1])
+    return (x.flip(1) if reverse else x).flatten(1)
+
+
+def _head_mass(q: Tensor, k: Tensor, scale: float, causal: bool, num_keys: Tensor | None, stride: int, per_block: int) -> Tensor:
+    """One head: folded queries `[S', stride * D]` and keys `[T', stride * D]` -> `[M, N]`; `per_block` folded tokens make a block."""
+    rows = max(1, CHUNK_SCORES // (k.shape[0] * per_block)) * per_block
+    column = torch.arange(k.shape[0], device=k.device)
+    parts = []
+    for start in range(0, q.shape[0], rows):
+        scores = (q[start : start + rows] @ k.T) * scale
+        if num_keys is not None:
+            scores = scores.masked_fill(column * stride >= num_keys, -torch.inf)
+        if causal:
+            row = torch.arange(start, start + scores.shape[0], device=k.device)
+            scores = scores.masked_fill(column > row.unsqueeze(1), -torch.inf)
+        parts.append(_block_sums(scores.softmax(-1), per_block))
+    return torch.cat(parts)
+
+
+def _block_sums(weights: Tensor, per_block: int) -> Tensor:
+    rows, columns = num_blocks(weights.shape[0], per_block), num_blocks(weights.shape[1], per_block)
+    weights = pad(weights, (0, columns * per_block - weights.shape[1], 0, rows * per_block - weights.shape[0]))
+    return weights.view(rows, per_block, columns, per_block).sum((1, 3))
+
+
+def _pick(mass: Tensor, sparsity: float, threshold: float, causal: bool, keep_sink: bool, keep_recent: bool) -> Tensor:
+    """bool `[B, H, M, N]`: the best blocks of every row, and the forced ones."""
+    rows, columns = mass.shape[-2:]
+    column = torch.arange(columns, device=mass.device)
+    row = torch.arange(rows, device=mass.device).unsqueeze(-1)
+    num_valid = (row + 1).clamp(max=columns) if causal else torch.full_like(row, columns)
+    valid = column < num_valid
+    forced = ((column == 0) & keep_sink) | ((column == num_valid - 1) & keep_recent)
+    # forced blocks leave the ranking; invalid ones stand behind everything; NaN is kept, so that it reaches the output
+    scores = mass.nan_to_num(nan=torch.inf).masked_fill(forced, 0.0).masked_fill(~valid, -1.0)
+    ranked, order = scores.sort(dim=-1, descending=True, stable=True)
+    chosen = torch.arange(columns, device=mass.device) < _num_chosen(ranked, num_valid, sparsity, threshold)
+    mask = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, chosen.expand_as(order))
+    if causal:
+        mask = mask | (num_valid <= 2)
+    return (mask | forced) & valid
+
+
+def _num_chosen(ranked: Tensor, num_valid: Tensor, sparsity: float, threshold: float) -> Tensor:
+    """int64 `[B, H, M, 1]` or `[M, 1]`: length of the kept prefix of every ranked row."""
+    wanted = num_valid
+    if threshold < 1:
+        cumulative = ranked.clamp(min=0).cumsum(-1)
+        wanted = ((cumulative < threshold * cumulative[..., -1:]).sum(-1, keepdim=True) + 1).minimum(num_valid)
+    share = torch.tensor(
+        [max(1, math.floor(round(count * (1 - sparsity), 6))) for count in range(ranked.shape[-1] + 1)], device=ranked.device
+    )
+    return torch.where(num_valid >= MIN_CAPPED_BLOCKS, wanted.minimum(share[num_valid]), wanted)

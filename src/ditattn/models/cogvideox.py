@@ -1,0 +1,26 @@
+"""CogVideoX: text tokens, then video tokens, in one joint attention that calls torch's SDPA directly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ditattn.models.interface import ModelFamily, TokenLayout, patch_triple, text_length
+
+__all__ = ["COGVIDEOX"]
+
+
+def layout(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
+    """`hidden_states` is `(B, T, C, H, W)`."""
+    batch, frames, channels, rows, columns = arguments["hidden_states"].shape
+    return TokenLayout((batch, channels, frames, rows, columns), patch_triple(config), num_prefix_tokens=text_length(arguments))
+
+
+COGVIDEOX = ModelFamily(
+    name="CogVideoX",
+    transformer_classes=("CogVideoXTransformer3DModel",),
+    layout=layout,
+    self_attention=r"transformer_blocks\.\d+\.attn1",
+    dispatches=False,
+    notes="text before video, protected; bypasses diffusers' dispatcher, so SDPA calls inside its attention modules are redirected",
+)

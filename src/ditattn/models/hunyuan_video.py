@@ -1,0 +1,24 @@
+"""HunyuanVideo: video tokens, then text tokens, in one joint attention; the text is padded at its end and masked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ditattn.models.interface import ModelFamily, TokenLayout, patch_triple, text_length
+
+__all__ = ["HUNYUAN_VIDEO"]
+
+
+def layout(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
+    """`hidden_states` is `(B, C, T, H, W)`."""
+    return TokenLayout(tuple(arguments["hidden_states"].shape), patch_triple(config), num_suffix_tokens=text_length(arguments))
+
+
+HUNYUAN_VIDEO = ModelFamily(
+    name="HunyuanVideo",
+    transformer_classes=("HunyuanVideoTransformer3DModel",),
+    layout=layout,
+    self_attention=r"(transformer_blocks|single_transformer_blocks)\.\d+\.attn",
+    notes="text after video, protected; its key-padding mask is honoured by every kernel",
+)

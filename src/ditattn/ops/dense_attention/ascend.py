@@ -1,0 +1,91 @@
+"""Dense attention on Ascend NPUs: the Laser operator of sgl-kernel-npu and the fused operator of torch_npu.
+
+Written from the operators' documentation; never run on hardware. The steps around Laser are pure functions, tested on the CPU against a
+stand-in that follows the operator's documented semantics.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+# The operator takes query and key lengths in multiples of 256 and a head size of 128.
+LASER_LENGTH_MULTIPLE = 256
+LASER_HEAD_DIM = 128
+# `pre_tokens` carries the number of zero-padded key columns; this value means none.
+LASER_NO_PADDING = 2**31 - 1
+# bf16 reaches further than fp16. Dividing q, k and v by a power of two keeps them and the operator's fp16 scores, which it stores before
+# the softmax scale, in range; the scale and the output take the factors back. Magnitudes from 2^-9 up lose no bit, smaller ones move by
+# at most 2^-17.
+LASER_BF16_DIVISOR = 256.0
+
+
+class LaserInputs(NamedTuple):
+    """Operands of the operator: tensors `[B, H, S', 128]` in fp16, S' a multiple of 256."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    pre_tokens: int
+
+
+def run_laser(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, key_lengths: Tensor | None, attn_mask: Tensor | None
+) -> Tensor:
+    importlib.import_module("attentions")
+    inputs = _la_preprocess_input(query, key, value, scale)
+    _, out = torch.ops.attentions.la(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        scale_value=inputs.scale,
+        head_num=query.shape[2],
+        input_layout="BNSD",
+        keep_prob=1.0,
+        pre_tokens=inputs.pre_tokens,
+        next_tokens=1,
+        is_highPrecision=True,
+    )
+    return _la_postprocess_output(out, query)
+
+
+def _la_preprocess_input(query: Tensor, key: Tensor, value: Tensor, scale: float) -> LaserInputs:
+    """`[B, S, H, D]` tensors of equal length -> what the operator takes."""
+    length = query.shape[1]
+    padding = -length % LASER_LENGTH_MULTIPLE
+    divisor = LASER_BF16_DIVISOR if query.dtype == torch.bfloat16 else 1.0
+    q, k, v = (_to_laser(x, padding, divisor) for x in (query, key, value))
+    return LaserInputs(q, k, v, scale * divisor * divisor, padding or LASER_NO_PADDING)
+
+
+def _to_laser(x: Tensor, padding: int, divisor: float) -> Tensor:
+    x = (x if divisor == 1 else x / divisor).to(torch.float16).transpose(1, 2)
+    return pad(x, (0, LASER_HEAD_DIM - x.shape[3], 0, padding)).contiguous()
+
+
+def _la_postprocess_output(out: Tensor, query: Tensor) -> Tensor:
+    """The operator's fp32 `[B, H, S', 128]` -> `[B, S, H, D]` in the query's dtype."""
+    divisor = LASER_BF16_DIVISOR if query.dtype == torch.bfloat16 else 1.0
+    out = out[:, :, : query.shape[1], : query.shape[3]].transpose(1, 2)
+    return (out if divisor == 1 else out * divisor).to(query.dtype)
+
+
+def run_fused(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, key_lengths: Tensor | None, attn_mask: Tensor | None
+) -> Tensor:
+    torch_npu = importlib.import_module("torch_npu")
+    out: Tensor = torch_npu.npu_fused_infer_attention_score(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        num_heads=query.shape[2],
+        num_key_value_heads=key.shape[2],
+        scale=scale,
+        input_layout="BSND",
+    )[0]
+    return out

@@ -1,0 +1,38 @@
+"""Optional packages: what each gives and how it is installed. Looked for, never imported, until something of theirs is taken."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+__all__ = ["DIFFUSERS", "IMAGEIO", "SGL_KERNEL_NPU", "TORCH_NPU", "Package"]
+
+
+@dataclass(frozen=True)
+class Package:
+    """Something to install: its import name, what it gives and the command that installs it."""
+
+    module: str
+    gives: str
+    install: str
+
+    def missing(self) -> bool:
+        """Look for the module without importing it (a parent package is imported if the name is dotted)."""
+        try:
+            return importlib.util.find_spec(self.module) is None
+        except (ImportError, ValueError):
+            return True
+
+    def sentence(self) -> str:
+        """One clause that says what is missing, what it is for and what installs it."""
+        return f"package '{self.module}' is missing ({self.gives}): {self.install}"
+
+
+DIFFUSERS = Package("diffusers", "models, schedulers and pipelines", "pip install 'ditattn[diffusers]'")
+IMAGEIO = Package("imageio_ffmpeg", "h264 video files", "pip install 'ditattn[video]'")
+TORCH_NPU = Package("torch_npu", "PyTorch on Ascend NPUs", "pip install torch-npu (the version that matches torch; needs CANN)")
+SGL_KERNEL_NPU = Package(
+    "attentions",
+    "Laser and block-sparse kernels for Ascend 910",
+    "build sgl-kernel-npu from source (github.com/sgl-project/sgl-kernel-npu)",
+)

@@ -1,0 +1,25 @@
+"""Tiny random-weight pipelines of every family: built in the test, nothing downloaded, a second or less each.
+
+Head size 32, and 10 to 12 blocks of 128 tokens: the least at which both sparse backends drop something.
+"""
+
+from __future__ import annotations
+
+from tiny_pipelines.image import flux, flux_kontext, qwen_image
+from tiny_pipelines.pipeline import TinyPipeline
+from tiny_pipelines.video import cogvideox, hunyuan_video, ltx_video
+from tiny_pipelines.wan import wan, wan_image_to_video, wan_two_transformers, wan_with_token_timesteps
+
+__all__ = [
+    "TinyPipeline",
+    "cogvideox",
+    "flux",
+    "flux_kontext",
+    "hunyuan_video",
+    "ltx_video",
+    "qwen_image",
+    "wan",
+    "wan_image_to_video",
+    "wan_two_transformers",
+    "wan_with_token_timesteps",
+]

@@ -1,0 +1,39 @@
+"""A pipeline together with the arguments of its call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HEADS, HEAD_SIZE, LAYERS = 2, 32, 2
+
+
+@dataclass
+class TinyPipeline:
+    """Attributes:
+    pipe: a diffusers pipeline.
+    arguments: what its call needs besides the number of steps.
+    """
+
+    pipe: Any
+    arguments: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.pipe.set_progress_bar_config(disable=True)
+        for part in self.pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.eval().requires_grad_(False)
+
+    def run(self, num_steps: int = 3, **overrides: Any) -> Tensor:
+        """Latents of one call: the same seed, so the same latents, every time."""
+        arguments = {**self.arguments, "generator": torch.Generator().manual_seed(0), "output_type": "latent", **overrides}
+        latents: Tensor = self.pipe(num_inference_steps=num_steps, return_dict=False, **arguments)[0]
+        return latents
+
+
+def noise(*shape: int, seed: int = 1) -> Tensor:
+    """Normal noise that does not depend on what ran before."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,120 @@
+"""Video families other than Wan: 5 x 14 x 20 tokens and text, or 5 x 16 x 16 tokens: 10 to 12 blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, noise
+
+
+def hunyuan_video() -> TinyPipeline:
+    """HunyuanVideo: one double-stream and one single-stream layer; 40 text tokens behind the video, 25 of them real."""
+    from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_SIZE,
+        num_layers=1,
+        num_single_layers=LAYERS - 1,
+        num_refiner_layers=1,
+        patch_size=2,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=24,
+        pooled_projection_dim=12,
+        rope_axes_dim=(8, 12, 12),
+    )
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0), "transformer": transformer, "vae": vae}
+    pipe = HunyuanVideoPipeline(**parts, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None)
+    arguments = {"prompt_embeds": noise(1, 40, 24), "pooled_prompt_embeds": noise(1, 12), "prompt_attention_mask": _first(25, of=40)}
+    return TinyPipeline(pipe, {**arguments, "height": 224, "width": 320, "num_frames": 17})
+
+
+def ltx_video() -> TinyPipeline:
+    """LTX-Video: packed latents, text in cross-attention with a mask."""
+    from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=6,
+        out_channels=6,
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_SIZE,
+        cross_attention_dim=HEADS * HEAD_SIZE,
+        num_layers=LAYERS,
+        caption_channels=24,
+    )
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=6,
+        block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        spatio_temporal_scaling=(True, False),
+        decoder_spatio_temporal_scaling=(True, False),
+        decoder_inject_noise=(False, False, False),
+        upsample_residual=(False, False),
+        upsample_factor=(1, 1),
+        patch_size=1,
+    )
+    pipe = LTXPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), transformer=transformer, vae=vae, text_encoder=None, tokenizer=None)
+    text = {
+        "prompt_embeds": noise(1, 12, 24),
+        "prompt_attention_mask": _first(9, of=12),
+        "negative_prompt_embeds": noise(1, 12, 24, seed=2),
+        "negative_prompt_attention_mask": _first(4, of=12),
+    }
+    return TinyPipeline(pipe, {**text, "height": 32, "width": 32, "num_frames": 9})
+
+
+def cogvideox(scheduler: str = "CogVideoXDPMScheduler") -> TinyPipeline:
+    """CogVideoX: 12 text tokens before the video; its processors call torch's SDPA themselves. `scheduler` is a diffusers class."""
+    import diffusers
+
+    torch.manual_seed(0)
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_SIZE,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=24,
+        num_layers=LAYERS,
+        sample_width=40,
+        sample_height=28,
+        sample_frames=17,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=12,
+    )
+    vae = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+    parts: dict[str, Any] = {"scheduler": getattr(diffusers, scheduler)(), "transformer": transformer, "vae": vae}
+    pipe = diffusers.CogVideoXPipeline(**parts, text_encoder=None, tokenizer=None)
+    text = {"prompt_embeds": noise(1, 12, 24), "negative_prompt_embeds": noise(1, 12, 24, seed=2), "guidance_scale": 6.0}
+    return TinyPipeline(pipe, {**text, "height": 224, "width": 320, "num_frames": 17})
+
+
+def _first(count: int, of: int) -> torch.Tensor:
+    """A mask of `of` text tokens, the first `count` of them real."""
+    return (torch.arange(of)[None] < count).long()
