@@ -32,7 +32,7 @@ __all__ = [
 ENVIRONMENT = "DITATTN_CPU_ISA"
 FOLDER = Path(__file__).parent / "native"
 
-# Best last, in the order of the bits of csrc/cpu/features.h.
+# Best last, in the order of the bits of csrc/cpu/instruction_sets.h.
 VARIANTS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 
 

@@ -8,7 +8,7 @@
 #if defined(__AMX_BF16__)
 #include "amx.h"
 #endif
-#include "features.h"
+#include "instruction_sets.h"
 
 #include <new>
 
@@ -75,5 +75,5 @@ EXPORT int ditattn_has_bf16() {
 #endif
 }
 
-// Bit i: this CPU and operating system can run variant i (see features.h).
+// Bit i: this CPU and operating system can run variant i (see instruction_sets.h).
 EXPORT uint32_t ditattn_runnable_variants() { return runnable_variants(); }

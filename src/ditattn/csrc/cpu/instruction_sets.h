@@ -1,6 +1,7 @@
 // Which instruction sets this CPU and its operating system support. Compiled into every shared object, asked through the baseline one.
 #pragma once
 #include <cstdint>
+#include <initializer_list>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
