@@ -212,7 +212,9 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan) -> Callabl
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     q, k, v = (x.transpose(1, 2).contiguous() for x in (query, key, value))
-    none = torch.zeros_like(plan.counts), torch.zeros_like(plan.indices)
-    mask = BlockMask.from_kv_blocks(*none, plan.counts, plan.indices.clamp(min=0), BLOCK_SIZE=BLOCK_SIZE)
+    # it reads the number of key blocks off the width of the indices
+    indices = torch.nn.functional.pad(plan.indices.clamp(min=0), (0, plan.num_key_blocks - plan.indices.shape[-1]))
+    none = torch.zeros_like(plan.counts), torch.zeros_like(indices)
+    mask = BlockMask.from_kv_blocks(*none, plan.counts, indices, BLOCK_SIZE=BLOCK_SIZE)
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(q, k, v, block_mask=mask)
