@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,12 +26,22 @@ FLOATS = ("float32", *HALF)
 
 @dataclass(frozen=True)
 class CallFacts:
-    """What an implementation may be picky about. `needs` holds any of: causal, key_lengths, attn_mask, lse, gqa, unequal_lengths."""
+    """What an implementation may be picky about.
+
+    Attributes:
+        needs: any of causal, key_lengths, attn_mask, lse, gqa, unequal_lengths.
+        group: query heads per key head.
+        num_keys: key tokens; None if not asked about a particular call.
+        block_size: tokens per block of the plan; None where there is none.
+    """
 
     device: str
     dtype: torch.dtype
     head_dim: int
     needs: frozenset[str] = frozenset()
+    group: int = 1
+    num_keys: int | None = None
+    block_size: int | None = None
 
     def sentence(self) -> str:
         extras = f", {', '.join(sorted(self.needs))}" if self.needs else ""
@@ -50,6 +61,8 @@ class Implementation:
         honours: which `CallFacts.needs` it can serve.
         packages: what must be installed.
         probe: "module:function" that returns None or the reason why it cannot run here (a library that was not built, a missing device).
+        limits: "module:function" that takes the CallFacts and returns None or the reason why it refuses such a call on every machine of
+            this kind: what the other attributes cannot say.
         automatic: False for rows that run only when asked for by name.
     """
 
@@ -61,6 +74,7 @@ class Implementation:
     honours: frozenset[str] = frozenset()
     packages: tuple[Package, ...] = ()
     probe: str | None = None
+    limits: str | None = None
     automatic: bool = True
 
     def runs_on(self, device: str) -> bool:
@@ -76,7 +90,7 @@ class Implementation:
         return self.mismatch(facts) or (_resolve(self.probe)() if self.probe else None)
 
     def mismatch(self, facts: CallFacts) -> str | None:
-        """What of the call's dtype, head size or options the row does not take on any machine, or None."""
+        """What of the call's dtype, head size, options or shape the row does not take, or None."""
         dtype = str(facts.dtype).removeprefix("torch.")
         if dtype not in self.dtypes:
             return f"takes {', '.join(self.dtypes)}, not {dtype}"
@@ -84,7 +98,7 @@ class Implementation:
             return f"takes head sizes {', '.join(map(str, self.head_dims))}, not {facts.head_dim}"
         if unmet := facts.needs - self.honours:
             return f"does not honour {', '.join(sorted(unmet))}"
-        return None
+        return _resolve(self.limits)(facts) if self.limits else None
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,7 @@ class Verdict:
 @cache
 def _resolve(target: str) -> Callable[..., Any]:
     module, _, attribute = target.partition(":")
-    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    function: Callable[..., Any] = attrgetter(attribute)(importlib.import_module(module))
     return function
 
 
@@ -113,15 +127,17 @@ def explain(table: Sequence[Implementation], facts: CallFacts) -> list[Verdict]:
 
 
 @lru_cache(maxsize=1024)
-def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | None = None) -> Implementation:
-    """The row that serves the call: the named one, or the first possible automatic one. Decided once per call signature.
+def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | tuple[str, ...] | None = None) -> Implementation:
+    """The row that serves the call: the first possible one of those named, or the first possible automatic one.
+
+    Decided once per call signature.
 
     Raises:
-        BackendUnavailable: the named row cannot run on this machine.
-        UnsupportedCall: no such name, the named row refuses the call's shape or options, or no row is possible.
+        BackendUnavailable: no named row can run on this machine.
+        UnsupportedCall: no such name, the named rows refuse the call's shape or options, or no row is possible.
     """
     if name is not None:
-        return _named(table, facts, name)
+        return _named(table, facts, (name,) if isinstance(name, str) else name)
     verdicts = explain(table, facts)
     for verdict in verdicts:
         if verdict.reason is None and verdict.implementation.automatic:
@@ -130,15 +146,23 @@ def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | None
     raise UnsupportedCall(f"no implementation takes this call ({facts.sentence()}). {reasons}")
 
 
-def _named(table: tuple[Implementation, ...], facts: CallFacts, name: str) -> Implementation:
+def _named(table: tuple[Implementation, ...], facts: CallFacts, names: tuple[str, ...]) -> Implementation:
+    rows = [_row_of(table, facts, name) for name in names]
+    reasons = [row.refusal(facts) for row in rows]
+    for row, reason in zip(rows, reasons, strict=True):
+        if reason is None:
+            return row
+    possible = [v.implementation.name for v in explain(table, facts) if v.reason is None]
+    asked = f"implementation {' or '.join(map(repr, names))} was asked for ({facts.sentence()})"
+    why = "; ".join(f"{row.name}: {reason}" for row, reason in zip(rows, reasons, strict=True)) if len(rows) > 1 else str(reasons[0])
+    message = f"{asked}: {why}. Possible here: {', '.join(possible) or 'none'}"
+    only_the_call = all(reason == row.mismatch(facts) for row, reason in zip(rows, reasons, strict=True))
+    raise (UnsupportedCall if only_the_call else BackendUnavailable)(message)
+
+
+def _row_of(table: tuple[Implementation, ...], facts: CallFacts, name: str) -> Implementation:
+    """The row called `name`; a name may have one row per device, then the row for this device answers."""
     rows = [row for row in table if row.name == name]
     if not rows:
         raise UnsupportedCall(f"no implementation named '{name}'; there is {', '.join(dict.fromkeys(row.name for row in table))}")
-    # a name may have one row per device: the row for this device answers
-    row = next((row for row in rows if row.runs_on(facts.device)), rows[0])
-    reason = row.refusal(facts)
-    if reason is None:
-        return row
-    possible = [v.implementation.name for v in explain(table, facts) if v.reason is None]
-    message = f"implementation '{name}' was asked for ({facts.sentence()}): {reason}. Possible here: {', '.join(possible) or 'none'}"
-    raise (UnsupportedCall if reason == row.mismatch(facts) else BackendUnavailable)(message)
+    return next((row for row in rows if row.runs_on(facts.device)), rows[0])

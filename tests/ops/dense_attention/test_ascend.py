@@ -90,4 +90,4 @@ def test_grouped_heads() -> None:
 def test_by_name_on_another_device_is_an_error() -> None:
     q = draw(1, 2048, 1, 64)
     with pytest.raises(BackendUnavailable, match="runs on npu, not on cpu"):
-        dense_attention(q, q, q, implementation="laser")
+        dense_attention(q, q, q, implementation="laser_mindiesd")
