@@ -6,7 +6,18 @@ from torch import Tensor
 
 from cases import Case, Problem
 from ditattn.ops.block_sparse_attention import ascend
+from ditattn.ops.dense_attention import LASER_NAMES
+from ditattn.ops.dense_attention import ascend as dense_ascend
 
+LASER = tuple(name.upper() for name in LASER_NAMES)
+LASER_CASES = (
+    Case("batch of 2, length 300", batch=2, layout="transposed"),
+    Case("grouped heads 8 to 2, length 513", heads=8, key_heads=2, query_length=513, key_length=513),
+    Case("head size 32, length 256", dim=32, query_length=256, key_length=256),
+    Case("head size 96, 64 columns of padding", dim=96, query_length=448, key_length=448),
+    Case("head size 128, 192 columns of padding", dim=128, query_length=320, key_length=320),
+    Case("negative logits", data="negative logits", query_length=300, key_length=300),
+)
 BLOCK_SPARSE = (
     "MASK_TORCH_NPU",
     "MASK_MINDIESD",
@@ -38,3 +49,9 @@ def run(name: str, problem: Problem, return_lse: bool = False) -> tuple[Tensor, 
     q, k, v = problem.query, problem.key, problem.value
     out, lse = getattr(ascend, name).run(q, k, v, problem.plan, scale, False, problem.key_lengths, return_lse)
     return out.contiguous(), lse
+
+
+def laser_of(name: str, problem: Problem) -> Tensor:
+    """One package's Laser on tensors of any device, as the op would call it."""
+    scale = problem.query.shape[3] ** -0.5 if problem.scale is None else problem.scale
+    return getattr(dense_ascend, name).run(problem.query, problem.key, problem.value, scale, False, None, None)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,15 @@ HERE = Path(__file__).parent
 collect_ignore_glob = [] if importlib.util.find_spec("torch_npu") else [str(HERE / "test_[!e]*.py")]
 
 if not collect_ignore_glob:
-    sys.path.insert(0, str(HERE))
-    import cann_stub
+    from npu import cann_stub
 
     _folder = tempfile.TemporaryDirectory(prefix="cann_stub_")
     cann_stub.build(Path(_folder.name))
     cann_stub.preload(Path(_folder.name))
-    import torch_npu
+    from npu import operators
 
+    operators.declare()
+    operators.give_cpu_kernels()
     # a refused call is what many tests want to see; torch prints a traceback for each
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
@@ -42,3 +42,13 @@ def _forgetful() -> Iterator[None]:
     choose.cache_clear()
     yield
     choose.cache_clear()
+
+
+@pytest.fixture
+def soc(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Make this machine's NPU another one, by its name."""
+
+    def become(name: str) -> None:
+        monkeypatch.setenv(cann_stub.SOC_VARIABLE, name)
+
+    return become
