@@ -40,6 +40,7 @@ BODIES = {
     "aclrtGetPrimaryCtxState": "int f(int d, uint32_t *n, int32_t *a) { *a = 1; return 0; }",
     "aclrtCreateStreamWithConfig": "int f(void **s, uint32_t p, uint32_t n) { *s = (void *)0x1000; return 0; }",
     "aclrtMalloc": "int f(void **p, size_t s, int n) { *p = aligned_alloc(512, (s + 511) / 512 * 512); return 0; }",
+    "aclGetCompileoptSize": "size_t f(int n) { return 64; }",
     "aclrtFree": "int f(void *p) { free(p); return 0; }",
     "aclsysGetCANNVersion": 'int f(int n, char *v) { memset(v, 0, 256); strcpy(v, "9.0.0"); return 0; }',
 }
@@ -52,9 +53,11 @@ def build(folder: Path) -> None:
     compiler = shutil.which("cc") or shutil.which("gcc")
     assert compiler, "the stand-ins for CANN need a C compiler"
     for library in LIBRARIES:
-        text = "\n".join(code) if library == LIBRARIES[0] else ""
-        command = [compiler, "-w", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", str(folder / library), "-x", "c", "-"]
-        subprocess.run(command, input=text, text=True, check=True)
+        first = library == LIBRARIES[0]
+        # torch_npu looks for functions in the library that really has them: through the others the first one must be found
+        needs = [] if first else ["-Wl,--no-as-needed", f"-L{folder}", "-lascendcl"]
+        command = [compiler, "-w", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", str(folder / library), "-x", "c", "-", *needs]
+        subprocess.run(command, input="\n".join(code) if first else "", text=True, check=True)
 
 
 def preload(folder: Path) -> None:

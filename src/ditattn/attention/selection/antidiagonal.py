@@ -61,9 +61,9 @@ def select(
     """
     mass = estimate(query, key, scale=scale, causal=causal, key_lengths=key_lengths, stride=stride, block_size=block_size)
     mask = _pick(mass, sparsity, threshold, causal, keep_sink, keep_recent)
-    mask |= protected
+    mask = mask | protected
     if query.shape[1] == key.shape[1]:
-        mask |= protected.unsqueeze(-1)
+        mask = mask | protected.unsqueeze(-1)
     if causal:
         mask = mask.tril()
     return BlockPlan.from_mask(mask, query.shape[1], key.shape[1], block_size)
@@ -156,7 +156,6 @@ def _num_chosen(ranked: Tensor, num_valid: Tensor, sparsity: float, threshold: f
     if threshold < 1:
         cumulative = ranked.clamp(min=0).cumsum(-1)
         wanted = ((cumulative < threshold * cumulative[..., -1:]).sum(-1, keepdim=True) + 1).minimum(num_valid)
-    share = torch.tensor(
-        [max(1, math.floor(round(count * (1 - sparsity), 6))) for count in range(ranked.shape[-1] + 1)], device=ranked.device
-    )
+    shares = [max(1, math.floor(round(count * (1 - sparsity), 6))) for count in range(ranked.shape[-1] + 1)]
+    share = torch.tensor(shares, device="cpu").to(ranked.device)
     return torch.where(num_valid >= MIN_CAPPED_BLOCKS, wanted.minimum(share[num_valid]), wanted)

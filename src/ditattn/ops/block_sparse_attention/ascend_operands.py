@@ -61,14 +61,17 @@ def mask_inputs(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, key_
         keep = keep & (start < key_lengths.view(-1, 1, 1, 1))
         lengths = [min(max(int(n), 1), key.shape[1]) for n in key_lengths.tolist()]
     empty = ~keep.any(-1)
-    first = torch.zeros(keep.shape[-1], dtype=torch.bool, device=keep.device)
-    first[0] = True
-    mask = (keep | (empty.unsqueeze(-1) & first)).to(torch.int8)
+    mask = _with_first(keep, empty).to(torch.int8)
     if key_lengths is None:
         q, k, v = (_packed(x, padded_head_dim(dim)) for x in (query, key, value))
     else:
         q, k, v = (to_heads_first(x, padded_head_dim(dim)) for x in (query, key, value))
     return MaskInputs(q, k, v, mask, "TND" if key_lengths is None else "BNSD", [length] * batch, lengths, empty)
+
+
+def _with_first(keep: Tensor, empty: Tensor) -> Tensor:
+    """bool `[B, H, M, N]`: block 0 added to the rows that keep none."""
+    return keep | (empty.unsqueeze(-1) & (torch.arange(keep.shape[-1], device=keep.device) == 0))
 
 
 def _packed(x: Tensor, head_dim: int) -> Tensor:
@@ -145,8 +148,7 @@ def counted_inputs(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan) -
     """`[B, S, H, D]` -> operands, without waiting for the device."""
     batch, _, heads, dim = query.shape
     empty = empty_rows(plan, batch, heads)
-    mask = plan.to_mask().expand(batch, heads, -1, -1).to(torch.int8)
+    mask = _with_first(plan.to_mask().expand(batch, heads, -1, -1), empty).to(torch.int8)
     mask = pad(mask, (0, -mask.shape[-1] % COUNTED_MASK_COLUMNS))
-    mask[..., 0] |= empty
     q, k, v = (to_heads_first(x, padded_head_dim(dim)) for x in (query, key, value))
     return CountedInputs(q, k, v, mask, mask.sum(-1, dtype=torch.int32), empty)
