@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
 from torch import Tensor
 
+import ascend_operators
+import judge
 from cases import Case, Problem
-from ditattn.ops.block_sparse_attention import ascend
+from ditattn.ops.ascend import Operator
+from ditattn.ops.block_sparse_attention import TABLE, ascend
 from ditattn.ops.dense_attention import LASER_NAMES
 from ditattn.ops.dense_attention import ascend as dense_ascend
 
@@ -43,6 +52,27 @@ CASES = (
 )
 
 
+def pairs(names: Iterable[str]) -> list[Any]:
+    """Every case that the implementations take, as pytest parameters (name, case)."""
+    rows = {row.name.upper(): row for row in TABLE}
+    return [
+        pytest.param(name, case, id=f"{name.lower()}-{case}")
+        for name in names
+        for case in CASES
+        if case.key_lengths is None or "key_lengths" in rows[name].honours
+    ]
+
+
+def stand_in_operators(monkeypatch: pytest.MonkeyPatch, generation: str) -> None:
+    """The documented semantics in place of every operator, on an SoC of `generation`, whatever is installed."""
+    kernels = {ascend.Masked: partial(ascend_operators.masked, generation), ascend.Indexed: ascend_operators.indexed}
+    kernels[ascend.Counted] = ascend_operators.counted
+    operators = {getattr(ascend, name).operator: kernels[type(getattr(ascend, name))] for name in BLOCK_SPARSE}
+    operators |= {getattr(dense_ascend, name).operator: ascend_operators.laser for name in LASER}
+    monkeypatch.setattr(Operator, "load", lambda self: operators[self])
+    monkeypatch.setattr(ascend, "soc_generation", lambda: generation)
+
+
 def run(name: str, problem: Problem, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """One implementation on tensors of any device, as the op would call it."""
     scale = problem.query.shape[3] ** -0.5 if problem.scale is None else problem.scale
@@ -55,3 +85,16 @@ def laser_of(name: str, problem: Problem) -> Tensor:
     """One package's Laser on tensors of any device, as the op would call it."""
     scale = problem.query.shape[3] ** -0.5 if problem.scale is None else problem.scale
     return getattr(dense_ascend, name).run(problem.query, problem.key, problem.value, scale, False, None, None)
+
+
+def check_laser(out: Tensor, problem: Problem) -> None:
+    """Laser rounds the unscaled scores to fp16: the largest one's rounding, scaled, is an error of its own beside torch's."""
+    exact = judge.exact_result(problem)[0]
+    assert out.shape == problem.query.shape
+    assert out.dtype == problem.query.dtype
+    scale = problem.query.shape[3] ** -0.5 if problem.scale is None else problem.scale
+    keys = problem.key.float().repeat_interleave(problem.query.shape[2] // problem.key.shape[2], dim=2)
+    largest = torch.einsum("bshd,bthd->bhst", problem.query.float(), keys).abs().max().item()
+    allowed = judge.FACTOR * judge.relative_error(judge.torch_result(problem), exact) + 2**-11 * max(1.0, largest * abs(scale))
+    error = judge.relative_error(out, exact)
+    assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"
