@@ -34,7 +34,7 @@ SPARSE = [
     (A2, NONE, BF16, 128, {"needs": frozenset({"causal"})}, "torch"),
     (A2, NONE, BF16, 128, GQA3, "torch"),
     (A2, EVERYTHING, BF16, 128, GQA3, "counted_sgl_kernel_npu"),
-    (A2, EVERYTHING, BF16, 128, {"block_size": 64}, "torch"),
+    (A2, EVERYTHING, BF16, 128, {"needs": frozenset({"other_block_size"})}, "torch"),
     (A5, NONE, FP16, 128, {}, "mask_torch_npu"),
     (A5, NONE, BF16, 128, {}, "torch"),
     (A5, ("attentions", "sgl_kernel_npu"), BF16, 128, {}, "torch"),
@@ -86,7 +86,7 @@ def test_sparse_with_cann_8(machine, name, packages, dtype, head_dim, facts, exp
 @pytest.mark.parametrize(("name", "packages", "expected"), LASER)
 def test_laser(machine, name, packages, expected) -> None:
     machine(name, packages)
-    assert choose(dense_attention.TABLE, CallFacts("npu", BF16, 128), dense_attention.LASER_NAMES).name == expected
+    assert choose(dense_attention.TABLE, CallFacts("npu", BF16, 128), ",".join(dense_attention.LASER_NAMES)).name == expected
     assert get_platform("npu").why_not(B.LASER_ATTN, 128, BF16) is None
 
 
@@ -146,7 +146,7 @@ def test_a_package_that_does_not_load_says_why(machine, monkeypatch) -> None:
 def test_too_many_tokens_for_laser(machine) -> None:
     machine(A2, EVERYTHING)
     with pytest.raises(UnsupportedCall, match="Laser takes up to 131072 tokens, not 131073"):
-        choose(dense_attention.TABLE, CallFacts("npu", BF16, 128, num_keys=131073), dense_attention.LASER_NAMES)
+        choose(dense_attention.TABLE, CallFacts("npu", BF16, 128, num_keys=131073), ",".join(dense_attention.LASER_NAMES))
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | N
         )
 
 
-def call_facts(query: Tensor, key: Tensor, *, block_size: int | None = None, **needs: bool) -> CallFacts:
+def call_facts(query: Tensor, key: Tensor, **needs: bool) -> CallFacts:
     """Facts of a call; keyword flags that are true become needs."""
     wanted = {name for name, flag in needs.items() if flag}
     if query.shape[2] != key.shape[2]:
@@ -69,4 +69,4 @@ def call_facts(query: Tensor, key: Tensor, *, block_size: int | None = None, **n
     if query.shape[1] != key.shape[1]:
         wanted.add("unequal_lengths")
     group = query.shape[2] // key.shape[2]
-    return CallFacts(query.device.type, query.dtype, query.shape[3], frozenset(wanted), group, key.shape[1], block_size)
+    return CallFacts(query.device.type, query.dtype, query.shape[3], frozenset(wanted), group, key.shape[1])

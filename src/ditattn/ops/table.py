@@ -29,10 +29,9 @@ class CallFacts:
     """What an implementation may be picky about.
 
     Attributes:
-        needs: any of causal, key_lengths, attn_mask, lse, gqa, unequal_lengths.
+        needs: any of causal, key_lengths, attn_mask, lse, gqa, unequal_lengths, other_block_size (not the usual 128 tokens).
         group: query heads per key head.
         num_keys: key tokens; None if not asked about a particular call.
-        block_size: tokens per block of the plan; None where there is none.
     """
 
     device: str
@@ -41,7 +40,6 @@ class CallFacts:
     needs: frozenset[str] = frozenset()
     group: int = 1
     num_keys: int | None = None
-    block_size: int | None = None
 
     def sentence(self) -> str:
         extras = f", {', '.join(sorted(self.needs))}" if self.needs else ""
@@ -127,8 +125,8 @@ def explain(table: Sequence[Implementation], facts: CallFacts) -> list[Verdict]:
 
 
 @lru_cache(maxsize=1024)
-def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | tuple[str, ...] | None = None) -> Implementation:
-    """The row that serves the call: the first possible one of those named, or the first possible automatic one.
+def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | None = None) -> Implementation:
+    """The row that serves the call: the first possible one of those named (separated by commas), or the first possible automatic one.
 
     Decided once per call signature.
 
@@ -137,7 +135,7 @@ def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | tupl
         UnsupportedCall: no such name, the named rows refuse the call's shape or options, or no row is possible.
     """
     if name is not None:
-        return _named(table, facts, (name,) if isinstance(name, str) else name)
+        return _named(table, facts, name.split(","))
     verdicts = explain(table, facts)
     for verdict in verdicts:
         if verdict.reason is None and verdict.implementation.automatic:
@@ -146,13 +144,13 @@ def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | tupl
     raise UnsupportedCall(f"no implementation takes this call ({facts.sentence()}). {reasons}")
 
 
-def _named(table: tuple[Implementation, ...], facts: CallFacts, names: tuple[str, ...]) -> Implementation:
+def _named(table: tuple[Implementation, ...], facts: CallFacts, names: Sequence[str]) -> Implementation:
     rows = [_row_of(table, facts, name) for name in names]
     reasons = [row.refusal(facts) for row in rows]
     for row, reason in zip(rows, reasons, strict=True):
         if reason is None:
             return row
-    possible = [v.implementation.name for v in explain(table, facts) if v.reason is None]
+    possible = [row.name for row in table if row.refusal(facts) is None]
     asked = f"implementation {' or '.join(map(repr, names))} was asked for ({facts.sentence()})"
     why = "; ".join(f"{row.name}: {reason}" for row, reason in zip(rows, reasons, strict=True)) if len(rows) > 1 else str(reasons[0])
     message = f"{asked}: {why}. Possible here: {', '.join(possible) or 'none'}"

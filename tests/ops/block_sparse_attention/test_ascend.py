@@ -90,7 +90,7 @@ def test_copies_are_counted() -> None:
 @pytest.mark.parametrize("name", ["mask_torch_npu", "index_attentions", "counted_sgl_kernel_npu"])
 def test_refusals_name_the_limit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row = next(row for row in TABLE if row.name == name)
-    assert row.mismatch(CallFacts("npu", torch.bfloat16, 64, block_size=64)) == "takes blocks of 128 tokens, not 64"
+    assert row.mismatch(CallFacts("npu", torch.bfloat16, 64, frozenset({"other_block_size"}))) == "does not honour other_block_size"
     odd = row.mismatch(CallFacts("npu", torch.bfloat16, 64, frozenset({"gqa"}), group=3))
     assert odd == (None if name.startswith("counted") else "takes 1, 2, 4, ... 64 query heads per key head, not 3")
     assert row.mismatch(CallFacts("npu", torch.float32, 64)) == "takes bfloat16, float16, not float32"

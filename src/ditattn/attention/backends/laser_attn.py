@@ -34,7 +34,7 @@ class LaserAttentionImpl(AttentionImpl):
             implementation=implementation,
         )
 
-    def _choose(self, query: Tensor, key: Tensor, metadata: AttentionMetadata) -> tuple[str | tuple[str, ...] | None, str]:
+    def _choose(self, query: Tensor, key: Tensor, metadata: AttentionMetadata) -> tuple[str | None, str]:
         """Implementations for this call, and what the report says about it."""
         if query.device.type != "npu":
             return None, "dense backend"
@@ -44,7 +44,7 @@ class LaserAttentionImpl(AttentionImpl):
             return "torch", "SDPA: query and key lengths differ"
         if self.causal or metadata.key_lengths is not None:
             return "torch", "SDPA: the operator takes no mask"
-        return LASER_NAMES, "dense backend"
+        return ",".join(LASER_NAMES), "dense backend"
 
 
 class LaserAttentionBackend(AttentionBackend):

@@ -8,17 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ditattn.attention.plan import BlockPlan
+from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.contract import call_facts, check_qkv, checked_scale
-from ditattn.ops.table import HALF, Implementation, choose, load
+from ditattn.ops.table import HALF, CallFacts, Implementation, choose, load
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, Package
 
 __all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse"]
 
 _HERE = "ditattn.ops.block_sparse_attention"
-_EVERYTHING = frozenset({"causal", "key_lengths", "lse", "gqa", "unequal_lengths"})
-_MASKED = frozenset({"key_lengths", "lse", "gqa", "unequal_lengths"})
+_MOST = frozenset({"causal", "key_lengths", "lse", "gqa", "unequal_lengths"})
+_EVERYTHING = _MOST | {"other_block_size"}
+_MASKED = _MOST - {"causal"}
 _LISTED = frozenset({"gqa", "unequal_lengths"})
 # Ascend's operators in order of preference: true masks per batch element and head first, then index lists, then masks with counts
 _ASCEND: tuple[tuple[str, Package, frozenset[str]], ...] = (
@@ -60,7 +61,7 @@ def block_sparse_attention(
     scale: float | None = None,
     causal: bool = False,
     key_lengths: Tensor | None = None,
-    implementation: str | tuple[str, ...] | None = None,
+    implementation: str | None = None,
 ) -> Tensor:
     """Exact attention over the kept blocks of `plan`.
 
@@ -71,7 +72,7 @@ def block_sparse_attention(
         scale: factor on the scores, 1 / sqrt(D) when None; applied in fp32.
         causal: within the kept blocks query i sees keys 0..i.
         key_lengths: integer `[B]`; only that many leading keys of each batch element are real.
-        implementation: a name from `TABLE`, or several in order of preference; None takes the first possible one.
+        implementation: a name from `TABLE`, or several separated by commas in order of preference; None takes the first possible one.
 
     Returns:
         `[B, S, H, D]`, contiguous, in the query's dtype. Rows that see no key are zero.
@@ -92,7 +93,7 @@ def block_sparse_attention_with_lse(
     scale: float | None = None,
     causal: bool = False,
     key_lengths: Tensor | None = None,
-    implementation: str | tuple[str, ...] | None = None,
+    implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `block_sparse_attention`; also the natural log-sum-exp of the scaled scores, fp32 `[B, H, S]`, -inf where no key is seen."""
     return _call(query, key, value, plan, scale, causal, key_lengths, True, implementation)
@@ -107,15 +108,20 @@ def _call(
     causal: bool,
     key_lengths: Tensor | None,
     return_lse: bool,
-    implementation: str | tuple[str, ...] | None,
+    implementation: str | None,
 ) -> tuple[Tensor, Tensor]:
     check_qkv(query, key, value, key_lengths)
     _check_plan(query, key, plan)
-    facts = call_facts(query, key, block_size=plan.block_size, causal=causal, key_lengths=key_lengths is not None, lse=return_lse)
+    facts = _facts(query, key, causal, key_lengths, return_lse, plan.block_size)
     chosen = choose(TABLE, facts, implementation)
     scale = checked_scale(scale, query.shape[3])
     out, lse = _op(query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, chosen.name)
     return out, lse
+
+
+def _facts(query: Tensor, key: Tensor, causal: bool, key_lengths: Tensor | None, return_lse: bool, block_size: int) -> CallFacts:
+    other = block_size != BLOCK_SIZE
+    return call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, lse=return_lse, other_block_size=other)
 
 
 def _check_plan(query: Tensor, key: Tensor, plan: BlockPlan) -> None:
@@ -148,7 +154,7 @@ def _op(
     return_lse: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    facts = call_facts(query, key, block_size=block_size, causal=causal, key_lengths=key_lengths is not None, lse=return_lse)
+    facts = _facts(query, key, causal, key_lengths, return_lse, block_size)
     run = load(choose(TABLE, facts, implementation))
     plan = BlockPlan(indices, counts, query.shape[1], key.shape[1], block_size)
     out, lse = run(query, key, value, plan, scale, causal, key_lengths, return_lse)

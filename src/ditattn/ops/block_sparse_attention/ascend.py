@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
+from ditattn.attention.plan import BlockPlan
 from ditattn.ops.ascend import Operator, first_of
 from ditattn.ops.block_sparse_attention.ascend_operands import (
     cleared,
@@ -44,8 +44,6 @@ class Provider(ABC):
 
     def limits(self, facts: CallFacts) -> str | None:
         """Why the operator refuses such a call, or None."""
-        if facts.block_size not in (None, BLOCK_SIZE):
-            return f"takes blocks of {BLOCK_SIZE} tokens, not {facts.block_size}"
         return None
 
     @abstractmethod
@@ -82,7 +80,7 @@ class Masked(Provider):
         if self.operator.package is TORCH_NPU and facts.dtype == torch.bfloat16 and soc_generation() == "A5":
             reason = "torch_npu allows bfloat16 with inner_precise 0 only and Ascend 950 knows 4 only"
             return f"{reason}: load the model in float16, or use mask_mindiesd ({MINDIESD.install})"
-        return super().limits(facts) or _group_refusal(facts)
+        return _group_refusal(facts)
 
     def run(
         self,
@@ -119,7 +117,7 @@ class Indexed(Provider):
     """CANN's RainFusionAttention. The argument head_num is CANN's number of key heads."""
 
     def limits(self, facts: CallFacts) -> str | None:
-        return super().limits(facts) or _group_refusal(facts)
+        return _group_refusal(facts)
 
     def run(
         self,

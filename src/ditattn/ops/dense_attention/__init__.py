@@ -65,7 +65,7 @@ def dense_attention(
     causal: bool = False,
     key_lengths: Tensor | None = None,
     attn_mask: Tensor | None = None,
-    implementation: str | tuple[str, ...] | None = None,
+    implementation: str | None = None,
 ) -> Tensor:
     """Exact attention over every key.
 
@@ -76,7 +76,7 @@ def dense_attention(
         causal: query i sees keys 0..i (aligned at the start, as torch's SDPA does).
         key_lengths: integer `[B]`; only that many leading keys of each batch element are real. Length 0 yields zeros.
         attn_mask: bool (True is kept) or additive, broadcastable to `[B, H, S, T]`.
-        implementation: a name from `TABLE`, or several in order of preference; None takes the first possible one.
+        implementation: a name from `TABLE`, or several separated by commas in order of preference; None takes the first possible one.
 
     Returns:
         `[B, S, H, D]`, contiguous, in the query's dtype.
