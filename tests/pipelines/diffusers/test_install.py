@@ -6,8 +6,10 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+from packaging import version
 from torch import nn
 
 import ditattn
@@ -360,6 +362,9 @@ def test_a_block_cache_leaves_steps_and_layers_right() -> None:
     assert report.dense_reasons == {"skipped layer": 2}
 
 
+@pytest.mark.skipif(
+    version.parse(diffusers.__version__) < version.parse("0.41"), reason="group offloading without an accelerator fails in this diffusers"
+)
 def test_blocks_that_are_offloaded_later_are_served() -> None:
     tiny = tiny_pipelines.wan()
     native, cpu = tiny.run(2), torch.device("cpu")
