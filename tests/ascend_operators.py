@@ -198,3 +198,58 @@ def counted(
     softmax_dtype = torch.float16 if query.dtype == torch.float16 else torch.float32
     keep = tokens(sparse_mask[..., :columns], length, key.shape[2])
     return torch.stack([attend(query[b], key[b], value[b], keep[b], scale_value, softmax_dtype)[0] for b in range(batch)])
+
+
+def estimate(
+    query: Tensor,
+    key: Tensor,
+    actual_seq_lengths: list[int] | None = None,
+    actual_seq_lengths_kv: list[int] | None = None,
+    input_layout: str = "BNSD",
+    stride: int = 8,
+    sparse_size: int = 128,
+    num_heads: int = 1,
+    num_key_value_heads: int = 1,
+    scale_value: float = 1.0,
+    threshold: float = 1.0,
+    causal: bool = True,
+    keep_sink: bool = True,
+    keep_recent: bool = True,
+    row_sparse: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The estimator, not causal: folded scores, fp32 softmax rounded to fp16, block sums, a cut-off that keeps near-ties."""
+    demand(input_layout == "BNSD" and sparse_size == BLOCK and stride == 8 and not causal, "other layouts or blocks")
+    demand(actual_seq_lengths is None and actual_seq_lengths_kv is None and keep_sink and keep_recent, "lengths, free columns")
+    demand(query.dtype == key.dtype and query.dtype in (torch.float16, torch.bfloat16) and query.is_contiguous(), "operands")
+    demand(query.shape[1] == num_heads and key.shape[1] == num_key_value_heads, "head counts that are not those of the tensors")
+    demand(query.shape[2] == key.shape[2] and key.shape[2] % stride == 0, "unequal lengths or a tail of keys")
+    batch, _, length, dim = query.shape
+    columns, folds = -(-length // BLOCK), length // stride
+    key = key.repeat_interleave(num_heads // num_key_value_heads, 1)
+    q = query.float().view(batch, num_heads, folds, stride, dim).flip(3).flatten(3)
+    k = key.float().view(batch, num_heads, folds, stride, dim).flatten(3)
+    weights = (scale_value * (q @ k.transpose(-1, -2))).softmax(-1).half().float()
+    missing = columns * BLOCK // stride - folds
+    blocks = torch.nn.functional.pad(weights, (0, missing, 0, missing)).view(batch, num_heads, columns, 16, columns, 16).sum((3, 5))
+    mask = torch.zeros(batch, num_heads, columns, -(-columns // 32) * 32, dtype=torch.int8)
+    scores = blocks.clone()
+    scores[..., 0] = scores[..., -1] = 0
+    ranked = scores.sort(-1, descending=True).values
+    for place in [(b, h, r) for b in range(batch) for h in range(num_heads) for r in range(columns)]:
+        mask[place][:columns] = (scores[place] > _cut(ranked[place], threshold, row_sparse) - 1e-5).to(torch.int8)
+    mask[..., 0] = mask[..., columns - 1] = 1
+    return mask, mask.sum(-1, dtype=torch.int32)
+
+
+def _cut(ranked: Tensor, threshold: float, row_sparse: float) -> float:
+    """The score of the last kept block of one row."""
+    columns, guard = ranked.numel(), 0.0
+    kept = columns
+    if threshold < 1:
+        kept = int((ranked.cumsum(0) < threshold * ranked.sum()).sum()) + 1
+        guard = float(ranked[min(kept, columns) - 1])
+    limit = float(torch.tensor(row_sparse) * columns)
+    if kept > limit and columns >= 10:
+        demand(int(limit) >= 1, "a share that rounds down to no block: it reads outside the array")
+        guard = float(ranked[int(limit) - 1])
+    return guard

@@ -37,11 +37,14 @@ def stub_folder() -> Path:
 @pytest.fixture(autouse=True)
 def _forgetful() -> Iterator[None]:
     """A table's choices are cached per call signature, and the machines of these tests change."""
+    from ditattn.ops.block_estimate import serving
     from ditattn.ops.table import choose
 
-    choose.cache_clear()
+    for cached in (choose, serving):
+        cached.cache_clear()
     yield
-    choose.cache_clear()
+    for cached in (choose, serving):
+        cached.cache_clear()
 
 
 @pytest.fixture

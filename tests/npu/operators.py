@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import ascend_operators
 from ditattn.platforms import npu
@@ -63,8 +64,15 @@ def declare() -> None:
         for name, signature in signatures.items():
             library.define(name + signature)
         _libraries.append(library)
+        torch.library.register_fake(f"{namespace}::sparse_block_estimate", _estimate_shapes)
         sys.modules[module] = ModuleType(module)
         sys.modules[module].__spec__ = importlib.machinery.ModuleSpec(module, None)
+
+
+def _estimate_shapes(query: Tensor, key: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    rows, columns = (-(-x.shape[2] // ascend_operators.BLOCK) for x in (query, key))
+    mask = query.new_empty(*query.shape[:2], rows, -(-columns // 32) * 32, dtype=torch.int8)
+    return mask, query.new_empty(*query.shape[:2], rows, dtype=torch.int32)
 
 
 def give_cpu_kernels() -> None:
@@ -72,10 +80,17 @@ def give_cpu_kernels() -> None:
     import mindiesd  # registers its operators  # noqa: F401
 
     laser, indexed, counted = ascend_operators.laser, ascend_operators.indexed, ascend_operators.counted
+    estimate = {"sparse_block_estimate": ascend_operators.estimate}
     kernels = {
-        "attentions": {"la": laser, "rainfusionattention": indexed, "ada_block_sparse_attention": counted},
-        "npu": {"laser_attn": laser, "ada_block_sparse_attention": _beside_lse, "npu_block_sparse_attention": _masked},
-        "mindiesd": {"la": laser, "rainfusionattention": indexed, "ada_block_sparse_attention": counted, "block_sparse_attention": _masked},
+        "attentions": {"la": laser, "rainfusionattention": indexed, "ada_block_sparse_attention": counted, **estimate},
+        "npu": {"laser_attn": laser, "ada_block_sparse_attention": _beside_lse, "npu_block_sparse_attention": _masked, **estimate},
+        "mindiesd": {
+            "la": laser,
+            "rainfusionattention": indexed,
+            "ada_block_sparse_attention": counted,
+            "block_sparse_attention": _masked,
+            **estimate,
+        },
     }
     for namespace, functions in kernels.items():
         library = torch.library.Library(namespace, "IMPL")

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ditattn.attention.plan import BLOCK_SIZE, BlockPlan, num_blocks
+from ditattn.ops.block_estimate import STRIDE, block_estimate
 
 __all__ = ["STRIDE", "estimate", "select"]
 
-STRIDE = 8
 # the operator never caps rows with fewer valid blocks than this
 MIN_CAPPED_BLOCKS = 10
 # 64 MiB of fp32 scores at a time
@@ -44,6 +44,8 @@ def select(
 ) -> BlockPlan:
     """Keep the key blocks with the largest estimated mass.
 
+    On an NPU an operator of the installed packages estimates and picks, where one takes the call.
+
     Args:
         query: `[B, S, H, D]`.
         key: `[B, T, G, D]`, H a multiple of G.
@@ -59,8 +61,21 @@ def select(
     Returns:
         BlockPlan over `[B, H]`.
     """
-    mass = estimate(query, key, scale=scale, causal=causal, key_lengths=key_lengths, stride=stride, block_size=block_size)
-    mask = _pick(mass, sparsity, threshold, causal, keep_sink, keep_recent)
+    mask = block_estimate(
+        query,
+        key,
+        scale=scale,
+        sparsity=sparsity,
+        threshold=threshold,
+        causal=causal,
+        forced_columns=keep_sink and keep_recent,
+        key_lengths=key_lengths,
+        stride=stride,
+        block_size=block_size,
+    )
+    if mask is None:
+        mass = estimate(query, key, scale=scale, causal=causal, key_lengths=key_lengths, stride=stride, block_size=block_size)
+        mask = _pick(mass, sparsity, threshold, causal, keep_sink, keep_recent)
     mask = mask | protected
     if query.shape[1] == key.shape[1]:
         mask = mask | protected.unsqueeze(-1)
