@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from operator import attrgetter
 from typing import Any
@@ -41,6 +41,10 @@ class CallFacts:
     group: int = 1
     num_keys: int | None = None
 
+    def kind(self) -> CallFacts:
+        """The facts without the sizes of one call: what a measurement is made for."""
+        return replace(self, group=1, num_keys=None)
+
     def sentence(self) -> str:
         extras = f", {', '.join(sorted(self.needs))}" if self.needs else ""
         return f"{self.device}, {str(self.dtype).removeprefix('torch.')}, head size {self.head_dim}{extras}"
@@ -62,6 +66,9 @@ class Implementation:
         limits: "module:function" that takes the CallFacts and returns None or the reason why it refuses such a call on every machine of
             this kind: what the other attributes cannot say.
         automatic: False for rows that run only when asked for by name.
+        computes_in: a dtype coarser than the inputs' in which products are formed; only for rows that are not automatic.
+        preference: "module:function" that measures a call's kind once and returns an `ops.preference.Measurement`: where that prefers
+            another row, this one stands back unless it is asked for by name.
     """
 
     name: str
@@ -74,6 +81,8 @@ class Implementation:
     probe: str | None = None
     limits: str | None = None
     automatic: bool = True
+    computes_in: str | None = None
+    preference: str | None = None
 
     def runs_on(self, device: str) -> bool:
         return not self.devices or device in self.devices
@@ -101,10 +110,17 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Verdict:
-    """An implementation and the reason it cannot serve the call; None means it can."""
+    """An implementation and the reason it cannot serve the call; None means it can.
+
+    Attributes:
+        note: what a self-measurement found, for rows that can serve the call and have a preference.
+        stands_back: the measurement prefers another row.
+    """
 
     implementation: Implementation
     reason: str | None = field(default=None)
+    note: str | None = None
+    stands_back: bool = False
 
 
 @cache
@@ -121,7 +137,19 @@ def load(implementation: Implementation) -> Callable[..., Any]:
 
 def explain(table: Sequence[Implementation], facts: CallFacts) -> list[Verdict]:
     """Every row of the table with the reason it was or was not possible, in order of preference."""
-    return [Verdict(row, row.refusal(facts)) for row in table]
+    verdicts = [Verdict(row, row.refusal(facts)) for row in table]
+    possible = {verdict.implementation.name for verdict in verdicts if verdict.reason is None}
+    return [_weighed(verdict, facts, possible) for verdict in verdicts]
+
+
+def _weighed(verdict: Verdict, facts: CallFacts, possible: set[str]) -> Verdict:
+    """The verdict with what a measurement says, where the row can serve the call."""
+    row = verdict.implementation
+    if verdict.reason is not None or row.preference is None:
+        return verdict
+    measured = _resolve(row.preference)(facts.kind())
+    stands_back = measured.preferred != row.name and measured.preferred in possible
+    return Verdict(row, None, measured.sentence(), stands_back)
 
 
 @lru_cache(maxsize=1024)
@@ -138,7 +166,7 @@ def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | None
         return _named(table, facts, name.split(","))
     verdicts = explain(table, facts)
     for verdict in verdicts:
-        if verdict.reason is None and verdict.implementation.automatic:
+        if verdict.reason is None and verdict.implementation.automatic and not verdict.stands_back:
             return verdict.implementation
     reasons = "; ".join(f"{v.implementation.name}: {v.reason}" for v in verdicts if v.reason)
     raise UnsupportedCall(f"no implementation takes this call ({facts.sentence()}). {reasons}")

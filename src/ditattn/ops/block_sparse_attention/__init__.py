@@ -17,6 +17,8 @@ from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, Pa
 __all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse"]
 
 _HERE = "ditattn.ops.block_sparse_attention"
+_LIBRARY = "ditattn.ops.cpu_library"
+_HEAD_DIMS = (32, 64, 96, 128)
 _MOST = frozenset({"causal", "key_lengths", "lse", "gqa", "unequal_lengths"})
 _EVERYTHING = _MOST | {"other_block_size"}
 _MASKED = _MOST - {"causal"}
@@ -39,13 +41,25 @@ TABLE: tuple[Implementation, ...] = (
             f"{_HERE}.ascend:{name.upper()}.run",
             devices=("npu",),
             dtypes=HALF,
-            head_dims=(32, 64, 96, 128),
+            head_dims=_HEAD_DIMS,
             honours=honours,
             packages=(TORCH_NPU,) if package is TORCH_NPU else (TORCH_NPU, package),
             probe=f"{_HERE}.ascend:{name.upper()}.why_not",
             limits=f"{_HERE}.ascend:{name.upper()}.limits",
         )
         for name, package, honours in _ASCEND
+    ),
+    Implementation("cpu", f"{_HERE}.cpu:run", devices=("cpu",), head_dims=_HEAD_DIMS, honours=_MOST, probe=f"{_LIBRARY}:problem"),
+    Implementation(
+        "cpu_fast_fp32",
+        f"{_HERE}.cpu:run_fast_fp32",
+        devices=("cpu",),
+        dtypes=("float32",),
+        head_dims=_HEAD_DIMS,
+        honours=_MOST,
+        probe=f"{_LIBRARY}:bf16_problem",
+        automatic=False,
+        computes_in="bfloat16",
     ),
     Implementation("torch", f"{_HERE}.pure_torch:run", honours=_EVERYTHING),
     Implementation("reference", f"{_HERE}.reference:run", honours=_EVERYTHING, automatic=False),
@@ -112,10 +126,12 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     check_qkv(query, key, value, key_lengths)
     _check_plan(query, key, plan)
-    facts = _facts(query, key, causal, key_lengths, return_lse, plan.block_size)
-    chosen = choose(TABLE, facts, implementation)
+    # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
+    name = implementation or ""
+    if not torch.compiler.is_compiling():
+        name = choose(TABLE, _facts(query, key, causal, key_lengths, return_lse, plan.block_size), implementation).name
     scale = checked_scale(scale, query.shape[3])
-    out, lse = _op(query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, chosen.name)
+    out, lse = _op(query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, name)
     return out, lse
 
 
@@ -155,7 +171,7 @@ def _op(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     facts = _facts(query, key, causal, key_lengths, return_lse, block_size)
-    run = load(choose(TABLE, facts, implementation))
+    run = load(choose(TABLE, facts, implementation or None))
     plan = BlockPlan(indices, counts, query.shape[1], key.shape[1], block_size)
     out, lse = run(query, key, value, plan, scale, causal, key_lengths, return_lse)
     return out.contiguous(), (lse if return_lse else query.new_empty(0, dtype=torch.float32))
