@@ -33,7 +33,7 @@ IMAGEIO = Package("imageio_ffmpeg", "h264 video files", "pip install 'ditattn[vi
 TORCH_NPU = Package("torch_npu", "PyTorch on Ascend NPUs", "pip install torch-npu (the version that matches torch; needs CANN)")
 _SGL_KERNEL_NPU = "build sgl-kernel-npu from source (github.com/sgl-project/sgl-kernel-npu)"
 SGL_KERNEL_NPU = Package("sgl_kernel_npu", "Laser and block-sparse kernels for Ascend 910", _SGL_KERNEL_NPU)
-ATTENTIONS = Package("attentions", "the same kernels from sgl-kernel-npu before September 2026", _SGL_KERNEL_NPU)
+ATTENTIONS = Package("attentions", "the same kernels from older versions of sgl-kernel-npu", _SGL_KERNEL_NPU)
 MINDIESD = Package(
     "mindiesd", "Laser kernels for Ascend 910, block-sparse kernels for Ascend 910 and 950", "pip install mindiesd (needs CANN)"
 )

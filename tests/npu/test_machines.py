@@ -104,8 +104,10 @@ def test_reasons_on_a5(machine) -> None:
         assert f"runs on Ascend A2 and A3, this is {A5} (A5): use mask_mindiesd or mask_torch_npu" in found[name]
 
 
-def test_laser_on_a5_says_what_to_use(machine) -> None:
-    machine(A5, EVERYTHING)
+@pytest.mark.parametrize("packages", [NONE, EVERYTHING])
+def test_laser_on_a5_says_what_to_use(machine, packages) -> None:
+    """Also where no package is installed: none of them would help."""
+    machine(A5, packages)
     with pytest.raises(BackendUnavailable, match=r"runs on Ascend A2 and A3, this is Ascend950PR_9579 \(A5\): use fa, rain_fusion_attn"):
         get_platform("npu").get_attn_backend_cls_str(B.LASER_ATTN, 128, BF16)
     for backend in (B.FA, B.RAIN_FUSION_ATTN, B.BLOCK_SPARSE_ATTN, B.TORCH_SDPA):

@@ -41,11 +41,16 @@ class Operator:
     instead: str = ""
     min_cann: tuple[int, int] | None = None
 
+    def wrong_generation(self) -> str | None:
+        """Why no package brings it to this device, or None."""
+        generation = soc_generation()
+        if generation is None or generation in self.generations:
+            return None
+        return f"the operator runs on Ascend {' and '.join(self.generations)}, this is {soc_name()} ({generation}): use {self.instead}"
+
     def why_not(self) -> str | None:
         """Why this machine cannot run it, or None. Imports the package."""
-        generation, known = soc_generation(), cann_version()
-        if generation is not None and generation not in self.generations:
-            return f"{self._title} runs on Ascend {' and '.join(self.generations)}, this is {soc_name()} ({generation}): use {self.instead}"
+        known = cann_version()
         if self.min_cann and known and known < self.min_cann:
             return f"{self._title} needs CANN {_dotted(self.min_cann)} or newer, this is {_dotted(known)}"
         try:

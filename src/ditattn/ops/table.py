@@ -61,6 +61,7 @@ class Implementation:
         dtypes: names of torch dtypes.
         head_dims: possible head sizes; empty means any.
         honours: which `CallFacts.needs` it can serve.
+        machine: "module:function" that returns None or the reason why nothing to install would help on this machine.
         packages: what must be installed.
         probe: "module:function" that returns None or the reason why it cannot run here (a library that was not built, a missing device).
         limits: "module:function" that takes the CallFacts and returns None or the reason why it refuses such a call on every machine of
@@ -77,6 +78,7 @@ class Implementation:
     dtypes: tuple[str, ...] = FLOATS
     head_dims: tuple[int, ...] = ()
     honours: frozenset[str] = frozenset()
+    machine: str | None = None
     packages: tuple[Package, ...] = ()
     probe: str | None = None
     limits: str | None = None
@@ -91,9 +93,10 @@ class Implementation:
         """Why this row cannot serve the call, or None."""
         if not self.runs_on(facts.device):
             return f"runs on {' or '.join(self.devices)}, not on {facts.device}"
+        hopeless = _resolve(self.machine)() if self.machine else None
         missing = [package.sentence() for package in self.packages if package.missing()]
-        if missing:
-            return "; ".join(missing)
+        if hopeless or missing:
+            return hopeless or "; ".join(missing)
         return self.mismatch(facts) or (_resolve(self.probe)() if self.probe else None)
 
     def mismatch(self, facts: CallFacts) -> str | None:

@@ -56,14 +56,13 @@ class NpuPlatform(Platform):
         return int(_npu().mem_get_info()[1])
 
     def why_not(self, backend: AttentionBackendEnum, head_size: int | None = None, dtype: torch.dtype | None = None) -> str | None:
-        candidates = self.any_of.get(backend, ())
-        if candidates and all(package.missing() for package in candidates):
-            lacking = "; ".join(f"or {package.sentence()}" for package in candidates).removeprefix("or ")
-            return "; ".join(filter(None, [super().why_not(backend, head_size, dtype), lacking]))
         reason = super().why_not(backend, head_size, dtype)
-        if reason is None and backend is AttentionBackendEnum.LASER_ATTN:
-            return _why_no_laser(head_size, dtype)
-        return reason
+        if backend not in self.any_of:
+            return reason
+        if TORCH_NPU.missing():
+            lacking = [package.sentence() for package in self.any_of[backend] if package.missing()]
+            return "; ".join([str(reason), "; or ".join(lacking)])
+        return reason or _why_no_laser(head_size, dtype)
 
 
 _ENVIRONMENT = "Load CANN's environment first (source set_env.sh)"

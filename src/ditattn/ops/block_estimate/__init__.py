@@ -28,6 +28,7 @@ TABLE: tuple[Implementation, ...] = tuple(
         head_dims=(32, 64, 96, 128),
         honours=frozenset({"gqa"}),
         packages=(TORCH_NPU, package),
+        machine=f"{_HERE}.ascend:{name.upper()}.operator.wrong_generation",
         probe=f"{_HERE}.ascend:{name.upper()}.why_not",
         limits=f"{_HERE}.ascend:{name.upper()}.limits",
     )

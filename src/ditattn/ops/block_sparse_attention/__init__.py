@@ -44,6 +44,7 @@ TABLE: tuple[Implementation, ...] = (
             head_dims=_HEAD_DIMS,
             honours=honours,
             packages=(TORCH_NPU,) if package is TORCH_NPU else (TORCH_NPU, package),
+            machine=f"{_HERE}.ascend:{name.upper()}.operator.wrong_generation",
             probe=f"{_HERE}.ascend:{name.upper()}.why_not",
             limits=f"{_HERE}.ascend:{name.upper()}.limits",
         )
