@@ -52,7 +52,7 @@ class BuildKernels(build_ext):
             self.report["compiler"] = subprocess.run([*self.cxx, "--version"], capture_output=True, text=True).stdout.split("\n")[0]
         in_source = self.inplace
         if in_source:
-            # setuptools copies the objects there and expects the folder
+            # objects are not in the repository, so a fresh clone does not have their folder
             (Path("src") / FOLDER).mkdir(parents=True, exist_ok=True)
         super().run()
         self._write_report(Path(self.build_lib))
