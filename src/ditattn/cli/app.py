@@ -11,6 +11,7 @@ import typer
 
 from ditattn._version import __version__
 from ditattn.cli.backends import backends
+from ditattn.cli.compare import compare
 from ditattn.cli.failures import EXIT_INTERRUPTED, report_failure
 from ditattn.cli.generate import generate
 
@@ -41,6 +42,7 @@ def options(
 
 
 app.command("generate")(generate)
+app.command("compare")(compare)
 app.command("backends")(backends)
 
 
