@@ -14,6 +14,7 @@ from ditattn.cli.backends import backends
 from ditattn.cli.compare import compare
 from ditattn.cli.failures import EXIT_INTERRUPTED, report_failure
 from ditattn.cli.generate import generate
+from ditattn.cli.tune import tune
 
 __all__ = ["app", "run"]
 
@@ -43,6 +44,7 @@ def options(
 
 app.command("generate")(generate)
 app.command("compare")(compare)
+app.command("tune")(tune)
 app.command("backends")(backends)
 
 

@@ -15,7 +15,7 @@ import typer
 from ditattn.cli.loaded import playing_rate
 from ditattn.cli.measuring import Bench, about, check_settings, job_of, set_up, with_components
 from ditattn.cli.messages import set_up_messages
-from ditattn.cli.outputs import Outbox, default_name, write_media
+from ditattn.cli.outputs import Outbox, check_plain_name, default_name, write_media
 from ditattn.cli.settings import CompareSettings
 from ditattn.comparison.measure import Comparison, compare
 from ditattn.comparison.page import render_page
@@ -76,8 +76,7 @@ def _file_name(settings: CompareSettings) -> str:
     name = settings.output_file_name
     if name is None:
         return "compare_" + default_name(settings.prompt[0], settings.model_dump_json())
-    if Path(name).name != name or name in (".", ".."):
-        raise ConfigError(f"--output-file-name '{name}' must be a plain name; the folder is --output-path")
+    check_plain_name(name)
     return name.removesuffix(".html").removesuffix(".json")
 
 

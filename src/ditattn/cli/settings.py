@@ -11,7 +11,16 @@ from pydantic import BeforeValidator, Field
 from ditattn.config import KnownKeys, parse_config
 from ditattn.errors import ConfigError
 
-__all__ = ["PIPELINE_KEYS", "CallSettings", "CompareSettings", "GenerateSettings", "flag", "read_call_settings", "read_settings"]
+__all__ = [
+    "PIPELINE_KEYS",
+    "CallSettings",
+    "CompareSettings",
+    "GenerateSettings",
+    "TuneSettings",
+    "flag",
+    "read_call_settings",
+    "read_settings",
+]
 
 SettingsT = TypeVar("SettingsT", bound="CallSettings")
 
@@ -95,6 +104,18 @@ class CompareSettings(CallSettings):
     repeats: Count = 1
     probe: bool = True
     reference_cache: bool = True
+
+
+class TuneSettings(CallSettings):
+    """Every key that a configuration file of `tune` may hold."""
+
+    target_psnr: float | None = None
+    target_ssim: float | None = Field(None, ge=0, le=1)
+    budget_runs: Count = 12
+    check_prompt: Prompts = Field(default_factory=list)
+    seed: Seeds = Field(default_factory=lambda: [42])
+    attention_backend: str = "rain_fusion_attn"
+    attention_backend_config: Pairs = Field(default_factory=dict)
 
 
 def flag(key: str) -> str:
