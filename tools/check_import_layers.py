@@ -14,7 +14,8 @@ FLOORS: list[list[str]] = [
     ["ditattn.cli"],
     ["ditattn.tuning"],
     ["ditattn.comparison"],
-    ["ditattn.pipelines"],
+    # measurement times whole backends and is shown by a verb of the command line
+    ["ditattn.pipelines", "ditattn.measurement"],
     ["ditattn.attention.backends", "ditattn.attention.selector"],
     ["ditattn.attention.sparse"],
     ["ditattn.attention.selection"],

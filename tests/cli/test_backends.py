@@ -84,13 +84,20 @@ def test_every_backend_serves_on_the_cpu(listing):
     assert [device["reason"] for device in listing["devices"] if device["device"] == "cpu"] == [None]
 
 
-def test_the_table_for_people_loses_no_reason(ditattn, listing):
+def test_the_table_for_people_loses_no_row_and_no_reason(ditattn, listing):
     done = ditattn("backends")
     assert done.status == 0
-    lines = done.out.splitlines()
+    lines = [line.split(maxsplit=3) for line in done.out.splitlines() if line.split(maxsplit=1)[:1] and line[0] != "("]
+    notes = dict(line.split(") ", 1) for line in done.out.splitlines() if line.startswith("("))
     for row in listing["backends"]:
-        fitting = [line for line in lines if line.startswith(row["device"]) and row["backend"] in line and row["implementation"] in line]
-        assert any((row["reason"] or "") in line for line in fitting), row
+        place = [row["device"], row["backend"], row["operation"]]
+        states = [rest[0] for *start, rest in ((*line[:3], line[3:]) for line in lines if len(line) == 4) if start == place]
+        fitting = [state for state in states if row["implementation"] in state.replace(",", " ").split()]
+        assert len(fitting) == 1, row
+        if row["available"]:
+            assert fitting[0].startswith("serves" if row["serves"] else "ready")
+        else:
+            assert notes[fitting[0].removeprefix("no ").split(")")[0]] == row["reason"]
 
 
 def test_one_device(ditattn):

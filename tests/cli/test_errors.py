@@ -218,6 +218,17 @@ def test_pixels_that_are_no_numbers(ditattn, small, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_size_that_the_pipeline_changed_is_said(ditattn, small, monkeypatch, tmp_path):
+    from ditattn.pipelines.diffusers import call
+
+    monkeypatch.setattr(call, "check_geometry", lambda *a: None)
+    monkeypatch.setattr(call, "frames_to_ask", lambda pipe, count: count)
+    done = ditattn(*small, "--num-frames", 1)
+    assert done.status == 0
+    assert "warning: num_frames 1 was asked for, the pipeline made 2" in done.err
+    assert json.loads(next((tmp_path / "out").glob("*.json")).read_text())["output"]["num_frames"] == 2
+
+
 @pytest.mark.parametrize("broken", ["media", "sidecar", "interrupt"])
 def test_a_failed_write_leaves_nothing(ditattn, small, monkeypatch, tmp_path, broken):
     from ditattn.cli import session
@@ -257,7 +268,6 @@ def test_ctrl_c_while_denoising(small, tmp_path, number, status):
         [sys.executable, "-m", "ditattn.cli", *map(str, small), *steps],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
     )
     assert child.stderr is not None
     seen = b""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -45,8 +44,9 @@ def compared(work, tmp_path_factory):
 def test_sparsity_zero_is_the_reference_and_sparse_is_not(compared):
     comparison, _, _ = compared
     whole, sparse = comparison.measured
-    assert [one.scores.psnr for one in whole] == [math.inf, math.inf]
-    assert all(20 < one.scores.psnr < math.inf for one in sparse)
+    # not the same bits: the reference is torch's attention, sparsity 0 the fastest exact kernel of the machine
+    assert all(one.scores.psnr > 80 for one in whole)
+    assert all(20 < one.scores.psnr < 80 for one in sparse)
     assert [one.runs[0].density for one in whole] == [None, None]
     # layer 1 is dense, layer 0 is not
     computed = sparse[0].runs[0].computed["transformer"]

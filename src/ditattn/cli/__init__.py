@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +11,9 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console entry point; ends the process with the command's exit status."""
+    # OpenMP threads that spin while they wait make torch several times slower wherever other programs want the cores too;
+    # it is read when torch loads
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from ditattn.cli.app import run
     except ModuleNotFoundError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from ditattn.pipelines.report import AttentionReport
 from ditattn.platforms import get_platform
 
 __all__ = ["run_generate"]
+
+logger = logging.getLogger("ditattn")
 
 
 def run_generate(settings: GenerateSettings, *, debug: bool = False) -> None:
@@ -51,6 +54,7 @@ def _make_one(job: Job, pipe: Any, number: int, load_ms: float) -> None:
         frames, times = call_pipeline(pipe, arguments, seed=settings.seed)
     path = _output_file(settings, number, ".mp4" if len(frames) > 1 else ".png")
     output = _describe(frames, path, fps)
+    _warn_about_other_sizes(arguments, output)
     record = RunRecord(
         model=job.model.facts(),
         given=settings.model_dump(exclude_unset=True),
@@ -79,6 +83,13 @@ def _output_file(settings: GenerateSettings, number: int, suffix: str) -> Path:
 def _describe(frames: np.ndarray[Any, Any], path: Path, fps: int) -> dict[str, Any]:
     num_frames, height, width, _ = frames.shape
     return {"file": str(path), "height": height, "width": width, "num_frames": num_frames, "fps": fps if num_frames > 1 else None}
+
+
+def _warn_about_other_sizes(arguments: dict[str, Any], output: dict[str, Any]) -> None:
+    """For pipelines whose rounding we do not know beforehand."""
+    for key in ("height", "width", "num_frames"):
+        if arguments.get(key) not in (None, output[key]):
+            logger.warning("%s %s was asked for, the pipeline made %s", key, arguments[key], output[key])
 
 
 def _effective(

@@ -206,7 +206,7 @@ class DenoisingStage:
             self._refuse_if_strict(reason, forward)
             forward.records.append(CallRecord(reason))
             return dense_attention(query, key, value, scale=scale, causal=is_causal, attn_mask=_broadcastable(attn_mask))
-        impl = self._impl(forward.model, layer, query, key, is_causal, scale)
+        impl = self._impl(forward.model, layer, query, key, is_causal, scale, metadata.key_lengths is not None)
         if self.strict and isinstance(impl, SparseAttentionImpl):
             assert isinstance(metadata, SparseAttentionMetadata)
             self._refuse_if_strict(impl.why_dense(query, key, metadata), forward)
@@ -220,12 +220,14 @@ class DenoisingStage:
             model = forward.model
             raise DenseInStrictMode(f"{model.backend.get_enum()} on {model.name} would run densely in step {forward.step.index}: {reason}")
 
-    def _impl(self, model: ServedModel, layer: int | None, query: Tensor, key: Tensor, causal: bool, scale: float | None) -> AttentionImpl:
+    def _impl(
+        self, model: ServedModel, layer: int | None, query: Tensor, key: Tensor, causal: bool, scale: float | None, padded: bool
+    ) -> AttentionImpl:
         """One implementation object per layer and call signature, made when first met."""
-        signature = (layer, query.shape[2], query.shape[3], key.shape[2], causal, scale)
+        signature = (layer, query.shape[2], query.shape[3], key.shape[2], causal, scale, padded)
         impl = model.impls.get(signature)
         if impl is None:
-            _note_implementations(model, query, key, causal)
+            _note_implementations(model, query, key, causal, padded)
             impl = model.impls[signature] = model.backend.get_impl_cls()(
                 query.shape[2],
                 query.shape[3],
@@ -301,13 +303,13 @@ def _read_padding(keep: Tensor, batch: int) -> tuple[Tensor | None, str | None]:
     return keep.sum(-1).expand(batch).contiguous(), None
 
 
-def _note_implementations(model: ServedModel, query: Tensor, key: Tensor, causal: bool) -> None:
-    facts = call_facts(query, key, causal=causal)
+def _note_implementations(model: ServedModel, query: Tensor, key: Tensor, causal: bool, padded: bool) -> None:
+    facts = call_facts(query, key, causal=causal, key_lengths=padded)
     tables = {"dense_attention": dense_op.TABLE, "block_sparse_attention": block_sparse_op.TABLE}
     for op in model.backend.ops:
         if op in tables:
             name = model.backend.implementation if op == model.backend.ops[0] else None
-            model.log.implementations[op] = choose(tables[op], facts, name).name
+            model.log.note_implementation(op, choose(tables[op], facts, name).name)
 
 
 @torch.library.custom_op("ditattn::attend", mutates_args=())

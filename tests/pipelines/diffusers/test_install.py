@@ -6,8 +6,10 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+from packaging import version
 from torch import nn
 
 import ditattn
@@ -83,7 +85,7 @@ def test_a_skipped_layer_is_dense_in_every_step(wan: TinyPipeline) -> None:
     assert report.density_by_layer[1] is None
 
 
-@pytest.mark.parametrize(("min_tokens", "sparse"), [(1280, 12), (1281, 0)])
+@pytest.mark.parametrize(("min_tokens", "sparse"), [(1400, 12), (1401, 0)])
 def test_short_sequences_run_densely(wan: TinyPipeline, min_tokens: int, sparse: int) -> None:
     report = ran(wan, **{**SPARSE, "min_tokens": min_tokens})
     assert report.sparse == sparse
@@ -210,6 +212,19 @@ def test_a_forward_that_raised_ends_the_run(error: type[BaseException]) -> None:
     assert running() is None
 
 
+def test_an_interrupted_installation_leaves_no_forward_behind() -> None:
+    denoiser = transformer().requires_grad_(False)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = ditattn.install(denoiser, "rain_fusion_attn", **SPARSE)
+    with denoiser.blocks[1].register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
+        _forward(denoiser, 900)
+    handle.remove()
+    assert running() is None
+
+
 def test_step_overrides_every_source() -> None:
     denoiser = transformer().requires_grad_(False)
     with ditattn.install(denoiser, "rain_fusion_attn", **{**SPARSE, "skip_first_steps": "50%"}) as handle:
@@ -323,6 +338,43 @@ def test_offloading_that_renews_its_wrapper_after_every_run_keeps_us(wan: TinyPi
     assert handle.report().components["transformer"].sparse == 2 * CALLS_PER_STEP
 
 
+def test_a_block_cache_leaves_steps_and_layers_right() -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    tiny = tiny_pipelines.wan(transformer=transformer(num_layers=4))
+    # the residual of these weights hardly changes: after the first step only block 0 runs
+    tiny.pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    cached, before = tiny.run(3), footprint(tiny.pipe)
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", skip_layers="3", **SPARSE) as handle:
+        tiny.run(3)
+    report = handle.report().components["transformer"]
+    assert footprint(tiny.pipe) == before
+    assert torch.equal(tiny.run(3), cached)
+    cells = handle._stage.models[0].log.cells
+    assert {key: cell.sparse + cell.dense for key, cell in cells.items()} == {
+        (0, 0): 2,
+        (0, 1): 2,
+        (0, 2): 2,
+        (0, 3): 2,
+        (1, 0): 2,
+        (2, 0): 2,
+    }
+    assert report.dense_reasons == {"skipped layer": 2}
+
+
+@pytest.mark.skipif(
+    version.parse(diffusers.__version__) < version.parse("0.41"), reason="group offloading without an accelerator fails in this diffusers"
+)
+def test_blocks_that_are_offloaded_later_are_served() -> None:
+    tiny = tiny_pipelines.wan()
+    native, cpu = tiny.run(2), torch.device("cpu")
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE) as handle:
+        tiny.pipe.transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+        tiny.run(2)
+    assert handle.report().components["transformer"].sparse == 2 * CALLS_PER_STEP
+    assert torch.equal(tiny.run(2), native)
+
+
 def _wrap(denoiser: nn.Module, how: str, seen: list[int]) -> None:
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from diffusers.hooks import HookRegistry, ModelHook
@@ -373,6 +425,26 @@ def test_an_unknown_family_stays_as_it_was_and_says_so(caplog: pytest.LogCapture
     assert "UnknownTransformer" in caplog.text
     with pytest.raises(UnsupportedModel, match="UnknownTransformer"):
         ditattn.install(tiny.pipe, "rain_fusion_attn", strict=True)
+
+
+def test_context_parallelism_is_refused() -> None:
+    tiny = tiny_pipelines.wan()
+    tiny.pipe.transformer.blocks[0].attn1.processor._parallel_config = object()
+    with pytest.raises(UnsupportedModel, match="context parallelism"):
+        ditattn.install(tiny.pipe, "rain_fusion_attn")
+
+
+@pytest.mark.parametrize("build", [tiny_pipelines.cogvideox, tiny_pipelines.wan], ids=["other processors", "another backend"])
+def test_attention_that_is_taken_from_us_later_is_reported(build: Any) -> None:
+    tiny = build()
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE) as handle:
+        if build is tiny_pipelines.cogvideox:
+            tiny.pipe.transformer.fuse_qkv_projections()
+        else:
+            for block in tiny.pipe.transformer.blocks:
+                block.attn1.processor._attention_backend = None
+        tiny.run(1)
+    assert "replaced after the installation" in handle.report().summary()
 
 
 def test_strict_raises_for_a_reason_that_nobody_asked_for() -> None:

@@ -14,6 +14,7 @@ __all__ = ["TABLE", "block_mean"]
 _HERE = "ditattn.ops.block_mean"
 
 TABLE: tuple[Implementation, ...] = (
+    Implementation("cpu", f"{_HERE}.cpu:run", devices=("cpu",), probe="ditattn.ops.cpu_library:problem"),
     Implementation("torch", f"{_HERE}.pure_torch:run"),
     Implementation("reference", f"{_HERE}.reference:run", automatic=False),
 )
@@ -35,14 +36,17 @@ def block_mean(x: Tensor, block_size: int = BLOCK_SIZE, *, implementation: str |
     """
     if x.ndim != 4 or 0 in x.shape or block_size < 1:
         raise UnsupportedCall(f"block_mean needs a non-empty [B, S, H, D] and a positive block size, not {list(x.shape)} and {block_size}")
-    chosen = choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation)
-    out: Tensor = _op(x, block_size, chosen.name)
+    # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
+    name = implementation or ""
+    if not torch.compiler.is_compiling():
+        name = choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation).name
+    out: Tensor = _op(x, block_size, name)
     return out
 
 
 @torch.library.custom_op("ditattn::block_mean", mutates_args=())
 def _op(x: Tensor, block_size: int, implementation: str) -> Tensor:
-    run = load(choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation))
+    run = load(choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation or None))
     out: Tensor = run(x, block_size)
     return out.contiguous()
 

@@ -8,17 +8,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ditattn.attention.plan import BlockPlan
+from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.contract import call_facts, check_qkv, checked_scale
-from ditattn.ops.table import Implementation, choose, load
+from ditattn.ops.table import CallFacts, Implementation, choose, load
 
 __all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse"]
 
 _HERE = "ditattn.ops.block_sparse_attention"
-_EVERYTHING = frozenset({"causal", "key_lengths", "lse", "gqa", "unequal_lengths"})
+_LIBRARY = "ditattn.ops.cpu_library"
+_HEAD_DIMS = (32, 64, 96, 128)
+_MOST = frozenset({"causal", "key_lengths", "lse", "gqa", "unequal_lengths"})
+_EVERYTHING = _MOST | {"other_block_size"}
 
 TABLE: tuple[Implementation, ...] = (
+    Implementation("cpu", f"{_HERE}.cpu:run", devices=("cpu",), head_dims=_HEAD_DIMS, honours=_MOST, probe=f"{_LIBRARY}:problem"),
+    Implementation(
+        "cpu_fast_fp32",
+        f"{_HERE}.cpu:run_fast_fp32",
+        devices=("cpu",),
+        dtypes=("float32",),
+        head_dims=_HEAD_DIMS,
+        honours=_MOST,
+        probe=f"{_LIBRARY}:bf16_problem",
+        automatic=False,
+        computes_in="bfloat16",
+    ),
     Implementation("torch", f"{_HERE}.pure_torch:run", honours=_EVERYTHING),
     Implementation("reference", f"{_HERE}.reference:run", honours=_EVERYTHING, automatic=False),
 )
@@ -84,11 +99,18 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     check_qkv(query, key, value, key_lengths)
     _check_plan(query, key, plan)
-    facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, lse=return_lse)
-    chosen = choose(TABLE, facts, implementation)
+    # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
+    name = implementation or ""
+    if not torch.compiler.is_compiling():
+        name = choose(TABLE, _facts(query, key, causal, key_lengths, return_lse, plan.block_size), implementation).name
     scale = checked_scale(scale, query.shape[3])
-    out, lse = _op(query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, chosen.name)
+    out, lse = _op(query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, name)
     return out, lse
+
+
+def _facts(query: Tensor, key: Tensor, causal: bool, key_lengths: Tensor | None, return_lse: bool, block_size: int) -> CallFacts:
+    other = block_size != BLOCK_SIZE
+    return call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, lse=return_lse, other_block_size=other)
 
 
 def _check_plan(query: Tensor, key: Tensor, plan: BlockPlan) -> None:
@@ -121,8 +143,8 @@ def _op(
     return_lse: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, lse=return_lse)
-    run = load(choose(TABLE, facts, implementation))
+    facts = _facts(query, key, causal, key_lengths, return_lse, block_size)
+    run = load(choose(TABLE, facts, implementation or None))
     plan = BlockPlan(indices, counts, query.shape[1], key.shape[1], block_size)
     out, lse = run(query, key, value, plan, scale, causal, key_lengths, return_lse)
     return out.contiguous(), (lse if return_lse else query.new_empty(0, dtype=torch.float32))
