@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent / "src"
 # From the roof to the cellar. A module may import from its own package and from every floor below its own.
 FLOORS: list[list[str]] = [
     ["ditattn.cli"],
+    ["ditattn.tuning"],
+    ["ditattn.comparison"],
     # measurement times whole backends and is shown by a verb of the command line
     ["ditattn.pipelines", "ditattn.measurement"],
     ["ditattn.attention.backends", "ditattn.attention.selector"],
@@ -32,7 +34,9 @@ ONLY_IN: dict[str, list[str]] = {
     "transformers": ["ditattn.pipelines.diffusers"],
     "tokenizers": ["ditattn.pipelines.diffusers"],
     "imageio": ["ditattn.cli"],
-    "imageio_ffmpeg": ["ditattn.cli"],
+    "imageio_ffmpeg": ["ditattn.cli", "ditattn.comparison"],
+    "torchmetrics": ["ditattn.comparison"],
+    "jinja2": ["ditattn.comparison"],
     "typer": ["ditattn.cli"],
     "rich": ["ditattn.cli"],
 }

@@ -54,7 +54,9 @@ def test_importing_ours_costs_little_beside_torch():
     assert float(done.stdout) < 0.5, done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--help"], ["backends", "--help"], []])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["generate", "--help"], ["compare", "--help"], ["tune", "--help"], ["backends", "--help"], []]
+)
 def test_help_needs_no_torch(arguments):
     done = fresh(
         f"""

@@ -17,6 +17,9 @@ import check_import_layers as checker
     [
         ("ditattn.ops.dense_attention.reference", "ditattn.attention.backends.fa", "imports point down"),
         ("ditattn.platforms.cpu", "ditattn.pipelines.report", "imports point down"),
+        ("ditattn.pipelines.probe", "ditattn.comparison.metrics", "imports point down"),
+        ("ditattn.comparison.measure", "ditattn.tuning.search", "imports point down"),
+        ("ditattn.tuning.search", "torchmetrics.functional.image", "torchmetrics is imported only under"),
         ("ditattn.attention.backends.rain_fusion_attn", "ditattn.attention.backends.laser_attn", "do not know each other"),
         ("ditattn.attention.selection.mean_pool", "ditattn.attention.selection.antidiagonal", "do not know each other"),
         ("ditattn.pipelines.denoising", "diffusers.models", "diffusers is imported only under"),

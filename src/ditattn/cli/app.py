@@ -11,8 +11,10 @@ import typer
 
 from ditattn._version import __version__
 from ditattn.cli.backends import backends
+from ditattn.cli.compare import compare
 from ditattn.cli.failures import EXIT_INTERRUPTED, report_failure
 from ditattn.cli.generate import generate
+from ditattn.cli.tune import tune
 
 __all__ = ["app", "run"]
 
@@ -41,6 +43,8 @@ def options(
 
 
 app.command("generate")(generate)
+app.command("compare")(compare)
+app.command("tune")(tune)
 app.command("backends")(backends)
 
 

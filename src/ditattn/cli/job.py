@@ -38,6 +38,10 @@ class ModelFacts:
     random_weights: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
 
+    def facts(self) -> dict[str, Any]:
+        """What is written about the model."""
+        return {key: value for key, value in vars(self).items() if key not in ("pipeline_cls", "defaults")}
+
 
 @dataclass(frozen=True)
 class Job:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ditattn.errors import ConfigError
 
-__all__ = ["Outbox", "check_file_name", "check_folder", "default_name", "numbered", "write_media"]
+__all__ = ["Outbox", "check_file_name", "check_folder", "check_plain_name", "default_name", "numbered", "write_media"]
 
 MEDIA = (".mp4", ".png")
 
@@ -36,12 +36,17 @@ def check_file_name(name: str, suffix: str) -> str:
     Raises:
         ConfigError: a name with folders in it, or with an ending that does not fit what will be made.
     """
-    if Path(name).name != name or name in (".", ".."):
-        raise ConfigError(f"--output-file-name '{name}' must be a plain name; the folder is --output-path")
+    check_plain_name(name)
     ending = Path(name).suffix.lower()
     if ending in MEDIA and ending != suffix:
         raise ConfigError(f"--output-file-name '{name}' ends in {ending}, but the result is a {suffix} file")
     return name[: -len(ending)] if ending in MEDIA else name
+
+
+def check_plain_name(name: str) -> None:
+    """Raise ConfigError if the name has folders in it."""
+    if Path(name).name != name or name in (".", ".."):
+        raise ConfigError(f"--output-file-name '{name}' must be a plain name; the folder is --output-path")
 
 
 def check_folder(folder: Path, called: str) -> None:

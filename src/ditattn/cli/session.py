@@ -11,6 +11,7 @@ import numpy as np
 import typer
 
 from ditattn.cli.job import Job, prepare
+from ditattn.cli.loaded import load, pipeline_arguments, playing_rate
 from ditattn.cli.messages import set_up_messages, stage
 from ditattn.cli.outputs import Outbox, check_file_name, default_name, numbered, write_media
 from ditattn.cli.records import RunRecord
@@ -31,36 +32,17 @@ def run_generate(settings: GenerateSettings, *, debug: bool = False) -> None:
     """
     set_up_messages(debug)
     job = prepare(settings)
-    with stage(f"load {job.model.pipeline} ({str(job.dtype).removeprefix('torch.')}, {job.device})") as loading:
-        pipe = _load(job)
+    pipe, load_ms = load(job)
     for number in range(len(settings.prompt)):
-        _make_one(job, pipe, number, loading.duration_ms)
-
-
-def _load(job: Job) -> Any:
-    from ditattn.pipelines.diffusers.loading import load_pipeline
-
-    settings = job.settings
-    pipe = load_pipeline(
-        job.model.path,
-        dtype=job.dtype,
-        device=job.device,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    pipe.set_progress_bar_config(desc="denoise", unit="step")
-    return pipe
+        _make_one(job, pipe, number, load_ms)
 
 
 def _make_one(job: Job, pipe: Any, number: int, load_ms: float) -> None:
-    from ditattn.pipelines.diffusers.call import call_defaults, call_pipeline, frame_rate
+    from ditattn.pipelines.diffusers.call import call_defaults, call_pipeline
     from ditattn.pipelines.diffusers.install import install
 
     settings, prompt = job.settings, job.settings.prompt[number]
-    arguments = job.call_arguments(prompt)
-    fps = job.value("fps") or frame_rate(pipe)
-    if "frame_rate" in call_defaults(type(pipe)):
-        arguments["frame_rate"] = fps
+    arguments, fps = pipeline_arguments(job, pipe, prompt), playing_rate(job, pipe)
     handle = install(
         pipe,
         settings.attention_backend,
@@ -74,7 +56,7 @@ def _make_one(job: Job, pipe: Any, number: int, load_ms: float) -> None:
     output = _describe(frames, path, fps)
     _warn_about_other_sizes(arguments, output)
     record = RunRecord(
-        model={key: value for key, value in vars(job.model).items() if key not in ("pipeline_cls", "defaults")},
+        model=job.model.facts(),
         given=settings.model_dump(exclude_unset=True),
         effective=_effective(job, arguments, call_defaults(type(pipe)), output, handle.report()),
         device={"type": job.device.type, "name": get_platform(job.device).device_name()},

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from ditattn.ops.table import choose
 from ditattn.pipelines.report import AttentionReport, ComponentLog
 from ditattn.pipelines.step_clock import Step, StepClock
 
-__all__ = ["DenoisingStage", "Forward", "ServedModel", "attend", "running"]
+__all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "build_attn_metadata", "running"]
 
 logger = logging.getLogger("ditattn")
 
@@ -82,6 +82,22 @@ class Forward:
     key_lengths: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
 
+class Probe(Protocol):
+    """Sees every self-attention call of a stage after it was served, and changes nothing."""
+
+    def look(
+        self,
+        forward: Forward,
+        layer: int | None,
+        impl: AttentionImpl,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        metadata: AttentionMetadata,
+        out: Tensor,
+    ) -> None: ...
+
+
 _local = threading.local()
 
 
@@ -97,6 +113,9 @@ class DenoisingStage:
     Args:
         scheduler: returns the pipeline's scheduler, or None.
         strict: raise DenseInStrictMode where a sparse backend would run densely for a reason that nobody asked for.
+
+    Attributes:
+        probe: sees every served call; None for none.
     """
 
     def __init__(self, clock: StepClock, strict: bool = False) -> None:
@@ -104,6 +123,7 @@ class DenoisingStage:
         self.strict = strict
         self.models: list[ServedModel] = []
         self.not_served: dict[str, str] = {}
+        self.probe: Probe | None = None
         self._metadata: dict[str, tuple[tuple[Any, ...], AttentionMetadata]] = {}
 
     def enter(self, model: ServedModel, arguments: Mapping[str, Any], cache_context: Any = None, branch: str | None = None) -> Forward:
@@ -140,7 +160,7 @@ class DenoisingStage:
         key = (step, layout)
         cached = self._metadata.get(model.name)
         if cached is None or cached[0] != key:
-            cached = self._metadata[model.name] = (key, _metadata(model, step, layout))
+            cached = self._metadata[model.name] = (key, build_attn_metadata(model, step, layout))
         return cached[1]
 
     def attend(
@@ -190,7 +210,10 @@ class DenoisingStage:
         if self.strict and isinstance(impl, SparseAttentionImpl):
             assert isinstance(metadata, SparseAttentionMetadata)
             self._refuse_if_strict(impl.why_dense(query, key, metadata), forward)
-        return impl.forward(query, key, value, metadata)
+        out = impl.forward(query, key, value, metadata)
+        if self.probe is not None:
+            self.probe.look(forward, layer, impl, query, key, value, metadata, out)
+        return out
 
     def _refuse_if_strict(self, reason: str | None, forward: Forward) -> None:
         if self.strict and reason is not None and reason not in EXPECTED_REASONS and forward.model.backend.get_enum().is_sparse:
@@ -233,7 +256,8 @@ def _layout(model: ServedModel, arguments: Mapping[str, Any]) -> TokenLayout | N
         return None
 
 
-def _metadata(model: ServedModel, step: Step, layout: TokenLayout | None) -> AttentionMetadata:
+def build_attn_metadata(model: ServedModel, step: Step, layout: TokenLayout | None) -> AttentionMetadata:
+    """What the model's backend may know about a step."""
     config = model.config
     if not isinstance(config, SparseAttentionConfig):
         return model.builder.build(current_timestep=step.index)

@@ -31,6 +31,11 @@ class Cell:
         density = record.plan.density_tensor()
         self.density_sum = density if self.density_sum is None else self.density_sum + density
 
+    def computed_share(self) -> float:
+        """Mean share of query-key pairs that was computed; a dense call computes all."""
+        kept = 0.0 if self.density_sum is None else float(self.density_sum)
+        return (kept + self.dense) / (self.sparse + self.dense)
+
 
 @dataclass
 class ComponentLog:
@@ -80,6 +85,11 @@ class ComponentLog:
             implementations=dict(self.implementations),
             attention_ms=self.stopwatch.total_ms(),
         )
+
+    def computed_shares(self) -> list[tuple[int, int, float]]:
+        """(step, layer, share of query-key pairs that was computed), of the calls whose step and layer are known."""
+        known = [(step, layer, cell) for (step, layer), cell in self.cells.items() if step is not None and layer is not None]
+        return sorted((step, layer, cell.computed_share()) for step, layer, cell in known)
 
     def _keys(self, axis: int) -> list[int]:
         return sorted({key[axis] for key in self.cells if key[axis] is not None})  # type: ignore[misc]

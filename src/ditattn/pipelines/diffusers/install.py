@@ -17,7 +17,7 @@ from ditattn.attention.interface import AttentionBackendEnum
 from ditattn.attention.selector import get_attn_backend
 from ditattn.errors import ConfigError, UnsupportedModel
 from ditattn.models import MODELS, ModelFamily, find_family
-from ditattn.pipelines.denoising import DenoisingStage, ServedModel, check_layers
+from ditattn.pipelines.denoising import DenoisingStage, Probe, ServedModel, check_layers
 from ditattn.pipelines.diffusers.dispatcher import add_private_backend
 from ditattn.pipelines.diffusers.hooks import add_layer_hooks, add_root_hook, is_listening, redirect_sdpa
 from ditattn.pipelines.report import AttentionReport
@@ -66,6 +66,14 @@ class Installation:
     def report(self) -> AttentionReport:
         """What ran so far: calls, reasons, densities, time."""
         return self._stage.report()
+
+    def computed_shares(self) -> dict[str, list[tuple[int, int, float]]]:
+        """(step, layer, share of query-key pairs that was computed) of every component."""
+        return {model.name: model.log.computed_shares() for model in self._stage.models}
+
+    def watch(self, probe: Probe) -> None:
+        """Let `probe` see every served call."""
+        self._stage.probe = probe
 
     def remove(self) -> None:
         """Restore the pipeline. Calling it twice does nothing."""

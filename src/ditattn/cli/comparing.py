@@ -1,0 +1,139 @@
+"""What `ditattn compare` does: check, load, measure, write the page and the numbers, print the table."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+
+from ditattn.cli.loaded import playing_rate
+from ditattn.cli.measuring import Bench, about, check_settings, job_of, set_up, with_components
+from ditattn.cli.messages import set_up_messages
+from ditattn.cli.outputs import Outbox, check_plain_name, default_name, write_media
+from ditattn.cli.settings import CompareSettings
+from ditattn.comparison.measure import Comparison, compare
+from ditattn.comparison.page import render_page
+from ditattn.comparison.record import comparison_record, plain
+from ditattn.comparison.setting import Clip, Setting, expand
+from ditattn.errors import ConfigError
+
+__all__ = ["run_compare"]
+
+# rows of the terminal's table: key of the statistics, heading, digits, divisor
+COLUMNS = (
+    ("psnr", "PSNR dB", 2, 1),
+    ("ssim", "SSIM", 4, 1),
+    ("ms_ssim", "MS-SSIM", 4, 1),
+    ("vmaf", "VMAF", 1, 1),
+    ("computed_share", "computed", 3, 1),
+    ("attention_ms", "attention s", 2, 1000),
+    ("total_ms", "all s", 2, 1000),
+    ("speed_up", "speed-up", 2, 1),
+)
+
+
+def run_compare(settings: CompareSettings, *, debug: bool = False) -> None:
+    """Run the verb.
+
+    Raises:
+        DitattnError, OSError: see the modules that check.
+    """
+    set_up_messages(debug)
+    contestants = _contestants(settings)
+    name = _file_name(settings)
+    job = job_of(settings)
+    check_settings(job, contestants)
+    bench = set_up(job, strict=settings.strict, cached=settings.reference_cache)
+    clips = [Clip(prompt, seed) for prompt in settings.prompt for seed in settings.seed]
+    comparison = compare(
+        bench.references,
+        contestants,
+        clips,
+        repeats=settings.repeats,
+        probe=settings.probe,
+        progress=lambda line: typer.echo(line, err=True),
+    )
+    record = comparison_record(comparison, _origin(bench, settings, comparison))
+    page, numbers = _write(comparison, record, Path(settings.output_path), name, playing_rate(job, bench.work.pipe))
+    _print_table(record)
+    typer.echo(f"wrote {page} and {numbers.name}")
+
+
+def _contestants(settings: CompareSettings) -> list[Setting]:
+    if not settings.attention_backend:
+        raise ConfigError("what shall be compared? Name it: --attention-backend rain_fusion_attn (the reference is torch_sdpa)")
+    found = expand(settings.attention_backend, settings.attention_backend_config, settings.grid)
+    return with_components(found, settings.component_attention_backends)
+
+
+def _file_name(settings: CompareSettings) -> str:
+    name = settings.output_file_name
+    if name is None:
+        return "compare_" + default_name(settings.prompt[0], settings.model_dump_json())
+    check_plain_name(name)
+    return name.removesuffix(".html").removesuffix(".json")
+
+
+def _origin(bench: Bench, settings: CompareSettings, comparison: Comparison) -> dict[str, Any]:
+    num_frames, height, width, _ = comparison.reference[0].runs[0].frames.shape
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **about(bench, settings),
+        "output": {"num_frames": num_frames, "height": height, "width": width, "fps": playing_rate(bench.job, bench.work.pipe)},
+    }
+
+
+def _write(comparison: Comparison, record: Mapping[str, Any], folder: Path, name: str, fps: int) -> tuple[Path, Path]:
+    """Page and numbers: both or none."""
+
+    def encode(frames: np.ndarray[Any, Any]) -> bytes:
+        with tempfile.TemporaryDirectory(prefix="ditattn-") as place:
+            write_media(Path(place) / "clip.mp4", frames, fps)
+            return (Path(place) / "clip.mp4").read_bytes()
+
+    page, numbers = folder / f"{name}.html", folder / f"{name}.json"
+    with Outbox() as outbox:
+        outbox.draft(page).write_text(render_page(comparison, record, encode), encoding="utf-8")
+        text = json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False)
+        outbox.draft(numbers).write_text(text + "\n", encoding="utf-8")
+        outbox.commit()
+    return page, numbers
+
+
+def _print_table(record: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        # a pipe has no width: one setting, one line
+        console = Console(width=2000)
+    table = Table("setting", box=None, pad_edge=False)
+    shown = [column for column in COLUMNS if any(setting["statistics"][column[0]] for setting in record["settings"])]
+    for _, heading, _, _ in shown:
+        table.add_column(heading, justify="right")
+    dense = record["reference"]["clips"]
+    costs = {key: float(np.median([clip[key] for clip in dense])) for key in ("attention_ms", "total_ms")}
+    table.add_row("torch_sdpa", *(f"{costs[key] / divisor:.{digits}f}" if key in costs else "" for key, _, digits, divisor in shown))
+    for setting in record["settings"]:
+        table.add_row(setting["name"], *(_cell(setting["statistics"][key], digits, divisor) for key, _, digits, divisor in shown))
+    with console.capture() as capture:
+        console.print(table)
+    typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+    if len(record["clips"]) > 1:
+        typer.echo(f"medians over {len(record['clips'])} clips, each against its own reference; in brackets the worst")
+    if record["model"]["random_weights"]:
+        typer.echo("the model's weights are random: the quality figures mean nothing")
+
+
+def _cell(found: Mapping[str, Any] | None, digits: int, divisor: float) -> str:
+    if found is None:
+        return "-"
+    median, worst = (f"{found[key] / divisor:.{digits}f}" for key in ("median", "worst"))
+    return median if found["count"] == 1 else f"{median} ({worst})"

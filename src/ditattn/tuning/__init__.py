@@ -1,0 +1,1 @@
+"""The search for the fastest setting that keeps a wanted quality. It knows an objective, and no pipeline."""

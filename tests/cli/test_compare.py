@@ -1,0 +1,228 @@
+"""`ditattn compare` as a user types it: page, numbers, table, cache, errors; and the page in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torchmetrics", reason="SSIM and MS-SSIM come from torchmetrics")
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
+
+# 4 frames of 64 x 64 pixels: 1024 tokens, 8 blocks
+CALL = ("--height", 64, "--width", 64, "--num-frames", 4, "--num-inference-steps", 2, "--guidance-scale", 1)
+
+
+@pytest.fixture(scope="module")
+def options(wan_folder: Path) -> list[Any]:
+    return ["compare", "--model-path", wan_folder, *CALL, "--attention-backend", "rain_fusion_attn"]
+
+
+@pytest.fixture(scope="module")
+def made(options, tmp_path_factory) -> Path:
+    """A comparison of two settings over two clips; the folder of its files and of its cache."""
+    from ditattn.cli.app import run
+
+    folder = tmp_path_factory.mktemp("compare")
+    arguments = [
+        *options,
+        "--prompt",
+        'a "red" <circle>',
+        "--seed",
+        1,
+        "--seed",
+        2,
+        "--output-path",
+        folder,
+        "--output-file-name",
+        "page.html",
+    ]
+    arguments += ["--grid", "sparsity=0.0,0.7", "--attention-backend-config", "skip_first_steps=0,min_tokens=0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        assert run([str(one) for one in arguments]) == 0
+    return folder
+
+
+class Page(HTMLParser):
+    """Cells of the table of numbers, embedded record, addresses of media."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.cells: list[list[tuple[str, str]]] = []
+        self.sources: list[str] = []
+        self.record = ""
+        self._metric: str | None = None
+        self._in_record = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self._in_record = tag == "script" and values.get("id") == "record"
+        self._metric = values.get("data-metric") if tag == "td" else None if tag != "small" else "worst"
+        if self._metric == "psnr":
+            self.cells.append([])
+        self.sources += [value for key, value in attrs if key in ("src", "href") and value]
+
+    def handle_data(self, data: str) -> None:
+        if self._in_record:
+            self.record += data
+        elif self._metric and data.strip():
+            self.cells[-1].append((self._metric, data.strip().removeprefix("worst ")))
+
+
+def test_the_pages_numbers_are_the_jsons(made):
+    record = json.loads((made / "page.json").read_text())
+    page = Page((made / "page.html").read_text())
+    assert json.loads(page.record) == record
+    divisors = {"attention_ms": 1000, "total_ms": 1000}
+    assert len(page.cells) == len(record["settings"]) == 2
+    for cells, setting in zip(page.cells, record["settings"], strict=True):
+        metric = ""
+        for name, text in cells:
+            metric = metric if name == "worst" else name
+            value = float(setting["statistics"][metric]["worst" if name == "worst" else "median"]) / divisors.get(metric, 1)
+            digits = len(text.partition(".")[2])
+            assert text == ("identical" if value == float("inf") else f"{value:.{digits}f}"), metric
+        assert {name for name, _ in cells} >= {"psnr", "ssim", "ms_ssim", "computed_share", "speed_up", "total_ms", "worst"}
+
+
+def test_numbers_are_consistent_and_complete(made):
+    record = json.loads((made / "page.json").read_text())
+    assert record["clips"] == [{"prompt": 'a "red" <circle>', "seed": seed} for seed in (1, 2)]
+    whole, sparse = record["settings"]
+    assert (whole["name"], sparse["name"]) == ("rain_fusion_attn sparsity=0.0", "rain_fusion_attn sparsity=0.7")
+    assert float(whole["statistics"]["psnr"]["worst"]) > 80
+    assert all(len(clip["psnr_by_frame"]) == 4 for clip in sparse["clips"])
+    for clip, dense in zip(sparse["clips"], record["reference"]["clips"], strict=True):
+        assert clip["speed_up"] == pytest.approx(dense["total_ms"] / clip["total_ms"])
+        assert clip["attention"]["components"]["transformer"]["sparse"] == 2
+    assert sparse["statistics"]["psnr"]["worst"] == min(clip["psnr"] for clip in sparse["clips"])
+    computed = sparse["computed_by_step_and_layer"]["transformer"]
+    assert [cell[:2] for cell in computed] == [[one["step"], one["layer"]] for one in sparse["probe"]] == [[0, 0], [1, 0]]
+    assert all(0.3 < share < 1 for _, _, share in computed)
+    assert 0 < sparse["probe"][0]["dropped_mass"] < 1
+    assert {"model", "settings", "sampling", "versions", "device", "dtype", "created"} < set(record)
+    assert record["settings"][1]["config"] == {"skip_first_steps": 0, "min_tokens": 0, "sparsity": 0.7}
+
+
+def test_the_page_needs_no_network(made):
+    page = Page((made / "page.html").read_text())
+    assert page.sources
+    assert all(source.startswith("data:") for source in page.sources)
+    text = (made / "page.html").read_text()
+    assert not re.search(r"""(?:@import|url\(|fetch\(|https?://(?!www\.w3\.org))""", text.replace(page.record, ""))
+    # what the user typed is text, not markup
+    assert "&lt;circle&gt;" in text
+    assert sum(source.startswith("data:video/mp4") for source in page.sources) == 2 * (1 + 2 * 2)
+
+
+def test_a_browser_shows_it(made, tmp_path):
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser found (looked for {', '.join(BROWSERS)})")
+    # collects errors from the first line on, and in the end writes down what the page shows
+    before = """<script>window.problems = [];
+    window.addEventListener("error", event => problems.push(String(event.message || event.target.src)), true);</script>"""
+    after = """<pre id="seen"></pre><script>
+    const ready = video => video.readyState >= 2 ? 0 : new Promise(done => { video.onloadeddata = done; video.onerror = done; });
+    window.addEventListener("load", async () => {
+      const all = selector => [...document.querySelectorAll(selector)];
+      await Promise.all(all("video").map(ready));
+      document.querySelector(".differ").click();
+      document.getElementById("seen").textContent = JSON.stringify({
+        problems, pictures: all("img").map(one => one.naturalWidth), videos: all("video").map(one => one.videoWidth),
+        shown: all(".clip video.difference").map(one => one.offsetHeight > 50),
+        dots: all("#plot circle").length, cells: all("svg.heat rect").length });
+    });</script>"""
+    text = (made / "page.html").read_text()
+    page = tmp_path / "page.html"
+    page.write_text(text.replace("<head>", "<head>" + before).replace("</body>", after + "</body>"))
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--timeout=60000", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    found = re.search(r'<pre id="seen">(\{.*?\})</pre>', done.stdout)
+    assert found, done.stderr[-2000:]
+    seen = json.loads(found[1])
+    assert seen["problems"] == []
+    assert "CONSOLE" not in done.stderr
+    assert len(seen["pictures"]) >= 2 * 5
+    assert min(seen["pictures"]) > 0
+    assert seen["videos"] == [192] * 10
+    # the box of the first clip was ticked, the second's was not
+    assert seen["shown"] == [True, True, False, False]
+    assert seen["dots"] == 2
+    assert seen["cells"] > 0
+
+
+def test_table_and_cache(ditattn, made, options, monkeypatch):
+    """The same question again takes its references from the cache and says so; another seed does not."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(made / "cache"))
+    again = [*options, "--prompt", 'a "red" <circle>', "--output-path", made, "--output-file-name", "again", "--no-probe"]
+    again += ["--attention-backend-config", "sparsity=0.5,skip_first_steps=0,min_tokens=0"]
+    done = ditattn(*again, "--seed", 2)
+    assert done.status == 0, done.err
+    assert "clip 1 of 1: rain_fusion_attn" in done.err
+    assert "torch_sdpa (reference)" not in done.err
+    lines = done.out.splitlines()
+    assert lines[0].split()[:3] == ["setting", "PSNR", "dB"]
+    assert lines[1].startswith("torch_sdpa")
+    assert lines[2].startswith("rain_fusion_attn sparsity=0.5")
+    assert lines[-1] == f"wrote {made / 'again.html'} and again.json"
+    record = json.loads((made / "again.json").read_text())
+    assert record["reference"]["clips"][0]["cached"] is True
+    assert record["settings"][0]["probe"] is None
+    assert "come from an earlier run" in (made / "again.html").read_text()
+    assert "torch_sdpa (reference)" in ditattn(*again, "--seed", 3).err
+    assert "torch_sdpa (reference)" in ditattn(*again, "--seed", 2, "--no-reference-cache").err
+    assert "torch_sdpa (reference)" in ditattn(*again, "--seed", 2, "--num-inference-steps", 3).err
+
+
+def test_an_image_pipeline(ditattn, flux_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = ditattn(
+        *("compare", "--model-path", flux_folder, "--prompt", "a", "--height", 64, "--width", 96, "--num-inference-steps", 2, "--no-probe"),
+        *("--attention-backend", "rain_fusion_attn", "--attention-backend", "fa", "--output-path", tmp_path, "--output-file-name", "x"),
+    )
+    assert done.status == 0, done.err
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert [setting["name"] for setting in record["settings"]] == ["rain_fusion_attn", "fa"]
+    assert record["settings"][1]["statistics"]["flicker_ratio"] is None
+    assert "<video src" not in (tmp_path / "x.html").read_text()
+
+
+WRONG = {
+    "nothing to compare": ([], ["--attention-backend rain_fusion_attn"]),
+    "unknown backend": (["--attention-backend", "rain"], ["no attention backend 'rain'"]),
+    "unknown key in the grid": (["--attention-backend", "rain_fusion_attn", "--grid", "sparsty=0.5"], ["did you mean 'sparsity'"]),
+    "value out of range": (["--attention-backend", "rain_fusion_attn", "--grid", "sparsity=0.5,2"], ["sparsity"]),
+    "grid without values": (["--attention-backend", "rain_fusion_attn", "--grid", "sparsity"], ["key=value,value"]),
+    "key set twice": (
+        ["--attention-backend", "rain_fusion_attn", "--grid", "sparsity=0.5", "--attention-backend-config", "sparsity=0.5"],
+        ["sparsity is set by", "--grid"],
+    ),
+    "dense backend with a key": (["--attention-backend", "fa", "--grid", "sparsity=0.5"], ["no configuration keys"]),
+    "folder in the name": (["--attention-backend", "fa", "--output-file-name", "a/b"], ["plain name"]),
+    "size": (["--attention-backend", "fa", "--height", "60"], ["height must be a multiple of 16"]),
+    "no such layer": (["--attention-backend", "rain_fusion_attn", "--attention-backend-config", "skip_layers=7"], ["skip_layers names 7"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_errors_in_one_line(case, ditattn, wan_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arguments, words = WRONG[case]
+    done = ditattn("compare", "--model-path", wan_folder, "--prompt", "a", *CALL, "--output-path", tmp_path / "out", *arguments)
+    assert done.status == 2
+    assert len(done.error_lines) == 1, done.err
+    assert "Traceback" not in done.err
+    for word in words:
+        assert word in done.error_lines[0]
+    assert not (tmp_path / "out").exists()

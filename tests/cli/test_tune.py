@@ -1,0 +1,151 @@
+"""`ditattn tune` as a user types it: the file it writes, the check, interruption and resumption, errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("torchmetrics", reason="SSIM comes from torchmetrics")
+
+from ditattn.config import RainFusionAttentionConfig, parse_config
+from ditattn.tuning import objective
+from ditattn.tuning.sensitivity import Sensitivity
+
+# 4 frames of 64 x 64 pixels: 1024 tokens, 8 blocks
+CALL = ("--height", 64, "--width", 64, "--num-frames", 4, "--num-inference-steps", 4, "--guidance-scale", 1)
+FIXED = ("--attention-backend-config", "min_tokens=0")
+
+
+@pytest.fixture
+def options(wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A quick tune. The tiny model's sparse calls are slower than its dense ones, so the clock is told otherwise."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    measured = Sensitivity.from_readings.__func__
+
+    def as_if_faster(cls, readings, attention_share):
+        found = measured(cls, readings, attention_share)
+        return Sensitivity(found.errors, found.sparsities, (1.0, -0.9), 0.5)
+
+    monkeypatch.setattr(Sensitivity, "from_readings", classmethod(as_if_faster))
+    return ["tune", "--model-path", wan_folder, "--prompt", "a red circle", *CALL, *FIXED, "--output-path", tmp_path / "out"]
+
+
+def files(folder: Path, pattern: str) -> list[Path]:
+    return sorted(folder.glob(pattern))
+
+
+def test_the_file_is_a_configuration_and_the_state_holds_every_run(ditattn, options, tmp_path):
+    done = ditattn(*options, "--prompt", "a blue square", "--target-psnr", 40, "--target-ssim", 0.9, "--budget-runs", 5)
+    # 3: it may be slower than dense on the clock
+    assert done.status in (0, 3), done.err
+    path, state = files(tmp_path / "out", "*.yaml")[0], json.loads(files(tmp_path / "out", "*.state.json")[0].read_text())
+    config = RainFusionAttentionConfig.from_mapping(parse_config(str(path)))
+    assert config.min_tokens == 0
+    tried = [one["candidate"] for one in state["outcomes"]]
+    assert len(tried) <= 5
+    assert config.sparsity in [one["sparsity"] for one in tried]
+    met = [one for one in state["outcomes"] if one["outcome"]["meets"]]
+    assert all(float(one["outcome"]["psnr"]) >= 40 and one["outcome"]["ssim"] >= 0.9 for one in met)
+    text = path.read_text()
+    assert text.count("# sparsity=") == len(tried)
+    for words in (
+        "target: PSNR at least 40 dB and SSIM at least 0.9",
+        "on 2 clips it was not tuned on: worst PSNR",
+        "a blue square (seed 42)",
+    ):
+        assert words in text
+        assert words in done.out or "seed" in words
+    assert sorted(state["readings"]) == ["0.3", "0.6", "0.8", "0.95"]
+    assert set(yaml.safe_load(text)) == {"min_tokens", "sparsity", "skip_first_steps", "skip_last_steps", "skip_layers"} | (
+        {"first_frame_sink"} & set(yaml.safe_load(text))
+    )
+    # what it wrote runs
+    used = ditattn("generate", *options[1:5], *CALL, "--output-path", tmp_path / "video", "--attention-backend", "rain_fusion_attn",
+                   "--attention-backend-config", path)  # fmt: skip
+    assert used.status == 0, used.err
+    assert f"asked sparsity {config.sparsity}" in used.out
+
+
+def test_an_interrupted_tune_keeps_what_it_found_and_goes_on(ditattn, options, tmp_path, monkeypatch):
+    command = [*options, "--target-psnr", 40, "--budget-runs", 4, "--output-file-name", "tuned"]
+    run_clip, made = objective.run_clip, []
+
+    def interrupted(work, setting, clip, **changes):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(setting.name)
+        return run_clip(work, setting, clip, **changes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objective, "run_clip", interrupted)
+        stopped = ditattn(*command)
+    assert stopped.status == 130
+    assert "goes on from" in stopped.err
+    state = files(tmp_path / "out", "*.state.json")[0]
+    before = json.loads(state.read_text())["outcomes"]
+    assert len(before) == 2
+    kept = (tmp_path / "out" / "tuned.yaml").is_file()
+    assert kept is any(one["outcome"]["meets"] for one in before)
+    if kept:
+        assert "interrupted: not checked" in (tmp_path / "out" / "tuned.yaml").read_text()
+
+    made.clear()
+    monkeypatch.setattr(objective, "probe", lambda *_: pytest.fail("the probe was run again"))
+    monkeypatch.setattr(objective.References, "make", lambda *_: pytest.fail("the dense clip was made again"))
+    monkeypatch.setattr("ditattn.cli.tuning.check", lambda *_, **__: pytest.skip("the check makes dense clips of its own"))
+    monkeypatch.setattr(objective, "run_clip", lambda *a, **k: made.append(a[1].name) or run_clip(*a, **k))
+    with pytest.raises(pytest.skip.Exception):
+        ditattn(*command)
+    after = json.loads(state.read_text())["outcomes"]
+    assert after[:2] == before
+    assert len(after) == 2 + len(made) <= 4
+
+
+def test_an_impossible_target_is_said_to_be_impossible(ditattn, options, tmp_path):
+    done = ditattn(*options, "--target-psnr", 400, "--budget-runs", 3)
+    assert done.status == 3
+    assert "nothing meets the target (PSNR at least 400 dB) faster than dense, in" in done.err
+    assert "the nearest was" in done.err
+    assert not files(tmp_path / "out", "*.yaml")
+
+
+def test_a_changed_question_has_another_state(ditattn, options, tmp_path):
+    for target in (390, 400):
+        ditattn(*options, "--target-psnr", target, "--budget-runs", 1)
+    assert len(files(tmp_path / "out", "*.state.json")) == 2
+    # a larger budget is the same question
+    ditattn(*options, "--target-psnr", 400, "--budget-runs", 2)
+    states = files(tmp_path / "out", "*.state.json")
+    assert sorted(len(json.loads(state.read_text())["outcomes"]) for state in states) == [1, 2]
+    states[0].write_text("{")
+    states[1].write_text("{")
+    damaged = ditattn(*options, "--target-psnr", 400, "--budget-runs", 2)
+    assert (damaged.status, len(damaged.error_lines)) == (2, 1)
+    assert "is damaged" in damaged.err
+
+
+WRONG = {
+    "no target": ([], ["--target-psnr 30"]),
+    "dense backend": (["--target-psnr", 30, "--attention-backend", "fa"], ["fa is dense"]),
+    "unknown backend": (["--target-psnr", 30, "--attention-backend", "rain"], ["no attention backend 'rain'"]),
+    "a key that is tuned": (["--target-psnr", 30, "--attention-backend-config", "sparsity=0.5"], ["sparsity cannot be held fixed"]),
+    "unknown key": (["--target-psnr", 30, "--attention-backend-config", "min_token=5"], ["did you mean 'min_tokens'"]),
+    "too short to be sparse": (["--target-psnr", 30, "--attention-backend-config", "min_tokens=9999"], ["nothing ran sparse"]),
+    "budget": (["--target-psnr", 30, "--budget-runs", 0], ["--budget-runs"]),
+    "folder in the name": (["--target-psnr", 30, "--output-file-name", "a/b"], ["plain name"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_errors_in_one_line(case, ditattn, options):
+    arguments, words = WRONG[case]
+    done = ditattn(*options, *arguments)
+    assert done.status == 2, done.err
+    assert len(done.error_lines) == 1, done.err
+    assert "Traceback" not in done.err
+    for word in words:
+        assert word in done.error_lines[0]
