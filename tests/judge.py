@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import oracle
 from cases import Case, Problem
+from ditattn.attention.plan import BLOCK_SIZE
 from ditattn.ops.table import CallFacts, Implementation, explain
 
 FACTOR = 1.5
@@ -28,6 +29,7 @@ def facts_of(case: Case, device: str, dtype: torch.dtype, *, lse: bool = False) 
         "gqa": case.heads != case.key_heads,
         "unequal_lengths": case.query_length != case.key_length,
         "lse": lse,
+        "other_block_size": case.plan is not None and case.block_size != BLOCK_SIZE,
     }
     return CallFacts(device, dtype, case.dim, frozenset(name for name, needed in needs.items() if needed))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
-__all__ = ["DIFFUSERS", "IMAGEIO", "SGL_KERNEL_NPU", "TORCH_NPU", "Package"]
+__all__ = ["DIFFUSERS", "IMAGEIO", "SGL_KERNEL_NPU", "TORCH_NPU", "TRITON", "Package"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Package:
 
 DIFFUSERS = Package("diffusers", "models, schedulers and pipelines", "pip install 'ditattn[diffusers]'")
 IMAGEIO = Package("imageio_ffmpeg", "h264 video files", "pip install 'ditattn[video]'")
+TRITON = Package("triton", "kernels for NVIDIA GPUs", "pip install triton (on Linux; the version that torch names, where it names one)")
 TORCH_NPU = Package("torch_npu", "PyTorch on Ascend NPUs", "pip install torch-npu (the version that matches torch; needs CANN)")
 SGL_KERNEL_NPU = Package(
     "attentions",

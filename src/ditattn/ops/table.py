@@ -25,7 +25,10 @@ FLOATS = ("float32", *HALF)
 
 @dataclass(frozen=True)
 class CallFacts:
-    """What an implementation may be picky about. `needs` holds any of: causal, key_lengths, attn_mask, lse, gqa, unequal_lengths."""
+    """What an implementation may be picky about.
+
+    `needs` holds any of: causal, key_lengths, attn_mask, lse, gqa, unequal_lengths, other_block_size (not the usual 128 tokens).
+    """
 
     device: str
     dtype: torch.dtype

@@ -8,17 +8,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ditattn.attention.plan import BlockPlan
+from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.contract import call_facts, check_qkv, checked_scale
-from ditattn.ops.table import Implementation, choose, load
+from ditattn.ops.table import HALF, CallFacts, Implementation, choose, load
+from ditattn.packages import TRITON
 
 __all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse"]
 
 _HERE = "ditattn.ops.block_sparse_attention"
-_EVERYTHING = frozenset({"causal", "key_lengths", "lse", "gqa", "unequal_lengths"})
+_TARGETS = "ditattn.ops.triton_targets"
+_HEAD_DIMS = (32, 64, 96, 128)
+_MOST = frozenset({"causal", "key_lengths", "lse", "gqa", "unequal_lengths"})
+_EVERYTHING = _MOST | {"other_block_size"}
 
 TABLE: tuple[Implementation, ...] = (
+    Implementation(
+        "triton",
+        f"{_HERE}.triton:run",
+        devices=("cuda",),
+        dtypes=HALF,
+        head_dims=_HEAD_DIMS,
+        honours=_MOST,
+        packages=(TRITON,),
+        probe=f"{_TARGETS}:why_not_cuda",
+    ),
+    # the same kernel on CPU tensors in triton's interpreter: for checking, never for running
+    Implementation(
+        "triton",
+        f"{_HERE}.triton:run",
+        devices=("cpu",),
+        dtypes=HALF,
+        head_dims=_HEAD_DIMS,
+        honours=_MOST,
+        packages=(TRITON,),
+        probe=f"{_TARGETS}:why_not_interpreted",
+        automatic=False,
+    ),
     Implementation("torch", f"{_HERE}.pure_torch:run", honours=_EVERYTHING),
     Implementation("reference", f"{_HERE}.reference:run", honours=_EVERYTHING, automatic=False),
 )
@@ -84,11 +110,16 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     check_qkv(query, key, value, key_lengths)
     _check_plan(query, key, plan)
-    facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, lse=return_lse)
+    facts = _facts(query, key, causal, key_lengths, return_lse, plan.block_size)
     chosen = choose(TABLE, facts, implementation)
     scale = checked_scale(scale, query.shape[3])
     out, lse = _op(query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, chosen.name)
     return out, lse
+
+
+def _facts(query: Tensor, key: Tensor, causal: bool, key_lengths: Tensor | None, return_lse: bool, block_size: int) -> CallFacts:
+    other = block_size != BLOCK_SIZE
+    return call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, lse=return_lse, other_block_size=other)
 
 
 def _check_plan(query: Tensor, key: Tensor, plan: BlockPlan) -> None:
@@ -121,7 +152,7 @@ def _op(
     return_lse: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, lse=return_lse)
+    facts = _facts(query, key, causal, key_lengths, return_lse, block_size)
     run = load(choose(TABLE, facts, implementation))
     plan = BlockPlan(indices, counts, query.shape[1], key.shape[1], block_size)
     out, lse = run(query, key, value, plan, scale, causal, key_lengths, return_lse)
