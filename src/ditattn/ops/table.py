@@ -17,7 +17,7 @@ import torch
 from ditattn.errors import BackendUnavailable, UnsupportedCall
 from ditattn.packages import Package
 
-__all__ = ["CallFacts", "Implementation", "Verdict", "choose", "explain", "load"]
+__all__ = ["CallFacts", "Implementation", "Verdict", "choose", "chosen_name", "explain", "load"]
 
 HALF = ("bfloat16", "float16")
 FLOATS = ("float32", *HALF)
@@ -131,6 +131,13 @@ def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | None
             return verdict.implementation
     reasons = "; ".join(f"{v.implementation.name}: {v.reason}" for v in verdicts if v.reason)
     raise UnsupportedCall(f"no implementation takes this call ({facts.sentence()}). {reasons}")
+
+
+def chosen_name(table: tuple[Implementation, ...], facts: CallFacts, name: str | None) -> str:
+    """Name of the row that serves the call, as the ops hand it on; "" while torch compiles: then the op itself chooses when it runs."""
+    if torch.compiler.is_compiling():
+        return name or ""
+    return choose(table, facts, name).name
 
 
 def _named(table: tuple[Implementation, ...], facts: CallFacts, name: str) -> Implementation:

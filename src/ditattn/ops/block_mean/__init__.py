@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ditattn.attention.plan import BLOCK_SIZE, num_blocks
 from ditattn.errors import UnsupportedCall
-from ditattn.ops.table import CallFacts, Implementation, choose, load
+from ditattn.ops.table import CallFacts, Implementation, choose, chosen_name, load
 from ditattn.packages import TRITON
 
 __all__ = ["TABLE", "block_mean"]
@@ -47,14 +47,14 @@ def block_mean(x: Tensor, block_size: int = BLOCK_SIZE, *, implementation: str |
     """
     if x.ndim != 4 or 0 in x.shape or block_size < 1:
         raise UnsupportedCall(f"block_mean needs a non-empty [B, S, H, D] and a positive block size, not {list(x.shape)} and {block_size}")
-    chosen = choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation)
-    out: Tensor = _op(x, block_size, chosen.name)
+    chosen = chosen_name(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation)
+    out: Tensor = _op(x, block_size, chosen)
     return out
 
 
 @torch.library.custom_op("ditattn::block_mean", mutates_args=())
 def _op(x: Tensor, block_size: int, implementation: str) -> Tensor:
-    run = load(choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation))
+    run = load(choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation or None))
     out: Tensor = run(x, block_size)
     return out.contiguous()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.contract import call_facts, check_qkv, checked_scale
-from ditattn.ops.table import HALF, CallFacts, Implementation, choose, load
+from ditattn.ops.table import HALF, CallFacts, Implementation, choose, chosen_name, load
 from ditattn.packages import TRITON
 
 __all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse"]
@@ -111,9 +111,9 @@ def _call(
     check_qkv(query, key, value, key_lengths)
     _check_plan(query, key, plan)
     facts = _facts(query, key, causal, key_lengths, return_lse, plan.block_size)
-    chosen = choose(TABLE, facts, implementation)
+    chosen = chosen_name(TABLE, facts, implementation)
     scale = checked_scale(scale, query.shape[3])
-    out, lse = _op(query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, chosen.name)
+    out, lse = _op(query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, chosen)
     return out, lse
 
 
@@ -153,7 +153,7 @@ def _op(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     facts = _facts(query, key, causal, key_lengths, return_lse, block_size)
-    run = load(choose(TABLE, facts, implementation))
+    run = load(choose(TABLE, facts, implementation or None))
     plan = BlockPlan(indices, counts, query.shape[1], key.shape[1], block_size)
     out, lse = run(query, key, value, plan, scale, causal, key_lengths, return_lse)
     return out.contiguous(), (lse if return_lse else query.new_empty(0, dtype=torch.float32))

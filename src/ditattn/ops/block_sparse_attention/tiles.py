@@ -33,7 +33,8 @@ INTERPRETER = Tiles(keys=128, num_warps=4, num_stages=1)
 # shared memory that one program may use
 SHARED_MEMORY_BYTES: dict[int, int] = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
-# (architecture, head size; one without an entry takes that of the next power of two): Ampere A100, Ampere and Ada with small shared memory, Hopper, Blackwell
+# (architecture, head size): A100, other Ampere and Ada, Hopper, Blackwell in data centres and elsewhere.
+# A head size without an entry takes that of the next power of two.
 TABLE: dict[tuple[int, int], Tiles] = {
     (80, 32): Tiles(keys=64, num_warps=8, num_stages=3),
     (80, 64): Tiles(keys=64, num_warps=8, num_stages=3),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ditattn.ops.contract import call_facts, check_qkv, checked_scale
-from ditattn.ops.table import HALF, Implementation, choose, load
+from ditattn.ops.table import HALF, Implementation, choose, chosen_name, load
 from ditattn.packages import SGL_KERNEL_NPU, TORCH_NPU
 
 __all__ = ["TABLE", "dense_attention"]
@@ -79,9 +79,9 @@ def dense_attention(
     """
     check_qkv(query, key, value, key_lengths)
     facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, attn_mask=attn_mask is not None)
-    chosen = choose(TABLE, facts, implementation)
+    chosen = chosen_name(TABLE, facts, implementation)
     scale = checked_scale(scale, query.shape[3])
-    out: Tensor = _op(query, key, value, scale, causal, key_lengths, attn_mask, chosen.name)
+    out: Tensor = _op(query, key, value, scale, causal, key_lengths, attn_mask, chosen)
     return out
 
 
@@ -97,7 +97,7 @@ def _op(
     implementation: str,
 ) -> Tensor:
     facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, attn_mask=attn_mask is not None)
-    run = load(choose(TABLE, facts, implementation))
+    run = load(choose(TABLE, facts, implementation or None))
     out: Tensor = run(query, key, value, scale, causal, key_lengths, attn_mask)
     return out.contiguous()
 
