@@ -33,6 +33,7 @@ def child(code_or_arguments: list[str], interpreted: bool, timeout_s: int = 900)
     return subprocess.run([sys.executable, *code_or_arguments], env=environment, capture_output=True, text=True, timeout=timeout_s)
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("contract", ["block_sparse_attention", "block_mean"])
 def test_contract_in_the_interpreter(contract: str) -> None:
@@ -58,6 +59,7 @@ def test_variants_in_the_interpreter() -> None:
     assert len(json.loads(done.stdout)) == 8
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("arch", sorted({arch for arch, _ in TILES}))
 def test_every_configuration_compiles_without_spilling(arch: int) -> None:

@@ -20,6 +20,7 @@ _HERE = "ditattn.ops.block_sparse_attention"
 _TARGETS = "ditattn.ops.triton_targets"
 _HEAD_DIMS = (32, 64, 96, 128)
 _MOST = frozenset({"causal", "key_lengths", "lse", "gqa", "unequal_lengths"})
+_FLEX_HONOURS = frozenset({"gqa", "unequal_lengths"})
 _EVERYTHING = _MOST | {"other_block_size"}
 
 TABLE: tuple[Implementation, ...] = (
@@ -46,6 +47,18 @@ TABLE: tuple[Implementation, ...] = (
         automatic=False,
     ),
     Implementation("torch", f"{_HERE}.pure_torch:run", honours=_EVERYTHING),
+    Implementation(
+        "flex",
+        f"{_HERE}.flex:run",
+        devices=("cuda",),
+        honours=_FLEX_HONOURS | {"lse"},
+        packages=(TRITON,),
+        probe=f"{_TARGETS}:why_not_cuda",
+        automatic=False,
+    ),
+    Implementation(
+        "flex", f"{_HERE}.flex:run", devices=("cpu",), honours=_FLEX_HONOURS, probe=f"{_HERE}.flex:why_not_compiled", automatic=False
+    ),
     Implementation("reference", f"{_HERE}.reference:run", honours=_EVERYTHING, automatic=False),
 )
 

@@ -22,6 +22,15 @@ _SDPA_HONOURS = frozenset({"causal", "key_lengths", "attn_mask", "gqa", "unequal
 _FLASH_HONOURS = frozenset({"causal", "gqa", "unequal_lengths"})
 
 TABLE: tuple[Implementation, ...] = (
+    Implementation(
+        "cudnn",
+        f"{_HERE}.pure_torch:run_cudnn",
+        devices=("cuda",),
+        dtypes=HALF,
+        head_dims=(32, 64, 96, 128),
+        honours=frozenset({"unequal_lengths"}),
+        probe=f"{_HERE}.pure_torch:why_not_cudnn",
+    ),
     Implementation("torch", f"{_HERE}.pure_torch:run", honours=_SDPA_HONOURS),
     Implementation("flash", f"{_HERE}.pure_torch:run_flash", devices=("cpu",), honours=_FLASH_HONOURS, automatic=False),
     Implementation("flash", f"{_HERE}.pure_torch:run_flash", devices=("cuda",), dtypes=HALF, honours=_FLASH_HONOURS, automatic=False),
