@@ -2,10 +2,10 @@
 
     python -m benchmarks.cuda_attention
 
-Prints a table and appends one JSON line per row to benchmarks/results/cuda_attention.jsonl. All arms of a shape take turns in one process;
-a row is the median of its rounds. TFLOP/s count the kept query-key pairs of the plan only. The rows `rain_fusion_attn` time the whole call of
-the backend (token order, block means, selection, attention, inverse order) and give its peak of extra memory; the row below each times
-attention alone on the same plan. Every arm is compared with the reference on a small problem before anything is timed.
+Prints a table and appends one JSON line per row to benchmarks/results/cuda_attention.jsonl. All arms of a shape take turns in one
+process; a row is the median of its rounds. TFLOP/s count the kept query-key pairs of the plan only. The rows `rain_fusion_attn` time the
+whole call of the backend (token order, block means, selection, attention, inverse order) and give its peak of extra memory; the row below
+each times attention alone on the same plan. Every arm is compared with the reference on a small problem before anything is timed.
 """
 
 from __future__ import annotations
