@@ -27,7 +27,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 # torch goes first, pinned: with an open range the other packages would pull its CUDA build, several GB
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard src/ditattn/csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"

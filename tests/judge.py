@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -79,8 +80,11 @@ def exact_result(problem: Problem) -> tuple[Tensor, Tensor]:
     return oracle.attention(problem.query, problem.key, problem.value, attn_mask=problem.attn_mask, plan=problem.plan, **problem.options)
 
 
-def check_output(out: Tensor, problem: Problem) -> None:
-    """Shape, dtype, layout, and error against the oracle: in norm and element by element."""
+def check_output(out: Tensor, problem: Problem, computes_in: torch.dtype | None = None) -> None:
+    """Shape, dtype, layout, and error against the oracle: in norm and element by element.
+
+    An implementation that declares a coarser dtype to compute in is compared with torch on inputs rounded to that dtype.
+    """
     exact, lse = exact_result(problem)
     assert out.shape == problem.query.shape
     assert out.dtype == problem.query.dtype
@@ -88,8 +92,9 @@ def check_output(out: Tensor, problem: Problem) -> None:
     assert not out.isnan().any(), "NaN came in from outside the views"
     blind = lse.isneginf().transpose(1, 2)
     assert bool((out[blind] == 0).all()), "a row without keys must be zero"
-    theirs = torch_result(problem)
-    floor = rounding_floor(problem)
+    yardstick = problem if computes_in is None else rounded(problem, computes_in)
+    theirs = torch_result(yardstick)
+    floor = rounding_floor(yardstick)
     error, allowed = relative_error(out, exact), FACTOR * relative_error(theirs, exact) + floor
     assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"
     size = exact.abs().max()
@@ -97,7 +102,18 @@ def check_output(out: Tensor, problem: Problem) -> None:
     assert worst <= worst_allowed, f"worst element is off by {worst:.2e}, allowed {worst_allowed:.2e}"
 
 
-def check_lse(lse: Tensor, problem: Problem) -> None:
+def rounded(problem: Problem, dtype: torch.dtype) -> Problem:
+    """The same problem with its tensors in another dtype."""
+    return replace(problem, query=problem.query.to(dtype), key=problem.key.to(dtype), value=problem.value.to(dtype))
+
+
+def coarser(table: tuple[Implementation, ...], name: str) -> torch.dtype | None:
+    """The dtype that the named row declares to compute in."""
+    declared = next(row.computes_in for row in table if row.name == name)
+    return None if declared is None else getattr(torch, declared)
+
+
+def check_lse(lse: Tensor, problem: Problem, computes_in: torch.dtype | None = None) -> None:
     """fp32 `[B, H, S]`, -inf exactly where no key is seen."""
     exact = exact_result(problem)[1]
     assert lse.shape == exact.shape
@@ -105,7 +121,9 @@ def check_lse(lse: Tensor, problem: Problem) -> None:
     blind = exact.isneginf()
     assert torch.equal(lse.isneginf(), blind)
     # half types may sum weights of their own precision: a relative error e of the sum is an absolute error e of the logarithm
-    slack = 0.0 if problem.query.dtype == torch.float32 else 2e-4
+    slack = 0.0 if (computes_in or problem.query.dtype) == torch.float32 else 2e-4
+    if computes_in is not None:
+        slack += (exact_result(rounded(problem, computes_in))[1] - exact)[~blind].abs().max().item() if bool((~blind).any()) else 0.0
     error = (lse - exact)[~blind].abs()
     if error.numel():
         allowed = 4 * rounding_floor(problem) + 2**-22 * exact[~blind].abs() + slack

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent / "src"
 # From the roof to the cellar. A module may import from its own package and from every floor below its own.
 FLOORS: list[list[str]] = [
     ["ditattn.cli"],
-    ["ditattn.pipelines"],
+    # measurement times whole backends and is shown by a verb of the command line
+    ["ditattn.pipelines", "ditattn.measurement"],
     ["ditattn.attention.backends", "ditattn.attention.selector"],
     ["ditattn.attention.sparse"],
     ["ditattn.attention.selection"],
@@ -31,6 +32,7 @@ ONLY_IN: dict[str, list[str]] = {
     "transformers": ["ditattn.pipelines.diffusers"],
     "tokenizers": ["ditattn.pipelines.diffusers"],
     "imageio": ["ditattn.cli"],
+    "imageio_ffmpeg": ["ditattn.cli"],
     "typer": ["ditattn.cli"],
     "rich": ["ditattn.cli"],
 }

@@ -21,6 +21,7 @@ __all__ = [
     "AttentionConfig",
     "BlockSparseAttentionConfig",
     "DenseAttentionConfig",
+    "KnownKeys",
     "RainFusionAttentionConfig",
     "SparseAttentionConfig",
     "check_skip_and_sparsity",
@@ -29,13 +30,13 @@ __all__ = [
     "resolve_steps",
 ]
 
-ConfigT = TypeVar("ConfigT", bound="AttentionConfig")
+ConfigT = TypeVar("ConfigT", bound="KnownKeys")
 Steps = int | str
 TokenOrderName = Literal["tile", "raster"]
 
 
-class AttentionConfig(BaseModel):
-    """Base of every backend configuration. Immutable; `from_mapping` raises ConfigError instead of pydantic's own error."""
+class KnownKeys(BaseModel):
+    """Settings with a fixed set of keys. Immutable; `from_mapping` raises ConfigError instead of pydantic's own error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
@@ -54,6 +55,10 @@ class AttentionConfig(BaseModel):
             return cls(**values)
         except ValidationError as error:
             raise ConfigError("; ".join(_sentence(item) for item in error.errors())) from None
+
+
+class AttentionConfig(KnownKeys):
+    """Base of every backend configuration."""
 
 
 class DenseAttentionConfig(AttentionConfig):

@@ -7,6 +7,7 @@ DitattnError
 ├── UnsupportedCall (ValueError)        shapes, dtypes or options no implementation of an op takes
 │   └── UnsupportedHeadSize             says which head sizes are possible
 ├── UnsupportedModel (ValueError)       a backend that a model family does not support, or a model we do not know
+├── ModelNotLoaded (ValueError)          a model path or hub id that is not there, or that cannot be loaded
 ├── BackendUnavailable (ImportError)    something is missing on this machine; says what and how to install it
 └── DenseInStrictMode (RuntimeError)    strict=True and a call would have run densely
 """
@@ -18,6 +19,7 @@ __all__ = [
     "ConfigError",
     "DenseInStrictMode",
     "DitattnError",
+    "ModelNotLoaded",
     "UnknownBackend",
     "UnknownKey",
     "UnsupportedCall",
@@ -52,6 +54,10 @@ class UnsupportedHeadSize(UnsupportedCall):
 
 class UnsupportedModel(DitattnError, ValueError):
     """A model family that is unknown, or that does not support the asked backend."""
+
+
+class ModelNotLoaded(DitattnError, ValueError):
+    """A model path or hub id that is not there, or that cannot be loaded."""
 
 
 class BackendUnavailable(DitattnError, ImportError):

@@ -99,3 +99,34 @@ def test_missing_parent_of_a_dotted_package_counts_as_missing() -> None:
 
 def test_load_returns_the_function() -> None:
     assert load(Implementation("x", "math:sqrt"))(4) == 2
+
+
+class Measured:
+    """Stands for a self-measurement."""
+
+    def __init__(self, preferred: str) -> None:
+        self.preferred = preferred
+
+    def sentence(self) -> str:
+        return f"measured: {self.preferred}"
+
+
+def prefers_portable(_: CallFacts) -> Measured:
+    return Measured("portable")
+
+
+def prefers_own(_: CallFacts) -> Measured:
+    return Measured("own")
+
+
+def test_a_measurement_may_make_a_row_stand_back_and_is_shown() -> None:
+    table = (row("own", preference=f"{__name__}:prefers_portable"), row("portable"))
+    assert choose(table, FACTS).name == "portable"
+    assert choose(table, FACTS, "own").name == "own"
+    assert explain(table, FACTS)[0].note == "measured: portable"
+    assert choose((row("own", preference=f"{__name__}:prefers_own"), row("portable")), FACTS).name == "own"
+
+
+def test_a_row_never_stands_back_for_one_that_cannot_run() -> None:
+    table = (row("own", preference=f"{__name__}:prefers_portable"), row("portable", dtypes=("float16",)))
+    assert choose(table, FACTS).name == "own"

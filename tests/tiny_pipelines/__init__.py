@@ -1,6 +1,6 @@
 """Tiny random-weight pipelines of every family: built in the test, nothing downloaded, a second or less each.
 
-Head size 32, and 10 or 11 blocks of 128 tokens: the least at which both sparse backends drop something.
+Head size 32, and 10 to 12 blocks of 128 tokens: the least at which both sparse backends drop something.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Image families: 36 x 36 image tokens behind the text, 11 blocks."""
+"""Image families: 30 x 44 image tokens behind the text, 11 blocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def flux_kontext() -> TinyPipeline:
     from diffusers import FluxKontextPipeline
 
     pipe = FluxKontextPipeline(**_flux_parts())
-    return TinyPipeline(pipe, {**_flux_arguments(), "image": noise(1, 4, 32, 32, seed=3), "max_area": 72 * 72, "_auto_resize": False})
+    return TinyPipeline(pipe, {**_flux_arguments(), "image": noise(1, 4, 32, 32, seed=3), "max_area": 60 * 88, "_auto_resize": False})
 
 
 def qwen_image(batch: int = 1) -> TinyPipeline:
@@ -63,8 +63,8 @@ def qwen_image(batch: int = 1) -> TinyPipeline:
             "negative_prompt_embeds": noise(batch, 7, 20, seed=2),
             "negative_prompt_embeds_mask": mask.clone(),
             "true_cfg_scale": 2.0,
-            "height": 288,
-            "width": 288,
+            "height": 240,
+            "width": 352,
         },
     )
 
@@ -105,6 +105,6 @@ def _flux_arguments() -> dict[str, Any]:
         "negative_prompt_embeds": noise(1, 10, 40, seed=2),
         "negative_pooled_prompt_embeds": noise(1, 20, seed=2),
         "true_cfg_scale": 2.0,
-        "height": 72,
-        "width": 72,
+        "height": 60,
+        "width": 88,
     }

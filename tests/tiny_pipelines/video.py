@@ -1,4 +1,4 @@
-"""Video families other than Wan: 5 x 16 x 16 tokens, and text in the joint ones: 10 or 11 blocks."""
+"""Video families other than Wan: 5 x 14 x 20 tokens and text, or 5 x 16 x 16 tokens: 10 to 12 blocks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def hunyuan_video() -> TinyPipeline:
     parts = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0), "transformer": transformer, "vae": vae}
     pipe = HunyuanVideoPipeline(**parts, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None)
     arguments = {"prompt_embeds": noise(1, 40, 24), "pooled_prompt_embeds": noise(1, 12), "prompt_attention_mask": _first(25, of=40)}
-    return TinyPipeline(pipe, {**arguments, "height": 256, "width": 256, "num_frames": 17})
+    return TinyPipeline(pipe, {**arguments, "height": 224, "width": 320, "num_frames": 17})
 
 
 def ltx_video() -> TinyPipeline:
@@ -93,8 +93,8 @@ def cogvideox(scheduler: str = "CogVideoXDPMScheduler") -> TinyPipeline:
         time_embed_dim=8,
         text_embed_dim=24,
         num_layers=LAYERS,
-        sample_width=32,
-        sample_height=32,
+        sample_width=40,
+        sample_height=28,
         sample_frames=17,
         patch_size=2,
         temporal_compression_ratio=4,
@@ -112,7 +112,7 @@ def cogvideox(scheduler: str = "CogVideoXDPMScheduler") -> TinyPipeline:
     parts: dict[str, Any] = {"scheduler": getattr(diffusers, scheduler)(), "transformer": transformer, "vae": vae}
     pipe = diffusers.CogVideoXPipeline(**parts, text_encoder=None, tokenizer=None)
     text = {"prompt_embeds": noise(1, 12, 24), "negative_prompt_embeds": noise(1, 12, 24, seed=2), "guidance_scale": 6.0}
-    return TinyPipeline(pipe, {**text, "height": 256, "width": 256, "num_frames": 17})
+    return TinyPipeline(pipe, {**text, "height": 224, "width": 320, "num_frames": 17})
 
 
 def _first(count: int, of: int) -> torch.Tensor:

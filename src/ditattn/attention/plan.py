@@ -67,11 +67,13 @@ class BlockPlan:
             raise UnsupportedCall(
                 f"a block mask for {query_length} x {key_length} tokens is [B, H, {expected[0]}, {expected[1]}], not {list(mask.shape)}"
             )
-        # a stable sort of "dropped" keeps the kept blocks ascending and moves the dropped ones behind them
-        order = torch.sort((~mask).to(torch.uint8), dim=-1, stable=True).indices.to(torch.int32)
-        counts = mask.sum(-1, dtype=torch.int32)
-        position = torch.arange(mask.shape[-1], device=mask.device, dtype=torch.int32)
-        indices = torch.where(position < counts.unsqueeze(-1), order, -1)
+        place = mask.cumsum(-1)
+        counts = place[..., -1].to(torch.int32)
+        # every kept block goes to its place in the row, every dropped one to a spare column that is cut off
+        columns = torch.arange(mask.shape[-1], device=mask.device, dtype=torch.int32).expand(mask.shape)
+        indices = torch.full((*mask.shape[:3], mask.shape[-1] + 1), -1, device=mask.device, dtype=torch.int32)
+        indices.scatter_(-1, torch.where(mask, place - 1, mask.shape[-1]), columns)
+        indices = indices[..., :-1]
         return cls(indices.contiguous(), counts.contiguous(), query_length, key_length, block_size)
 
     @classmethod
@@ -139,9 +141,8 @@ class BlockPlan:
     def density_tensor(self) -> Tensor:
         """`density()` as a scalar float64 tensor on the plan's device, without a host synchronisation."""
         tail = self.key_length - (self.num_key_blocks - 1) * self.block_size
-        widths = torch.full_like(self.indices, self.block_size, dtype=torch.float64)
-        widths[self.indices == self.num_key_blocks - 1] = tail
-        kept_keys = (widths * self._used).sum(-1)
+        has_tail = (self.indices == self.num_key_blocks - 1).any(-1)
+        kept_keys = self.counts.double() * self.block_size - has_tail * float(self.block_size - tail)
         heights = torch.full((self.num_query_blocks,), self.block_size, dtype=torch.float64, device=self.indices.device)
         heights[-1] = self.query_length - (self.num_query_blocks - 1) * self.block_size
         rows = math.prod(self.counts.shape[:2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -17,7 +18,7 @@ def layout(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
     """`hidden_states` is packed `(B, S, C)`; `img_ids` `(S, 3)` tells the rows and columns, and its first column is 0 for the image itself.
 
     Raises:
-        ValueError: the image's tokens are not a full grid at the front.
+        ValueError: the image's tokens are not a full grid at the front, row by row.
     """
     ids = arguments["img_ids"]
     if ids not in _grids:
@@ -32,11 +33,13 @@ _grids: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _grid(ids: Tensor) -> tuple[int, int]:
-    own = ids[:, 0] == 0
-    num_image = int(own.sum())
-    rows, columns = int(ids[own, 1].max()) + 1, int(ids[own, 2].max()) + 1
-    if rows * columns != num_image or not bool(own[:num_image].all()):
-        raise ValueError(f"img_ids hold {num_image} tokens of the image, not a grid of {rows} x {columns} at the front")
+    own = ids[ids[:, 0] == 0].long()
+    if not len(own):
+        raise ValueError("img_ids hold no token of the image itself")
+    rows, columns = (int(size) + 1 for size in own[:, 1:3].amax(0))
+    expected = torch.cartesian_prod(torch.arange(rows, device=ids.device), torch.arange(columns, device=ids.device))
+    if len(own) != rows * columns or not torch.equal(ids[: len(own), 1:3].long(), expected) or bool(ids[: len(own), 0].any()):
+        raise ValueError(f"img_ids hold {len(own)} tokens of the image, not a grid of {rows} x {columns} at the front, row by row")
     return rows, columns
 
 

@@ -22,12 +22,22 @@ class TokenLayout:
         raw_latent_shape: `(B, C, T, H, W)` of the latents, whatever axes the model itself uses.
         patch_size: (t, h, w); the token grid is the latent grid divided by it.
         num_prefix_tokens, num_suffix_tokens: text or condition tokens before and after the video tokens.
+
+    Raises:
+        ValueError: a latent shape without five axes or smaller than a patch, or a negative count, as it comes from a sequence that is
+            shorter than its grid.
     """
 
     raw_latent_shape: tuple[int, int, int, int, int]
     patch_size: tuple[int, int, int]
     num_prefix_tokens: int = 0
     num_suffix_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.raw_latent_shape) != 5 or any(size < p for size, p in zip(self.raw_latent_shape[2:], self.patch_size, strict=True)):
+            raise ValueError(f"latents {self.raw_latent_shape} do not make a grid of patches {self.patch_size}")
+        if self.num_prefix_tokens < 0 or self.num_suffix_tokens < 0:
+            raise ValueError(f"{self.num_prefix_tokens} tokens before and {self.num_suffix_tokens} after the video")
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,17 @@ __all__ = ["LTX_VIDEO"]
 
 
 def layout(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
-    """`hidden_states` is packed `(B, S, C)`; `num_frames`, `height` and `width` are in tokens. Appended condition tokens are a suffix."""
+    """`hidden_states` is packed `(B, S, C)`; `num_frames`, `height` and `width` are in tokens.
+
+    Raises:
+        ValueError: the sequence is not the grid. Pipelines with condition tokens pass coordinates instead of the three sizes (TypeError,
+            KeyError): where such tokens stand is not known here.
+    """
     batch, length, channels = arguments["hidden_states"].shape
     frames, rows, columns = (int(arguments[name]) for name in ("num_frames", "height", "width"))
-    return TokenLayout((batch, channels, frames, rows, columns), (1, 1, 1), num_suffix_tokens=length - frames * rows * columns)
+    if length != frames * rows * columns:
+        raise ValueError(f"{length} tokens are not a grid of {frames} x {rows} x {columns}")
+    return TokenLayout((batch, channels, frames, rows, columns), (1, 1, 1))
 
 
 LTX_VIDEO = ModelFamily(

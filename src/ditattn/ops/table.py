@@ -17,7 +17,7 @@ import torch
 from ditattn.errors import BackendUnavailable, UnsupportedCall
 from ditattn.packages import Package
 
-__all__ = ["CallFacts", "Implementation", "Verdict", "choose", "chosen_name", "explain", "load"]
+__all__ = ["CallFacts", "Implementation", "Verdict", "choose", "explain", "load"]
 
 HALF = ("bfloat16", "float16")
 FLOATS = ("float32", *HALF)
@@ -54,6 +54,9 @@ class Implementation:
         packages: what must be installed.
         probe: "module:function" that returns None or the reason why it cannot run here (a library that was not built, a missing device).
         automatic: False for rows that run only when asked for by name.
+        computes_in: a dtype coarser than the inputs' in which products are formed; only for rows that are not automatic.
+        preference: "module:function" that measures a call's kind once and returns an `ops.preference.Measurement`: where that prefers
+            another row, this one stands back unless it is asked for by name.
     """
 
     name: str
@@ -65,6 +68,8 @@ class Implementation:
     packages: tuple[Package, ...] = ()
     probe: str | None = None
     automatic: bool = True
+    computes_in: str | None = None
+    preference: str | None = None
 
     def runs_on(self, device: str) -> bool:
         return not self.devices or device in self.devices
@@ -92,10 +97,17 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Verdict:
-    """An implementation and the reason it cannot serve the call; None means it can."""
+    """An implementation and the reason it cannot serve the call; None means it can.
+
+    Attributes:
+        note: what a self-measurement found, for rows that can serve the call and have a preference.
+        stands_back: the measurement prefers another row.
+    """
 
     implementation: Implementation
     reason: str | None = field(default=None)
+    note: str | None = None
+    stands_back: bool = False
 
 
 @cache
@@ -112,7 +124,19 @@ def load(implementation: Implementation) -> Callable[..., Any]:
 
 def explain(table: Sequence[Implementation], facts: CallFacts) -> list[Verdict]:
     """Every row of the table with the reason it was or was not possible, in order of preference."""
-    return [Verdict(row, row.refusal(facts)) for row in table]
+    verdicts = [Verdict(row, row.refusal(facts)) for row in table]
+    possible = {verdict.implementation.name for verdict in verdicts if verdict.reason is None}
+    return [_weighed(verdict, facts, possible) for verdict in verdicts]
+
+
+def _weighed(verdict: Verdict, facts: CallFacts, possible: set[str]) -> Verdict:
+    """The verdict with what a measurement says, where the row can serve the call."""
+    row = verdict.implementation
+    if verdict.reason is not None or row.preference is None:
+        return verdict
+    measured = _resolve(row.preference)(facts)
+    stands_back = measured.preferred != row.name and measured.preferred in possible
+    return Verdict(row, None, measured.sentence(), stands_back)
 
 
 @lru_cache(maxsize=1024)
@@ -127,17 +151,10 @@ def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | None
         return _named(table, facts, name)
     verdicts = explain(table, facts)
     for verdict in verdicts:
-        if verdict.reason is None and verdict.implementation.automatic:
+        if verdict.reason is None and verdict.implementation.automatic and not verdict.stands_back:
             return verdict.implementation
     reasons = "; ".join(f"{v.implementation.name}: {v.reason}" for v in verdicts if v.reason)
     raise UnsupportedCall(f"no implementation takes this call ({facts.sentence()}). {reasons}")
-
-
-def chosen_name(table: tuple[Implementation, ...], facts: CallFacts, name: str | None) -> str:
-    """Name of the row that serves the call, as the ops hand it on; "" while torch compiles: then the op itself chooses when it runs."""
-    if torch.compiler.is_compiling():
-        return name or ""
-    return choose(table, facts, name).name
 
 
 def _named(table: tuple[Implementation, ...], facts: CallFacts, name: str) -> Implementation:
@@ -149,6 +166,6 @@ def _named(table: tuple[Implementation, ...], facts: CallFacts, name: str) -> Im
     reason = row.refusal(facts)
     if reason is None:
         return row
-    possible = [v.implementation.name for v in explain(table, facts) if v.reason is None]
+    possible = [row.name for row in table if row.refusal(facts) is None]
     message = f"implementation '{name}' was asked for ({facts.sentence()}): {reason}. Possible here: {', '.join(possible) or 'none'}"
     raise (UnsupportedCall if reason == row.mismatch(facts) else BackendUnavailable)(message)

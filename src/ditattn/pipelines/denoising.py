@@ -108,13 +108,15 @@ class DenoisingStage:
 
     def enter(self, model: ServedModel, arguments: Mapping[str, Any], cache_context: Any = None, branch: str | None = None) -> Forward:
         """A forward of `model` begins in this thread. `arguments` are the forward's arguments by name."""
+        others = [other for other in getattr(_local, "stack", []) if other.model is not model]
+        if len(others) < len(getattr(_local, "stack", [])):
+            # KeyboardInterrupt ended a forward without a word, since torch calls no hook then: another run begins
+            self.clock.reset()
         step = self.clock.read(cache_context, branch, arguments.get("timestep"))
         model.log.step_sources[step.source] += 1
         layout = _layout(model, arguments)
         forward = Forward(self, model, step, branch, layout, self._build_attn_metadata(model, step, layout))
-        if not hasattr(_local, "stack"):
-            _local.stack = []
-        _local.stack.append(forward)
+        _local.stack = [*others, forward]
         return forward
 
     def leave(self, forward: Forward) -> None:
@@ -124,7 +126,8 @@ class DenoisingStage:
             del stack[stack.index(forward) :]
 
     def reset(self) -> None:
-        """The pipeline call ended."""
+        """The run ended: the next forward is step 0."""
+        _local.stack = [other for other in getattr(_local, "stack", []) if other.stage is not self]
         self.clock.reset()
         self._metadata.clear()
 
@@ -183,7 +186,7 @@ class DenoisingStage:
             self._refuse_if_strict(reason, forward)
             forward.records.append(CallRecord(reason))
             return dense_attention(query, key, value, scale=scale, causal=is_causal, attn_mask=_broadcastable(attn_mask))
-        impl = self._impl(forward.model, layer, query, key, is_causal, scale)
+        impl = self._impl(forward.model, layer, query, key, is_causal, scale, metadata.key_lengths is not None)
         if self.strict and isinstance(impl, SparseAttentionImpl):
             assert isinstance(metadata, SparseAttentionMetadata)
             self._refuse_if_strict(impl.why_dense(query, key, metadata), forward)
@@ -194,12 +197,14 @@ class DenoisingStage:
             model = forward.model
             raise DenseInStrictMode(f"{model.backend.get_enum()} on {model.name} would run densely in step {forward.step.index}: {reason}")
 
-    def _impl(self, model: ServedModel, layer: int | None, query: Tensor, key: Tensor, causal: bool, scale: float | None) -> AttentionImpl:
+    def _impl(
+        self, model: ServedModel, layer: int | None, query: Tensor, key: Tensor, causal: bool, scale: float | None, padded: bool
+    ) -> AttentionImpl:
         """One implementation object per layer and call signature, made when first met."""
-        signature = (layer, query.shape[2], query.shape[3], key.shape[2], causal, scale)
+        signature = (layer, query.shape[2], query.shape[3], key.shape[2], causal, scale, padded)
         impl = model.impls.get(signature)
         if impl is None:
-            _note_implementations(model, query, key, causal)
+            _note_implementations(model, query, key, causal, padded)
             impl = model.impls[signature] = model.backend.get_impl_cls()(
                 query.shape[2],
                 query.shape[3],
@@ -274,13 +279,13 @@ def _read_padding(keep: Tensor, batch: int) -> tuple[Tensor | None, str | None]:
     return keep.sum(-1).expand(batch).contiguous(), None
 
 
-def _note_implementations(model: ServedModel, query: Tensor, key: Tensor, causal: bool) -> None:
-    facts = call_facts(query, key, causal=causal)
+def _note_implementations(model: ServedModel, query: Tensor, key: Tensor, causal: bool, padded: bool) -> None:
+    facts = call_facts(query, key, causal=causal, key_lengths=padded)
     tables = {"dense_attention": dense_op.TABLE, "block_sparse_attention": block_sparse_op.TABLE}
     for op in model.backend.ops:
         if op in tables:
             name = model.backend.implementation if op == model.backend.ops[0] else None
-            model.log.implementations[op] = choose(tables[op], facts, name).name
+            model.log.note_implementation(op, choose(tables[op], facts, name).name)
 
 
 @torch.library.custom_op("ditattn::attend", mutates_args=())

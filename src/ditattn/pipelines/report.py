@@ -58,6 +58,11 @@ class ComponentLog:
         if record.reason is not None:
             self.reasons[record.reason] += 1
 
+    def note_implementation(self, op: str, name: str) -> None:
+        """An implementation of an op serves some of the calls."""
+        names = {*filter(None, self.implementations.get(op, "").split(", ")), name}
+        self.implementations[op] = ", ".join(sorted(names))
+
     def report(self) -> ComponentReport:
         """The state of the log, densities fetched from the device."""
         sparse, dense = sum(cell.sparse for cell in self.cells.values()), sum(cell.dense for cell in self.cells.values())
@@ -100,7 +105,7 @@ class ComponentReport:
         density: mean kept share of query-key pairs over the sparse calls, protected blocks counted; None if nothing ran sparse.
         density_by_step, density_by_layer: the same by step and by layer; dense ones are None.
         step_sources: forwards by where the step index came from.
-        implementations: which implementation of each op served.
+        implementations: which implementation of each op served; several, separated by commas, where calls differ in what they need.
         attention_ms: time in attention, order and selection included.
     """
 
@@ -125,8 +130,14 @@ class ComponentReport:
         if self.dense:
             why = ", ".join(f"{reason}: {count}" for reason, count in self.dense_reasons.items())
             parts.append(f"{self.dense} dense ({why})")
-        ran = " / ".join(parts) or "no calls"
+        ran = " / ".join(parts) or self._no_calls()
         return f"{self.backend}: {ran}; {self.attention_ms / 1e3:.2f} s in attention"
+
+    def _no_calls(self) -> str:
+        forwards = sum(self.step_sources.values())
+        if not forwards:
+            return "no calls"
+        return f"no calls in {forwards} forwards; its attention processors or their backend were replaced after the installation"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ditattn.errors import ConfigError
+
 __all__ = ["Step", "StepClock", "step"]
 
 # timesteps are compared with this tolerance; they are numbers between 0 and 1000
@@ -35,7 +37,17 @@ class Step:
 
 @contextlib.contextmanager
 def step(index: int, num_steps: int | None = None) -> Iterator[None]:
-    """Say which step runs inside the block: for sampling loops that neither diffusers nor a scheduler drives."""
+    """Say which step runs inside the block: for sampling loops that neither diffusers nor a scheduler drives.
+
+    Args:
+        index: 0 first.
+        num_steps: steps of the run; None if unknown.
+
+    Raises:
+        ConfigError: the index is negative, or not below `num_steps`.
+    """
+    if index < 0 or (num_steps is not None and index >= num_steps):
+        raise ConfigError(f"step {index} of {'an unknown number of' if num_steps is None else num_steps} steps: the first one is 0")
     before = getattr(_local, "override", None)
     _local.override = Step(index, num_steps, "override")
     try:
@@ -75,12 +87,12 @@ class StepClock:
         override: Step | None = getattr(_local, "override", None)
         if override is not None:
             return override
-        if getattr(cache_context, "step_index", None) is not None:
-            return Step(int(cache_context.step_index), cache_context.num_inference_steps, "cache_context")
         scheduler = self._scheduler() if self._scheduler else None
+        num_steps = None if getattr(scheduler, "timesteps", None) is None else len(scheduler.timesteps)  # type: ignore[union-attr]
+        if getattr(cache_context, "step_index", None) is not None:
+            return Step(int(cache_context.step_index), cache_context.num_inference_steps or num_steps, "cache_context")
         if getattr(scheduler, "timesteps", None) is not None and hasattr(scheduler, "_step_index"):
             return self._from_scheduler(scheduler, branch, timestep)
-        num_steps = None if getattr(scheduler, "timesteps", None) is None else len(scheduler.timesteps)  # type: ignore[union-attr]
         if timestep is None:
             return Step(None, num_steps, "none")
         self._watch(timestep)

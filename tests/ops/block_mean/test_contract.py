@@ -92,3 +92,8 @@ def test_opcheck(name: str, device: str) -> None:
 def test_bad_calls_say_what_is_wrong(x: torch.Tensor, block: int, text: str) -> None:
     with pytest.raises(UnsupportedCall, match=text):
         block_mean(x, block)
+
+
+def test_compiles_into_one_graph() -> None:
+    x = _tensor(300, torch.float32, "cpu")
+    assert torch.equal(torch.compile(lambda y: block_mean(y), fullgraph=True, backend="aot_eager")(x), block_mean(x))

@@ -29,6 +29,7 @@ def test_error_is_in_proportion_to_torch(name: str, case: Case, dtype: torch.dty
     judge.check_output(
         dense_attention(problem.query, problem.key, problem.value, **problem.options, attn_mask=problem.attn_mask, implementation=name),
         problem,
+        judge.coarser(TABLE, name),
     )
 
 
@@ -122,3 +123,10 @@ def test_named_implementation_that_cannot_honour_an_option_raises() -> None:
 def test_errors_belong_to_the_tree() -> None:
     assert issubclass(UnsupportedCall, ValueError)
     assert issubclass(BackendUnavailable, ImportError)
+
+
+def test_compiles_into_one_graph() -> None:
+    problem = build(Case("compiled"), torch.bfloat16)
+    compiled = torch.compile(lambda q, k, v: dense_attention(q, k, v, causal=True), fullgraph=True, backend="aot_eager")
+    expected = dense_attention(problem.query, problem.key, problem.value, causal=True)
+    assert torch.equal(compiled(problem.query, problem.key, problem.value), expected)

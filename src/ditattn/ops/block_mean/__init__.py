@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ditattn.attention.plan import BLOCK_SIZE, num_blocks
 from ditattn.errors import UnsupportedCall
-from ditattn.ops.table import CallFacts, Implementation, choose, chosen_name, load
+from ditattn.ops.table import CallFacts, Implementation, choose, load
 from ditattn.packages import TRITON
 
 __all__ = ["TABLE", "block_mean"]
@@ -26,6 +26,7 @@ TABLE: tuple[Implementation, ...] = (
         probe=f"{_TARGETS}:why_not_interpreted",
         automatic=False,
     ),
+    Implementation("cpu", f"{_HERE}.cpu:run", devices=("cpu",), probe="ditattn.ops.cpu_library:problem"),
     Implementation("torch", f"{_HERE}.pure_torch:run"),
     Implementation("reference", f"{_HERE}.reference:run", automatic=False),
 )
@@ -47,8 +48,11 @@ def block_mean(x: Tensor, block_size: int = BLOCK_SIZE, *, implementation: str |
     """
     if x.ndim != 4 or 0 in x.shape or block_size < 1:
         raise UnsupportedCall(f"block_mean needs a non-empty [B, S, H, D] and a positive block size, not {list(x.shape)} and {block_size}")
-    chosen = chosen_name(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation)
-    out: Tensor = _op(x, block_size, chosen)
+    # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
+    name = implementation or ""
+    if not torch.compiler.is_compiling():
+        name = choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation).name
+    out: Tensor = _op(x, block_size, name)
     return out
 
 

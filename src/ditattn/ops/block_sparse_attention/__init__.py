@@ -11,12 +11,13 @@ from torch import Tensor
 from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.contract import call_facts, check_qkv, checked_scale
-from ditattn.ops.table import HALF, CallFacts, Implementation, choose, chosen_name, load
+from ditattn.ops.table import HALF, CallFacts, Implementation, choose, load
 from ditattn.packages import TRITON
 
 __all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse"]
 
 _HERE = "ditattn.ops.block_sparse_attention"
+_LIBRARY = "ditattn.ops.cpu_library"
 _TARGETS = "ditattn.ops.triton_targets"
 _HEAD_DIMS = (32, 64, 96, 128)
 _MOST = frozenset({"causal", "key_lengths", "lse", "gqa", "unequal_lengths"})
@@ -45,6 +46,18 @@ TABLE: tuple[Implementation, ...] = (
         packages=(TRITON,),
         probe=f"{_TARGETS}:why_not_interpreted",
         automatic=False,
+    ),
+    Implementation("cpu", f"{_HERE}.cpu:run", devices=("cpu",), head_dims=_HEAD_DIMS, honours=_MOST, probe=f"{_LIBRARY}:problem"),
+    Implementation(
+        "cpu_fast_fp32",
+        f"{_HERE}.cpu:run_fast_fp32",
+        devices=("cpu",),
+        dtypes=("float32",),
+        head_dims=_HEAD_DIMS,
+        honours=_MOST,
+        probe=f"{_LIBRARY}:bf16_problem",
+        automatic=False,
+        computes_in="bfloat16",
     ),
     Implementation("torch", f"{_HERE}.pure_torch:run", honours=_EVERYTHING),
     Implementation(
@@ -123,10 +136,12 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     check_qkv(query, key, value, key_lengths)
     _check_plan(query, key, plan)
-    facts = _facts(query, key, causal, key_lengths, return_lse, plan.block_size)
-    chosen = chosen_name(TABLE, facts, implementation)
+    # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
+    name = implementation or ""
+    if not torch.compiler.is_compiling():
+        name = choose(TABLE, _facts(query, key, causal, key_lengths, return_lse, plan.block_size), implementation).name
     scale = checked_scale(scale, query.shape[3])
-    out, lse = _op(query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, chosen)
+    out, lse = _op(query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, name)
     return out, lse
 
 

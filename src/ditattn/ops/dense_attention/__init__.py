@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from ditattn.ops.contract import call_facts, check_qkv, checked_scale
-from ditattn.ops.table import HALF, Implementation, choose, chosen_name, load
+from ditattn.ops.table import HALF, Implementation, choose, load
 from ditattn.packages import SGL_KERNEL_NPU, TORCH_NPU
 
 __all__ = ["TABLE", "dense_attention"]
 
 _HERE = "ditattn.ops.dense_attention"
 _SDPA_HONOURS = frozenset({"causal", "key_lengths", "attn_mask", "gqa", "unequal_lengths"})
-
+_CPU_HONOURS = frozenset({"causal", "key_lengths", "gqa", "unequal_lengths"})
+_LIBRARY = "ditattn.ops.cpu_library"
+_HEAD_DIMS = (32, 64, 96, 128)
 _FLASH_HONOURS = frozenset({"causal", "gqa", "unequal_lengths"})
 
 TABLE: tuple[Implementation, ...] = (
@@ -30,6 +32,27 @@ TABLE: tuple[Implementation, ...] = (
         head_dims=(32, 64, 96, 128),
         honours=frozenset({"unequal_lengths"}),
         probe=f"{_HERE}.pure_torch:why_not_cudnn",
+    ),
+    Implementation(
+        "cpu",
+        f"{_HERE}.cpu:run",
+        devices=("cpu",),
+        head_dims=_HEAD_DIMS,
+        honours=_CPU_HONOURS,
+        probe=f"{_LIBRARY}:problem",
+        # where the CPU has matrix instructions that a kernel does not use as well, torch may be faster
+        preference="ditattn.ops.preference:dense_on_cpu",
+    ),
+    Implementation(
+        "cpu_fast_fp32",
+        f"{_HERE}.cpu:run_fast_fp32",
+        devices=("cpu",),
+        dtypes=("float32",),
+        head_dims=_HEAD_DIMS,
+        honours=_CPU_HONOURS,
+        probe=f"{_LIBRARY}:bf16_problem",
+        automatic=False,
+        computes_in="bfloat16",
     ),
     Implementation("torch", f"{_HERE}.pure_torch:run", honours=_SDPA_HONOURS),
     Implementation("flash", f"{_HERE}.pure_torch:run_flash", devices=("cpu",), honours=_FLASH_HONOURS, automatic=False),
@@ -87,10 +110,13 @@ def dense_attention(
         BackendUnavailable: the named implementation cannot run here.
     """
     check_qkv(query, key, value, key_lengths)
-    facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, attn_mask=attn_mask is not None)
-    chosen = chosen_name(TABLE, facts, implementation)
+    # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
+    name = implementation or ""
+    if not torch.compiler.is_compiling():
+        facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, attn_mask=attn_mask is not None)
+        name = choose(TABLE, facts, implementation).name
     scale = checked_scale(scale, query.shape[3])
-    out: Tensor = _op(query, key, value, scale, causal, key_lengths, attn_mask, chosen)
+    out: Tensor = _op(query, key, value, scale, causal, key_lengths, attn_mask, name)
     return out
 
 

@@ -73,6 +73,7 @@ def add_public_backend(name: str) -> Callable[[], None]:
     """Make `name` selectable wherever diffusers takes a backend name. Returns the removal."""
     enum_cls = attention_dispatch.AttentionBackendName
     registry = attention_dispatch._AttentionBackendRegistry
+    active = registry._active_backend
     member = _new_member(name)
     type.__setattr__(enum_cls, member._name_, member)
     enum_cls._member_map_[member._name_] = member
@@ -83,7 +84,7 @@ def add_public_backend(name: str) -> Callable[[], None]:
     def remove() -> None:
         if registry._active_backend == member:
             # set_attention_backend() also sets the process-wide backend, and its reset does not undo that
-            registry._active_backend = enum_cls.NATIVE
+            registry._active_backend = active
         remove_function()
         enum_cls._value2member_map_.pop(name, None)
         enum_cls._member_names_.remove(member._name_)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import BaseState, StateManager
+from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ditattn.pipelines.denoising import DenoisingStage, Forward, ServedModel, attend, running
+from ditattn.pipelines.denoising import DenoisingStage, ServedModel, attend, running
 
-__all__ = ["add_layer_hooks", "add_root_hook", "bind_arguments", "enter_layer", "leave_layer"]
+__all__ = ["add_layer_hooks", "add_root_hook", "bind_arguments", "enter_layer", "is_listening", "leave_layer", "redirect_sdpa"]
 
 HOOK_NAME = "ditattn"
 
@@ -48,67 +50,115 @@ class _ContextSink(StateManager):
         self.pushed = None
 
 
-class RootHook(ModelHook):
-    """Wraps the denoiser's forward. Not pre_forward and post_forward: the latter is skipped when the forward raises."""
+class _ContextHook(ModelHook):
+    """Only listens, to `cache_context()` and to the reset at the end of a pipeline call, which is why it is stateful."""
 
-    # so that cache_context() and the reset at the end of a pipeline call arrive
     _is_stateful = True
 
-    def __init__(self, stage: DenoisingStage, model: ServedModel) -> None:
+    def __init__(self, stage: DenoisingStage) -> None:
         super().__init__()
-        self._stage, self._model = stage, model
-        self._sink = _ContextSink()
-        self._signature: inspect.Signature | None = None
-
-    def initialize_hook(self, module: nn.Module) -> nn.Module:
-        self._signature = inspect.signature(type(module).forward)
-        return module
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The denoiser's forward, known to its attention calls while it runs."""
-        forward = self._enter(module, args, kwargs)
-        try:
-            if self._model.family.dispatches:
-                return self.fn_ref.original_forward(*args, **kwargs)
-            with _SdpaRedirect():
-                return self.fn_ref.original_forward(*args, **kwargs)
-        finally:
-            self._leave(forward)
-
-    @torch.compiler.disable
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward:
-        assert self._signature is not None
-        arguments = bind_arguments(self._signature, module, args, kwargs)
-        return self._stage.enter(self._model, arguments, self._sink.pushed, self._sink.branch)
-
-    @torch.compiler.disable
-    def _leave(self, forward: Forward) -> None:
-        self._stage.leave(forward)
+        self._stage = stage
+        self.sink = _ContextSink()
 
     def reset_state(self, module: nn.Module) -> nn.Module:
-        """diffusers calls this at the end of every pipeline call."""
-        self._sink.reset()
+        self.sink.reset()
         self._stage.reset()
         return module
 
 
-class _SdpaRedirect(TorchFunctionMode):
-    """For families that call torch's SDPA directly, with `[B, H, S, D]`: inside their self-attention modules the call comes to us.
+def is_listening(module: nn.Module) -> bool:
+    """True if an installation serves this denoiser."""
+    return HOOK_NAME in getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
 
-    In a compiled graph no module hook runs, so there every call of the denoiser is taken, and the layer is counted in the operation.
+
+def _listen(module: nn.Module, hook: _ContextHook) -> Callable[[], None]:
+    """Enter `hook` into the module's registry without the wrapper around `forward` that register_hook() makes.
+
+    Offloading takes wrappers off and puts its own back on after every pipeline call; ours would be lost in between. It is entered as the
+    innermost hook, so that the removal of any other one leaves it alone.
     """
+    had_registry = hasattr(module, "_diffusers_hook")
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    registry.hooks[HOOK_NAME] = hook
+    registry._hook_order.insert(0, HOOK_NAME)
+    registry._fn_refs.insert(0, HookFunctionReference())
+
+    def remove() -> None:
+        position = registry._hook_order.index(HOOK_NAME)
+        registry._hook_order.pop(position)
+        registry._fn_refs.pop(position)
+        del registry.hooks[HOOK_NAME]
+        if not had_registry and not registry.hooks:
+            del module._diffusers_hook
+
+    return remove
+
+
+class _RootHooks:
+    """Torch's own hooks on a denoiser, around whatever its `forward` is at the time."""
+
+    def __init__(self, module: nn.Module, stage: DenoisingStage, model: ServedModel, sink: _ContextSink) -> None:
+        self._stage, self._model, self._sink = stage, model, sink
+        self._signature = inspect.signature(type(module).forward)
+
+    @torch.compiler.disable
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward begins."""
+        arguments = bind_arguments(self._signature, module, args, kwargs)
+        self._stage.enter(self._model, arguments, self._sink.pushed, self._sink.branch)
+
+    @torch.compiler.disable
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The forward ended, with or without an exception."""
+        forward = running()
+        if forward is not None and forward.model is self._model:
+            self._stage.leave(forward)
+        if output is None:
+            # it raised, and no pipeline goes on after that
+            self._stage.reset()
+
+
+def add_root_hook(module: nn.Module, stage: DenoisingStage, model: ServedModel) -> Callable[[], None]:
+    """Publish every forward of `module`. Returns the removal, which leaves the module exactly as it was."""
+    context_hook = _ContextHook(stage)
+    root = _RootHooks(module, stage, model, context_hook.sink)
+    removals = [
+        _listen(module, context_hook),
+        module.register_forward_pre_hook(root.begin, with_kwargs=True).remove,
+        module.register_forward_hook(root.end, always_call=True).remove,
+        stage.reset,
+    ]
+
+    def remove() -> None:
+        for undo in removals:
+            undo()
+
+    return remove
+
+
+class _SdpaRedirect(TorchFunctionMode):
+    """Torch's SDPA, which has `[B, H, S, D]`, comes to us."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
         # torch takes the mode off while it runs, so that the SDPA call of our own kernel does not come back here
-        if func is nn.functional.scaled_dot_product_attention and (torch.compiler.is_compiling() or _in_served_layer()):
-            return _attend_bhsd(*args, **kwargs)
-        return func(*args, **kwargs)
+        run = _attend_bhsd if func is nn.functional.scaled_dot_product_attention else func
+        return run(*args, **(kwargs or {}))
 
 
-def _in_served_layer() -> bool:
-    forward = running()
-    return forward is not None and forward.layer is not None
+def redirect_sdpa(processor: Any) -> Any:
+    """A copy of an attention processor that calls torch's SDPA itself, whose calls come to us. It also compiles."""
+    cls = type(processor)
+
+    class Redirected(cls):  # type: ignore[misc, valid-type]
+        # the attention module reads the signature to know which arguments to pass
+        @functools.wraps(cls.__call__)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            with _SdpaRedirect():
+                return cls.__call__(self, *args, **kwargs)
+
+    twin = copy.copy(processor)
+    twin.__class__ = Redirected
+    return twin
 
 
 def _attend_bhsd(
@@ -124,25 +174,6 @@ def _attend_bhsd(
     """`attend` behind the signature and layout of torch's SDPA."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return attend(q, k, v, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)
-
-
-def add_root_hook(module: nn.Module, stage: DenoisingStage, model: ServedModel) -> Callable[[], None]:
-    """Publish every forward of `module`. Returns the removal, which leaves the module exactly as it was."""
-    had_registry, had_forward = hasattr(module, "_diffusers_hook"), "forward" in vars(module)
-    registry = HookRegistry.check_if_exists_or_initialize(module)
-    registry.register_hook(RootHook(stage, model), HOOK_NAME)
-
-    def remove() -> None:
-        registry.remove_hook(HOOK_NAME, recurse=False)
-        if registry.hooks:
-            # another hook was added on top and still needs the registry
-            return
-        if not had_forward:
-            vars(module).pop("forward", None)
-        if not had_registry:
-            del module._diffusers_hook
-
-    return remove
 
 
 def enter_layer(layer: int | None) -> None:

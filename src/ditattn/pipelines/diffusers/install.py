@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ditattn.errors import ConfigError, UnsupportedModel
 from ditattn.models import MODELS, ModelFamily, find_family
 from ditattn.pipelines.denoising import DenoisingStage, ServedModel, check_layers
 from ditattn.pipelines.diffusers.dispatcher import add_private_backend
-from ditattn.pipelines.diffusers.hooks import HOOK_NAME, add_layer_hooks, add_root_hook
+from ditattn.pipelines.diffusers.hooks import add_layer_hooks, add_root_hook, is_listening, redirect_sdpa
 from ditattn.pipelines.report import AttentionReport
 from ditattn.pipelines.step_clock import StepClock
 
@@ -178,7 +179,7 @@ def _install_one(
     if family is None:
         _leave_alone(stage, name, module)
         return
-    if HOOK_NAME in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}):
+    if is_listening(module):
         raise UnsupportedModel(f"{name} is served by another installation: remove() that one first")
     modules = list(self_attention_modules(module, family).values())
     if any(getattr(part.processor, "_parallel_config", None) is not None for part in modules):
@@ -190,8 +191,30 @@ def _install_one(
     if family.dispatches:
         member, remove_member = add_private_backend(str(served.backend.get_enum()))
         handle.on_remove(remove_member)
+        shared = _processors_elsewhere(module, modules)
         for part in modules:
+            if id(part.processor) in shared:
+                handle.on_remove(_replace_processor(part, copy.copy(part.processor)))
             handle.on_remove(_set_processor_backend(part.processor, member))
+    else:
+        for part in modules:
+            handle.on_remove(_replace_processor(part, redirect_sdpa(part.processor)))
+
+
+def _processors_elsewhere(module: nn.Module, served: list[nn.Module]) -> set[int]:
+    """Identities of the processors of the attention modules that are not served: one object may serve several modules."""
+    ours = set(map(id, served))
+    return {id(part.processor) for part in module.modules() if hasattr(part, "processor") and id(part) not in ours}
+
+
+def _replace_processor(part: nn.Module, processor: Any) -> Callable[[], None]:
+    before = part.processor
+    part.processor = processor
+
+    def restore() -> None:
+        part.processor = before
+
+    return restore
 
 
 def _leave_alone(stage: DenoisingStage, name: str, module: nn.Module) -> None:

@@ -20,7 +20,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ditattn.attention.interface import AttentionBackendEnum
-from ditattn.errors import UnsupportedModel
+from ditattn.attention.selector import load_backend
+from ditattn.errors import ConfigError, UnsupportedModel
 from ditattn.models import find_family
 from ditattn.pipelines.denoising import DenoisingStage, Forward, ServedModel, running
 from ditattn.pipelines.diffusers.dispatcher import add_public_backend
@@ -28,6 +29,7 @@ from ditattn.pipelines.diffusers.hooks import bind_arguments, enter_layer, leave
 from ditattn.pipelines.diffusers.install import Request, self_attention_modules, serve
 from ditattn.pipelines.report import AttentionReport
 from ditattn.pipelines.step_clock import StepClock
+from ditattn.platforms.interface import BACKEND_PATHS
 
 __all__ = ["Registration", "register"]
 
@@ -46,10 +48,25 @@ def register(*, strict: bool = False, **config: Any) -> Registration:
 
     Raises:
         UnsupportedModel: registered already.
+        UnknownKey, ConfigError: no sparse backend takes the configuration.
     """
+    _check(config)
     if _active:
         raise UnsupportedModel("the names are registered already: remove() that registration first")
     return Registration(config, strict)
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Raise unless some sparse backend takes the configuration; which one will be chosen is not known yet."""
+    refusal: ConfigError | None = None
+    for backend in filter(lambda backend: backend.is_sparse, AttentionBackendEnum):
+        try:
+            load_backend(BACKEND_PATHS[backend]).get_config_cls().from_mapping(config)
+            return
+        except ConfigError as error:
+            refusal = error
+    assert refusal is not None
+    raise refusal
 
 
 @dataclass
@@ -128,7 +145,8 @@ class Registration:
             assert name is not None
             denoiser: _Denoiser = self._denoisers[module][name]
             denoiser.forward = denoiser.stage.enter(denoiser.served, bind_arguments(denoiser.signature, module, args, kwargs))
-            self._running.append(denoiser)
+            # a forward that KeyboardInterrupt ended was not left
+            self._running = [*(other for other in self._running if other.module is not module), denoiser]
         elif self._running and running() is self._running[-1].forward and hasattr(module, "processor"):
             enter_layer(self._running[-1].layer_of.get(module))
 

@@ -1,0 +1,5 @@
+"""`python -m ditattn`."""
+
+from ditattn.cli import main
+
+main()

@@ -1,0 +1,5 @@
+"""`python -m ditattn.cli`."""
+
+from ditattn.cli import main
+
+main()

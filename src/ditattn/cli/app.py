@@ -1,0 +1,64 @@
+"""The command `ditattn` and its verbs."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from ditattn._version import __version__
+from ditattn.cli.backends import backends
+from ditattn.cli.failures import EXIT_INTERRUPTED, report_failure
+from ditattn.cli.generate import generate
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    name="ditattn",
+    help="Dense and block-sparse attention backends for diffusion transformers: one flag, one behaviour, every device.",
+    epilog="Start with: ditattn generate --prompt 'a big red circle moves right on a blue background'",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ditattn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Options of the command itself; typer needs a function to hang them on."""
+
+
+app.command("generate")(generate)
+app.command("backends")(backends)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """Unwind on SIGTERM, so that half-written files are removed."""
+    raise SystemExit(128 + number)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; every failure ends in one line on stderr. Returns the exit status."""
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        status = typer.main.get_command(app)(args=list(arguments), prog_name="ditattn", standalone_mode=False)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
+        return report_failure(error, debug="--debug" in arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if status == EXIT_INTERRUPTED:
+        # newer versions of typer turn Ctrl-C into this status, without a word
+        return report_failure(KeyboardInterrupt(), debug=False)
+    return status if isinstance(status, int) else 0

@@ -1,0 +1,130 @@
+"""Which backend can be computed by what, on which device of this machine, and why not."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ditattn.attention.interface import AttentionBackend, AttentionBackendEnum
+from ditattn.attention.selector import load_backend
+from ditattn.cli.machine import ANY_HEAD_SIZE, why_no_device
+from ditattn.errors import ConfigError
+from ditattn.ops.table import CallFacts, Implementation, explain
+from ditattn.packages import Package
+from ditattn.platforms import PLATFORMS, Platform, get_platform
+from ditattn.platforms.interface import BACKEND_PATHS
+
+__all__ = ["Row", "availability", "devices"]
+
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation of one operation of one backend on one device.
+
+    Attributes:
+        device, backend, operation, implementation: names.
+        sparse: the backend may drop key blocks.
+        automatic: it may be taken without being asked for by name.
+        available: it can run here.
+        serves: it is what runs when the backend is named.
+        reason: why it cannot run; None if it can.
+        install: commands that install what is missing; None if no command is known to help.
+    """
+
+    device: str
+    backend: str
+    sparse: bool
+    operation: str
+    implementation: str
+    automatic: bool
+    available: bool
+    serves: bool
+    reason: str | None
+    install: str | None
+
+
+def devices(only: str | None = None) -> list[dict[str, Any]]:
+    """Device types with the name of the device, or the reason why there is none."""
+    found = []
+    for device_type in _device_types(only):
+        reason = why_no_device(device_type)
+        found.append({"device": device_type, "name": None if reason else get_platform(device_type).device_name(), "reason": reason})
+    return found
+
+
+def availability(only: str | None = None) -> list[Row]:
+    """Every row, device by device."""
+    return [
+        row
+        for device_type in _device_types(only)
+        for backend in AttentionBackendEnum
+        for row in _rows(get_platform(device_type), load_backend(BACKEND_PATHS[backend]))
+    ]
+
+
+def _device_types(only: str | None) -> list[str]:
+    if only is None:
+        return list(PLATFORMS)
+    device_type = only.partition(":")[0]
+    if device_type not in PLATFORMS:
+        # torch knows further device types, and npu only after torch_npu was imported
+        try:
+            torch.device(device_type)
+        except RuntimeError:
+            raise ConfigError(f"--device {only} is no torch device; there is {', '.join(PLATFORMS)}") from None
+    return [device_type]
+
+
+def _rows(platform: Platform, backend: type[AttentionBackend]) -> Iterator[Row]:
+    name, device_type = backend.get_enum(), platform.device_type
+    refused = platform.why_not(name)
+    for operation in backend.ops:
+        named = backend.implementation if operation == backend.ops[0] else None
+        served = False
+        for implementation, own_reason in _verdicts(operation, device_type):
+            if named and implementation.name != named:
+                # a backend that insists on one implementation is never computed by another
+                continue
+            reason = _joined(refused, own_reason)
+            serves = reason is None and not served and (named is not None or implementation.automatic)
+            served = served or serves
+            yield Row(
+                device=device_type,
+                backend=str(name),
+                sparse=name.is_sparse,
+                operation=operation,
+                implementation=implementation.name,
+                automatic=implementation.automatic,
+                available=reason is None,
+                serves=serves,
+                reason=reason,
+                install=_install(platform, name, implementation) if reason else None,
+            )
+
+
+def _verdicts(operation: str, device_type: str) -> list[tuple[Implementation, str | None]]:
+    """The rows of an operation's table with their refusals; of several with one name the one that is for this device."""
+    table: tuple[Implementation, ...] = importlib.import_module(f"ditattn.ops.{operation}").TABLE
+    verdicts = explain(table, CallFacts(device_type, DTYPE, ANY_HEAD_SIZE))
+    best: dict[str, tuple[Implementation, str | None]] = {}
+    for verdict in verdicts:
+        row = verdict.implementation
+        if row.name not in best or (device_type in row.devices and device_type not in best[row.name][0].devices):
+            best[row.name] = (row, verdict.reason)
+    return list(best.values())
+
+
+def _joined(*reasons: str | None) -> str | None:
+    return "; ".join(dict.fromkeys(part for reason in reasons if reason for part in reason.split("; "))) or None
+
+
+def _install(platform: Platform, backend: AttentionBackendEnum, implementation: Implementation) -> str | None:
+    needed: tuple[Package, ...] = (*platform.packages.get(backend, ()), *implementation.packages)
+    commands = dict.fromkeys(package.install for package in needed if package.missing())
+    return "; ".join(commands) or None

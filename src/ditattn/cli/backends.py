@@ -1,0 +1,72 @@
+"""`ditattn backends`: every backend and implementation on this machine, with the reason where one cannot run."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ditattn.cli.availability import Row
+
+__all__ = ["backends"]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+OnlyDevice = Annotated[str | None, typer.Option("--device", help="Only this device type: cpu, cuda, npu, ...", show_default="all")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def backends(as_json: AsJson = False, device: OnlyDevice = None, debug: Debug = False) -> None:
+    """List every attention backend and what computes it on this machine: ready or not, why not, and what installs what is missing.
+
+    "serves" marks the implementation that runs when you name the backend (for bfloat16 and head size 64); a "ready" one can run too.
+    Numbers lead to the reasons below the table.
+    """
+    from ditattn.cli.availability import availability, devices
+
+    facts, rows = devices(device), availability(device)
+    if as_json:
+        typer.echo(json.dumps({"devices": facts, "backends": [vars(row) for row in rows]}, indent=2))
+        return
+    _print_table(facts, rows)
+
+
+def _print_table(facts: list[dict[str, Any]], rows: list[Row]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        # a pipe has no width: one row, one line
+        console = Console(width=2000)
+    notes = {reason: number + 1 for number, reason in enumerate(dict.fromkeys(row.reason for row in rows if row.reason))}
+    with console.capture() as capture:
+        for fact in facts:
+            state = Text("none: ", "red").append(fact["reason"], "default") if fact["reason"] else Text(fact["name"], "green")
+            console.print(Text(f"{fact['device']}: ", "bold").append_text(state))
+        console.print()
+        console.print(_table(rows, notes))
+        if notes:
+            console.print()
+        for reason, number in notes.items():
+            console.print(Text(f"({number}) {reason}"))
+    typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def _table(rows: list[Row], notes: dict[str, int]) -> Table:
+    """Rows that differ only in the implementation share a line; "serves" has its own. Reasons are long and few, hence the notes."""
+    from rich.table import Table
+    from rich.text import Text
+
+    merged: dict[tuple[str, str, str, str], list[str]] = {}
+    for row in rows:
+        state = "serves" if row.serves else "ready" if row.reason is None else f"no ({notes[row.reason]})"
+        merged.setdefault((row.device, row.backend, row.operation, state), []).append(row.implementation)
+    table = Table("device", "backend", "operation", "state", "by", box=None, pad_edge=False)
+    style = {"serves": "bold green", "ready": "green"}
+    for (device, backend, operation, state), names in merged.items():
+        table.add_row(device, backend, operation, Text(state, style.get(state, "red")), ", ".join(names))
+    return table

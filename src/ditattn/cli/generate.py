@@ -1,0 +1,168 @@
+"""`ditattn generate`: the options, under sglang's names, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["generate"]
+
+MODEL, SAMPLING, ATTENTION, OUTPUT, MACHINE = "Model", "Sampling", "Attention", "Output", "Machine"
+
+ModelPath = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=MODEL,
+        show_default=False,
+        help="A folder that diffusers' save_pretrained wrote, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers. "
+        "Only safetensors weights are loaded. Without it: the small demo model of the package.",
+    ),
+]
+Revision = Annotated[str | None, typer.Option(rich_help_panel=MODEL, show_default=False, help="Branch, tag or commit of a hub repository.")]
+TrustRemoteCode = Annotated[
+    bool | None,
+    typer.Option("--trust-remote-code", rich_help_panel=MODEL, show_default=False, help="Run Python code that comes with the model."),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        rich_help_panel=MODEL,
+        show_default=False,
+        help="JSON or YAML file with any of these options, in snake_case (num_frames: 81). The command line wins over the file.",
+    ),
+]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option(
+        rich_help_panel=SAMPLING, show_default=False, help="What to make. Repeat it for several results; the model is loaded once."
+    ),
+]
+NegativePrompt = Annotated[str | None, typer.Option(rich_help_panel=SAMPLING, show_default=False, help="What to avoid.")]
+ImagePath = Annotated[
+    str | None, typer.Option(metavar="FILE", rich_help_panel=SAMPLING, show_default=False, help="First frame, for image-to-video models.")
+]
+Height = Annotated[int | None, typer.Option(min=1, rich_help_panel=SAMPLING, show_default="the model's", help="Pixels.")]
+Width = Annotated[int | None, typer.Option(min=1, rich_help_panel=SAMPLING, show_default="the model's", help="Pixels.")]
+NumFrames = Annotated[
+    int | None, typer.Option(min=1, rich_help_panel=SAMPLING, show_default="the model's", help="Frames of a video; 1 makes an image.")
+]
+Fps = Annotated[int | None, typer.Option(min=1, rich_help_panel=SAMPLING, show_default="the model's", help="Frames per second of a video.")]
+NumInferenceSteps = Annotated[
+    int | None, typer.Option(min=1, rich_help_panel=SAMPLING, show_default="the model's", help="Denoising steps.")
+]
+GuidanceScale = Annotated[
+    float | None,
+    typer.Option(rich_help_panel=SAMPLING, show_default="the model's", help="Strength of the prompt (classifier-free guidance)."),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, rich_help_panel=SAMPLING, show_default="42", help="Of the noise, drawn on the CPU: the same on every device."),
+]
+AttentionBackend = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=ATTENTION,
+        show_default="DITATTN_ATTENTION_BACKEND, else the device's best dense one",
+        help="Serves the self-attention of the denoiser: torch_sdpa, fa, laser_attn (dense), block_sparse_attn, rain_fusion_attn (sparse).",
+    ),
+]
+AttentionBackendConfig = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CONFIG",
+        rich_help_panel=ATTENTION,
+        show_default=False,
+        help="Settings of the backend: k=v,k=v (sparsity=0.5), JSON text, or a .json or .yaml file. "
+        "Keys of the sparse ones: sparsity, skip_first_steps, skip_last_steps, skip_layers, min_tokens, token_order, first_frame_sink.",
+    ),
+]
+ComponentAttentionBackends = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K=V,...",
+        rich_help_panel=ATTENTION,
+        show_default=False,
+        help="Other backends for single denoisers, such as transformer_2=torch_sdpa; several are separated by commas.",
+    ),
+]
+Strict = Annotated[
+    bool | None,
+    typer.Option(
+        "--strict",
+        rich_help_panel=ATTENTION,
+        show_default=False,
+        help="Fail where a sparse backend would run densely for a reason that nobody asked for.",
+    ),
+]
+OutputPath = Annotated[
+    str | None, typer.Option(metavar="FOLDER", rich_help_panel=OUTPUT, show_default="outputs", help="Where results go; made if missing.")
+]
+OutputFileName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=OUTPUT,
+        show_default="prompt, time and a hash",
+        help="Name of the result, with or without .mp4 or .png. The record of the run is written beside it, as .json.",
+    ),
+]
+PerfDumpPath = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", rich_help_panel=OUTPUT, show_default=False, help="JSON with times per stage and step, and the attention report."
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=MACHINE, show_default="cuda or npu if there is one, else cpu", help="torch device, such as cuda:1."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=MACHINE, show_default="bfloat16, on the CPU float32", help="Of the weights: float32, bfloat16 or float16."
+    ),
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", rich_help_panel=MACHINE, show_default=False, help="Show the traceback of an error and debug messages.")
+]
+
+
+def generate(
+    model_path: ModelPath = None,
+    prompt: Prompt = None,
+    config: Config = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = None,
+    negative_prompt: NegativePrompt = None,
+    image_path: ImagePath = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: NumFrames = None,
+    fps: Fps = None,
+    num_inference_steps: NumInferenceSteps = None,
+    guidance_scale: GuidanceScale = None,
+    seed: Seed = None,
+    attention_backend: AttentionBackend = None,
+    attention_backend_config: AttentionBackendConfig = None,
+    component_attention_backends: ComponentAttentionBackends = None,
+    strict: Strict = None,
+    output_path: OutputPath = None,
+    output_file_name: OutputFileName = None,
+    perf_dump_path: PerfDumpPath = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Make a video or an image with a diffusers pipeline whose self-attention runs through the backend you name.
+
+    Beside the result a .json file records every setting, version and time, and what the attention really did.
+    """
+    options: dict[str, Any] = {key: value for key, value in locals().items() if key not in ("config", "debug")}
+    from ditattn.cli.session import run_generate
+    from ditattn.cli.settings import read_settings
+
+    given = {key: value for key, value in options.items() if value not in (None, [])}
+    run_generate(read_settings(given, config), debug=debug)

@@ -1,0 +1,86 @@
+"""Device, dtype and backend as users name them, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ditattn.attention.interface import AttentionBackendEnum
+from ditattn.attention.selector import load_backend
+from ditattn.errors import BackendUnavailable, ConfigError
+from ditattn.platforms import PLATFORMS, get_platform
+
+__all__ = ["check_backend", "choose_device", "choose_dtype", "why_no_device"]
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+# possible for every backend that has limits; the model's own head size is checked when the backend is installed
+ANY_HEAD_SIZE = 64
+
+
+def why_no_device(device_type: str) -> str | None:
+    """Why this machine has no device of that type, or None."""
+    return get_platform(device_type).why_not(AttentionBackendEnum.TORCH_SDPA)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or the best one of this machine.
+
+    Raises:
+        ConfigError: no such device type or number.
+        BackendUnavailable: this machine has none.
+    """
+    if name is None:
+        accelerators = [device_type for device_type in PLATFORMS if device_type != "cpu"]
+        return torch.device(next((device_type for device_type in accelerators if why_no_device(device_type) is None), "cpu"))
+    device_type, _, number = name.partition(":")
+    if device_type in PLATFORMS and (reason := why_no_device(device_type)):
+        raise BackendUnavailable(f"--device {name}: {reason}")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name} is no torch device; there is {', '.join(PLATFORMS)}") from None
+    if reason := why_no_device(device_type):
+        raise BackendUnavailable(f"--device {name}: {reason}")
+    count = 1 if device_type == "cpu" else getattr(torch, device_type).device_count()
+    if number and int(number) >= count:
+        raise ConfigError(f"--device {name}: this machine has {device_type}:0" + (f" to {device_type}:{count - 1}" if count > 1 else ""))
+    return device
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The named dtype; without a name bfloat16, on the CPU float32.
+
+    Raises:
+        ConfigError: no such dtype.
+    """
+    if name is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise ConfigError(f"--dtype {name} is none of float32, bfloat16, float16")
+    return DTYPES[name]
+
+
+def check_backend(
+    backend: str | None, components: Mapping[str, str], config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Names, availability and, where it is clear whose they are, configuration keys: everything that needs no model.
+
+    Raises:
+        UnknownBackend, BackendUnavailable, ConfigError: as `install` would, but before the model is loaded.
+    """
+    platform = get_platform(device)
+    for name in components.values():
+        platform.get_attn_backend_cls_str(name, ANY_HEAD_SIZE, dtype)
+    if backend is not None:
+        chosen = load_backend(platform.get_attn_backend_cls_str(backend, ANY_HEAD_SIZE, dtype))
+        chosen.get_config_cls().from_mapping(config)

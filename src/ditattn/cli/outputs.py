@@ -1,0 +1,142 @@
+"""Files of a run: their names, how pixels become mp4 or png, and that they appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ditattn.errors import ConfigError
+
+__all__ = ["Outbox", "check_file_name", "check_folder", "default_name", "numbered", "write_media"]
+
+MEDIA = (".mp4", ".png")
+
+# visually lossless for most material, and what diffusers' users expect of its size
+CRF = 18
+
+
+def default_name(prompt: str, settings: str) -> str:
+    """`<prompt>_<time>_<hash>`, safe on every file system."""
+    words = re.sub(r"[^\w-]+", "_", prompt)[:100].strip("_") or "prompt"
+    digest = hashlib.sha256(f"{prompt}{settings}".encode()).hexdigest()[:8]
+    return f"{words}_{time.strftime('%Y%m%d-%H%M%S')}_{digest}"
+
+
+def check_file_name(name: str, suffix: str) -> str:
+    """The name without its ending.
+
+    Raises:
+        ConfigError: a name with folders in it, or with an ending that does not fit what will be made.
+    """
+    if Path(name).name != name or name in (".", ".."):
+        raise ConfigError(f"--output-file-name '{name}' must be a plain name; the folder is --output-path")
+    ending = Path(name).suffix.lower()
+    if ending in MEDIA and ending != suffix:
+        raise ConfigError(f"--output-file-name '{name}' ends in {ending}, but the result is a {suffix} file")
+    return name[: -len(ending)] if ending in MEDIA else name
+
+
+def check_folder(folder: Path, called: str) -> None:
+    """Raise ConfigError unless files can be written to `folder`, which may still have to be made. Checked before hours of work."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"{called}: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{called}: cannot write to {place}")
+
+
+def numbered(path: Path, number: int, count: int) -> Path:
+    """`path`, or with several results `path` with `-1`, `-2`, ... before its ending."""
+    return path if count == 1 else path.with_name(f"{path.stem}-{number + 1}{path.suffix}")
+
+
+class Outbox:
+    """Files are written under hidden names beside their final ones and renamed together by `commit`.
+
+    Leaving the block without a commit, for whatever reason, removes them and the folders that were made for them.
+    """
+
+    def __init__(self) -> None:
+        self._drafts: list[tuple[Path, Path]] = []
+        self._renamed: list[Path] = []
+        self._folders: list[Path] = []
+        self._done = False
+
+    def draft(self, path: Path) -> Path:
+        """Where to write what will become `path`."""
+        self._make_folder(path.parent)
+        draft = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+        self._drafts.append((draft, path))
+        return draft
+
+    def commit(self) -> None:
+        """Rename every draft, in the order they were made."""
+        for draft, path in self._drafts:
+            draft.replace(path)
+            self._renamed.append(path)
+        self._done = True
+
+    def _make_folder(self, folder: Path) -> None:
+        missing = [place for place in (folder, *folder.parents) if not place.exists()]
+        for place in reversed(missing):
+            place.mkdir(exist_ok=True)
+            self._folders.append(place)
+
+    def __enter__(self) -> Outbox:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._done:
+            return
+        for path in [*self._renamed, *(draft for draft, _ in self._drafts)]:
+            path.unlink(missing_ok=True)
+        for folder in reversed(self._folders):
+            # somebody else may have put something there meanwhile
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def write_media(path: Path, frames: np.ndarray[Any, Any], fps: int | None) -> None:
+    """Write `[F, H, W, 3]` uint8 as h264 (`.mp4`) or, one frame, as `.png`. Sizes are kept."""
+    if path.suffix == ".png":
+        from PIL import Image
+
+        Image.fromarray(frames[0]).save(path)
+        return
+    assert fps is not None
+    _write_h264(path, frames, fps)
+
+
+def _write_h264(path: Path, frames: np.ndarray[Any, Any], fps: int) -> None:
+    import imageio_ffmpeg
+
+    height, width = frames[0].shape[:2]
+    # 4:2:0 halves both axes; odd sizes keep full colour instead of being rescaled
+    pixel_format = "yuv444p" if height % 2 or width % 2 else "yuv420p"
+    writer = imageio_ffmpeg.write_frames(
+        str(path),
+        (width, height),
+        fps=fps,
+        codec="libx264",
+        pix_fmt_out=pixel_format,
+        macro_block_size=1,
+        quality=None,
+        output_params=["-crf", str(CRF), "-movflags", "+faststart"],
+        ffmpeg_log_level="error",
+    )
+    try:
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame).tobytes())
+    finally:
+        writer.close()

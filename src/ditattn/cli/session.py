@@ -1,0 +1,145 @@
+"""What `ditattn generate` does: check, load, and for every prompt make, write, report."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+
+from ditattn.cli.job import Job, prepare
+from ditattn.cli.messages import set_up_messages, stage
+from ditattn.cli.outputs import Outbox, check_file_name, default_name, numbered, write_media
+from ditattn.cli.records import RunRecord
+from ditattn.cli.settings import PIPELINE_KEYS, GenerateSettings
+from ditattn.pipelines.report import AttentionReport
+from ditattn.platforms import get_platform
+
+__all__ = ["run_generate"]
+
+logger = logging.getLogger("ditattn")
+
+
+def run_generate(settings: GenerateSettings, *, debug: bool = False) -> None:
+    """Run the verb.
+
+    Raises:
+        DitattnError, OSError: see the modules that check.
+    """
+    set_up_messages(debug)
+    job = prepare(settings)
+    with stage(f"load {job.model.pipeline} ({str(job.dtype).removeprefix('torch.')}, {job.device})") as loading:
+        pipe = _load(job)
+    for number in range(len(settings.prompt)):
+        _make_one(job, pipe, number, loading.duration_ms)
+
+
+def _load(job: Job) -> Any:
+    from ditattn.pipelines.diffusers.loading import load_pipeline
+
+    settings = job.settings
+    pipe = load_pipeline(
+        job.model.path,
+        dtype=job.dtype,
+        device=job.device,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    pipe.set_progress_bar_config(desc="denoise", unit="step")
+    return pipe
+
+
+def _make_one(job: Job, pipe: Any, number: int, load_ms: float) -> None:
+    from ditattn.pipelines.diffusers.call import call_defaults, call_pipeline, frame_rate
+    from ditattn.pipelines.diffusers.install import install
+
+    settings, prompt = job.settings, job.settings.prompt[number]
+    arguments = job.call_arguments(prompt)
+    fps = job.value("fps") or frame_rate(pipe)
+    if "frame_rate" in call_defaults(type(pipe)):
+        arguments["frame_rate"] = fps
+    handle = install(
+        pipe,
+        settings.attention_backend,
+        components=settings.component_attention_backends,
+        strict=settings.strict,
+        **settings.attention_backend_config,
+    )
+    with handle, stage("denoise and decode"):
+        frames, times = call_pipeline(pipe, arguments, seed=settings.seed)
+    path = _output_file(settings, number, ".mp4" if len(frames) > 1 else ".png")
+    output = _describe(frames, path, fps)
+    _warn_about_other_sizes(arguments, output)
+    record = RunRecord(
+        model={key: value for key, value in vars(job.model).items() if key not in ("pipeline_cls", "defaults")},
+        given=settings.model_dump(exclude_unset=True),
+        effective=_effective(job, arguments, call_defaults(type(pipe)), output, handle.report()),
+        device={"type": job.device.type, "name": get_platform(job.device).device_name()},
+        dtype=str(job.dtype).removeprefix("torch."),
+        seed=settings.seed,
+        prompt=prompt,
+        output=output,
+        load_ms=load_ms,
+        times=times,
+        attention=handle.report(),
+    )
+    _write(record, path, frames, settings, number)
+    typer.echo(record.summary())
+
+
+def _output_file(settings: GenerateSettings, number: int, suffix: str) -> Path:
+    folder, name = Path(settings.output_path), settings.output_file_name
+    if name is None:
+        prompt = settings.prompt[number]
+        return folder / (default_name(prompt, f"{number} {settings.model_dump_json()}") + suffix)
+    return numbered(folder / (check_file_name(name, suffix) + suffix), number, len(settings.prompt))
+
+
+def _describe(frames: np.ndarray[Any, Any], path: Path, fps: int) -> dict[str, Any]:
+    num_frames, height, width, _ = frames.shape
+    return {"file": str(path), "height": height, "width": width, "num_frames": num_frames, "fps": fps if num_frames > 1 else None}
+
+
+def _warn_about_other_sizes(arguments: dict[str, Any], output: dict[str, Any]) -> None:
+    """For pipelines whose rounding we do not know beforehand."""
+    for key in ("height", "width", "num_frames"):
+        if arguments.get(key) not in (None, output[key]):
+            logger.warning("%s %s was asked for, the pipeline made %s", key, arguments[key], output[key])
+
+
+def _effective(
+    job: Job, arguments: dict[str, Any], defaults: dict[str, Any], output: dict[str, Any], attention: AttentionReport
+) -> dict[str, Any]:
+    """Every setting as it held: given, or chosen by the model, the pipeline or the machine."""
+    sampling = {key: arguments.get(key, defaults.get(key)) for key in PIPELINE_KEYS}
+    return {
+        **job.settings.model_dump(),
+        **sampling,
+        **{key: output[key] for key in ("height", "width", "num_frames", "fps")},
+        "model_path": job.model.path,
+        "device": str(job.device),
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "attention_backend": {name: component.backend for name, component in attention.components.items()},
+        "attention_backend_config": {name: component.config for name, component in attention.components.items()},
+        "output_file_name": Path(output["file"]).name,
+    }
+
+
+def _write(record: RunRecord, path: Path, frames: np.ndarray[Any, Any], settings: GenerateSettings, number: int) -> None:
+    """Result, performance dump, side-car: all or nothing, the side-car last."""
+    with Outbox() as outbox:
+        with stage("write") as writing:
+            write_media(outbox.draft(path), frames, record.output["fps"])
+        record.write_ms = writing.duration_ms
+        if settings.perf_dump_path:
+            dump = numbered(Path(settings.perf_dump_path), number, len(settings.prompt))
+            outbox.draft(dump).write_text(_json(record.perf_dump()), encoding="utf-8")
+        outbox.draft(path.with_suffix(".json")).write_text(_json(record.sidecar()), encoding="utf-8")
+        outbox.commit()
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

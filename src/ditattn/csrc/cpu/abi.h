@@ -1,0 +1,41 @@
+// The C interface between the kernels and their Python loader (ditattn/ops/cpu_library.py mirrors these structures field by field).
+#pragma once
+#include <cstdint>
+
+enum DitattnStatus { DITATTN_OK = 0, DITATTN_NO_MEMORY = 1, DITATTN_BAD_ARGUMENT = 2, DITATTN_INTERRUPTED = 3, DITATTN_NOT_PERMITTED = 4 };
+enum DitattnDtype { DITATTN_F32 = 0, DITATTN_BF16 = 1, DITATTN_F16 = 2 };
+
+// [batch, token, head, element]; strides in elements, the last axis is dense.
+struct DitattnTensor {
+  void* data;
+  int64_t batch_stride, token_stride, head_stride;
+};
+
+// How a long call stays interruptible: PyEval_SaveThread, PyEval_RestoreThread, PyErr_CheckSignals. The caller holds the GIL.
+struct DitattnHost {
+  void* (*release)();
+  void (*acquire)(void*);
+  int (*check_signals)();
+};
+
+struct DitattnAttention {
+  int64_t struct_bytes;                       // sizeof of the caller's structure, compared before anything else is read
+  DitattnTensor query, key, value, out;
+  float* lse;                                 // [B, H, S] natural log-sum-exp, or null
+  const int32_t *indices, *counts;            // kept key blocks, ascending, and how many of them; null: every block
+  int64_t indices_stride[3], counts_stride[3];  // batch, head, query block; 0 where shared
+  const int32_t* key_lengths;                 // [B], or null
+  int32_t batch, heads, key_heads, query_length, key_length, head_dim;
+  int32_t dtype, compute_bf16, causal, num_threads;
+  float scale;
+  const DitattnHost* host;                    // or null
+  int64_t pack_ns, attend_ns;                 // out
+};
+
+struct DitattnBlockMean {
+  int64_t struct_bytes;
+  DitattnTensor input;
+  float* out;                                 // [B, blocks, H, D]
+  int32_t batch, length, heads, head_dim, block_size, dtype, num_threads;
+  const DitattnHost* host;
+};

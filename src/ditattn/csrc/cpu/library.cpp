@@ -1,0 +1,79 @@
+// The shared object of one instruction set: which kernel serves a call, and the C entry points.
+// Everything else has internal linkage, so that no code compiled for one instruction set can be merged into another's.
+#include "block_mean.h"
+#include "f32.h"
+#if defined(__AVX512BF16__)
+#include "bf16.h"
+#endif
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
+#include "instruction_sets.h"
+
+#include <new>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+template <int D> int run_attention(DitattnAttention& a) {
+#if defined(__AMX_BF16__)
+  if (a.compute_bf16) return Attention<AmxKernel<D>>(a).run();
+#elif defined(__AVX512BF16__)
+  if (a.compute_bf16) return Attention<Bf16Kernel<D>>(a).run();
+#endif
+  return a.compute_bf16 ? DITATTN_BAD_ARGUMENT : Attention<F32Kernel<D>>(a).run();
+}
+
+int dispatch(DitattnAttention& a) {
+  switch (a.head_dim) {
+    case 32: return run_attention<32>(a);
+    case 64: return run_attention<64>(a);
+    case 96: return run_attention<96>(a);
+    case 128: return run_attention<128>(a);
+  }
+  return DITATTN_BAD_ARGUMENT;
+}
+
+// No exception may cross the C border.
+template <class F> int guarded(F f) {
+  try { return f(); } catch (const std::bad_alloc&) { return DITATTN_NO_MEMORY; } catch (...) { return DITATTN_BAD_ARGUMENT; }
+}
+
+}  // namespace
+
+EXPORT int ditattn_attention(DitattnAttention* a) {
+  if (a->struct_bytes != (int64_t)sizeof *a || a->batch < 1 || a->heads < 1 || a->key_heads < 1 || a->heads % a->key_heads ||
+      a->query_length < 1 || a->key_length < 1 || a->num_threads < 1 || a->dtype < DITATTN_F32 || a->dtype > DITATTN_F16 ||
+      !std::isfinite(a->scale) || (a->indices == nullptr) != (a->counts == nullptr))
+    return DITATTN_BAD_ARGUMENT;
+  return guarded([&] { return dispatch(*a); });
+}
+
+EXPORT int ditattn_block_mean(DitattnBlockMean* a) {
+  if (a->struct_bytes != (int64_t)sizeof *a || a->batch < 1 || a->length < 1 || a->heads < 1 || a->head_dim < 1 || a->block_size < 1 ||
+      a->num_threads < 1 || a->dtype < DITATTN_F32 || a->dtype > DITATTN_F16)
+    return DITATTN_BAD_ARGUMENT;
+  return guarded([&] { return block_mean(*a); });
+}
+
+// Asks the operating system for what this object needs (AMX tiles); 0 or DITATTN_NOT_PERMITTED.
+EXPORT int ditattn_init() {
+#if defined(__AMX_BF16__)
+  return permit_tiles();
+#else
+  return DITATTN_OK;
+#endif
+}
+
+// Whether bf16 arithmetic is compiled in.
+EXPORT int ditattn_has_bf16() {
+#if defined(__AVX512BF16__)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// Bit i: this CPU and operating system can run variant i (see instruction_sets.h).
+EXPORT uint32_t ditattn_runnable_variants() { return runnable_variants(); }

@@ -1,0 +1,80 @@
+// Steps that do not depend on the arithmetic: masks, running maximum, output. A panel is PQ query rows, one per vector lane.
+//
+// S^T formulation: scores are S^T[key][query], the output is O^T[element][query]. Row maximum, row sum and rescaling are lane-wise:
+// no horizontal reductions. The last key rows are fewer rows, missing query rows are zero lanes: no mask registers.
+#pragma once
+#include "attention.h"
+
+namespace {
+
+// Where element (row, lane) of a panel matrix lies: tiles of 16 rows and W lanes. In units of 32 bits.
+struct Layout {
+  int row, row16, vector;  // steps: next row within 16, next 16 rows, next W lanes
+};
+constexpr Layout ROWS_OF_PANEL{PQ, 16 * PQ, W};     // [row][PQ]
+INLINE int at(Layout l, int row, int vector) { return (row / 16) * l.row16 + (row % 16) * l.row + vector * l.vector; }
+
+struct Softmax {
+  alignas(64) float max[PQ];
+  alignas(64) float sum[PQ];
+
+  // The smallest finite float: a first score of -infinity then has weight 0 instead of NaN.
+  void reset() {
+    for (int i = 0; i < PQ; i++) { max[i] = -FLT_MAX; sum[i] = 0; }
+  }
+
+  // Takes the maximum of a new block; alpha becomes the factor on what was summed before. Returns whether any lane grew. Lanes that did not grow get a factor of exactly 1: the polynomial's
+  // 2^0 is 1 + 7e-8, which would add up. No tolerance: with a lagging maximum the dominating weight is not exactly 1 in bf16.
+  bool grow(const float* block_max, float* alpha, float scale_log2e) {
+    bool grew = false;
+    for (int j = 0; j < NV; j++) {
+      const vf old = ((vf*)max)[j], now = vmax(((const vf*)block_max)[j], old);
+      const vi bigger = now > old;
+      ((vf*)max)[j] = now;
+      ((vf*)alpha)[j] = bigger ? exp2v((old - now) * splat(scale_log2e)) : splat(1.f);
+      ((vf*)sum)[j] *= ((vf*)alpha)[j];
+      for (int i = 0; i < W; i++) grew |= bigger[i] != 0;
+    }
+    return grew;
+  }
+};
+
+// Scores of keys that a lane must not see become -infinity: rows kv.. of a short block, and on the diagonal the keys after the query.
+// Padding has logit 0 and must not enter the maximum: with strongly negative logits every real weight would underflow.
+inline __attribute__((noinline)) void mask_scores(float* S, Layout layout, int kv, bool diagonal, int first_lane, int rows) {
+  for (int r = diagonal ? 0 : kv; r < rows; r++) for (int j = 0; j < NV; j++) {
+    vf* s = (vf*)(S + at(layout, r, j));
+    vi hidden = {};
+    if (r >= kv) hidden = ~hidden;
+    else for (int i = 0; i < W; i++) hidden[i] = first_lane + j * W + i < r ? -1 : 0;
+    *s = hidden ? splat(-INFINITY) : *s;
+  }
+}
+
+// Each lane's maximum over `rows` keys, where the scores were masked after they were computed.
+inline __attribute__((noinline)) void find_maximum(const float* S, float* block_max, int rows) {
+  for (int j = 0; j < NV; j++) {
+    vf best = splat(-FLT_MAX);
+    for (int r = 0; r < rows; r++) best = vmax(((const vf*)(S + r * PQ))[j], best);
+    ((vf*)block_max)[j] = best;
+  }
+}
+
+// O^T / sum -> rows of the caller's output; log-sum-exp where asked for.
+template <int D> void write_panel(const float* O, Layout layout, const Softmax& s, const Unit& unit, int first_row) {
+  const int rows = std::min(PQ, unit.rows - first_row);
+  const int size = size_of(unit.out.dtype);
+  for (int j = 0; j * W < rows; j++) {
+    const vf inverse = splat(1.f) / ((const vf*)s.sum)[j];
+    for (int d = 0; d < D; d += W) {
+      vf r[W];
+      UNROLL for (int i = 0; i < W; i++) r[i] = *(const vf*)(O + at(layout, d + i, j)) * inverse;
+      transpose(r);
+      for (int i = 0; i < W && j * W + i < rows; i++)
+        store_narrow(unit.out.data + (first_row + j * W + i) * unit.out.stride + (int64_t)d * size, unit.out.dtype, r[i]);
+    }
+  }
+  if (unit.lse) for (int i = 0; i < rows; i++) unit.lse[first_row + i] = s.max[i] * unit.scale + std::log(s.sum[i]);
+}
+
+}  // namespace

@@ -1,0 +1,1 @@
+"""Measuring the kernels on the user's own machine: what `ditattn bench` and `benchmarks/` print."""

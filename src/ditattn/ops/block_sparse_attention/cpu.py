@@ -1,0 +1,21 @@
+"""Block-sparse attention through the compiled CPU kernel."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ditattn.attention.plan import BlockPlan
+from ditattn.ops import cpu_call
+
+
+def run(
+    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float, causal: bool, key_lengths: Tensor | None, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    return cpu_call.attention(query, key, value, plan, scale, causal, key_lengths, return_lse=return_lse)
+
+
+def run_fast_fp32(
+    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float, causal: bool, key_lengths: Tensor | None, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As `run`, multiplying fp32 tensors as bf16."""
+    return cpu_call.attention(query, key, value, plan, scale, causal, key_lengths, return_lse=return_lse, fast_fp32=True)

@@ -1,0 +1,133 @@
+"""Tensors to C structures and back: the one place where the CPU kernels are called."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
+from ditattn.errors import UnsupportedCall
+from ditattn.ops import cpu_library
+from ditattn.ops.cpu_library import Library, Tensor4
+
+__all__ = ["HEAD_DIMS", "attention", "block_mean"]
+
+HEAD_DIMS = (32, 64, 96, 128)
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan | None,
+    scale: float,
+    causal: bool,
+    key_lengths: Tensor | None,
+    *,
+    return_lse: bool = False,
+    fast_fp32: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Dense attention, or block-sparse where there is a plan.
+
+    Args:
+        query: `[B, S, H, D]`; key, value: `[B, T, G, D]`.
+        fast_fp32: multiply fp32 tensors as bf16. Costs accuracy: 0.3 % on random data, 3 % where logits are large.
+
+    Returns:
+        `[B, S, H, D]` contiguous in the query's dtype, and the log-sum-exp fp32 `[B, H, S]` where asked for.
+
+    Raises:
+        UnsupportedCall: the plan breaks an invariant; checked here because the kernel trusts it.
+    """
+    library = _library()
+    batch, length, heads, dim = query.shape
+    if scale == 0:
+        # hidden scores are -infinity, and -infinity times 0 is NaN; a NaN or infinity of the query stays one
+        query, scale = query * 0, 1.0
+    query, key, value = (_dense_rows(x) for x in (query, key, value))
+    out = torch.empty(query.shape, dtype=query.dtype)
+    lse = torch.empty(batch, heads, length, dtype=torch.float32) if return_lse else None
+    call = cpu_library.Attention(
+        query=_tensor(query),
+        key=_tensor(key),
+        value=_tensor(value),
+        out=_tensor(out),
+        lse=None if lse is None else lse.data_ptr(),
+        batch=batch,
+        heads=heads,
+        key_heads=key.shape[2],
+        query_length=length,
+        key_length=key.shape[1],
+        head_dim=dim,
+        dtype=_DTYPES[query.dtype],
+        compute_bf16=library.has_bf16 and (query.dtype == torch.bfloat16 or fast_fp32),
+        causal=causal,
+        num_threads=torch.get_num_threads(),
+        scale=scale,
+    )
+    # locals keep alive what the structure points to
+    lengths = None if key_lengths is None else key_lengths.clamp(0, key.shape[1]).to(torch.int32).contiguous()
+    call.key_lengths = None if lengths is None else lengths.data_ptr()
+    if plan is not None:
+        _set_plan(call, plan, batch, heads)
+    _run(library.functions.ditattn_attention, call)
+    return out, lse
+
+
+def block_mean(x: Tensor, block_size: int) -> Tensor:
+    """fp32 `[B, ceil(S / block_size), H, D]` of `[B, S, H, D]`."""
+    library = _library()
+    x = _dense_rows(x)
+    batch, length, heads, dim = x.shape
+    out = torch.empty(batch, -(-length // block_size), heads, dim, dtype=torch.float32)
+    call = cpu_library.BlockMean(
+        input=_tensor(x),
+        out=out.data_ptr(),
+        batch=batch,
+        length=length,
+        heads=heads,
+        head_dim=dim,
+        block_size=block_size,
+        dtype=_DTYPES[x.dtype],
+        num_threads=torch.get_num_threads(),
+    )
+    _run(library.functions.ditattn_block_mean, call)
+    return out
+
+
+def _library() -> Library:
+    library = cpu_library.selection().library
+    assert library is not None, "the table's probe lets no call through without a library"
+    return library
+
+
+def _run(function: object, call: cpu_library.Attention | cpu_library.BlockMean) -> None:
+    call.struct_bytes = ctypes.sizeof(call)
+    call.host = ctypes.pointer(cpu_library.host())
+    cpu_library.raise_for(function(ctypes.byref(call)))  # type: ignore[operator]
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _tensor(x: Tensor) -> Tensor4:
+    return Tensor4(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+
+
+def _set_plan(call: cpu_library.Attention, plan: BlockPlan, batch: int, heads: int) -> None:
+    if plan.block_size != BLOCK_SIZE:
+        raise UnsupportedCall(f"the CPU kernel has blocks of {BLOCK_SIZE} tokens, the plan {plan.block_size}")
+    plan.check(batch, heads)
+    indices, counts = plan.indices, plan.counts
+    if indices.stride(3) != 1:
+        raise UnsupportedCall("the last axis of the plan's indices must be dense")
+    call.indices, call.counts = indices.data_ptr(), counts.data_ptr()
+    for axis in range(3):
+        # an axis of length 1 is shared by all
+        call.indices_stride[axis] = indices.stride(axis) if indices.shape[axis] > 1 else 0
+        call.counts_stride[axis] = counts.stride(axis) if counts.shape[axis] > 1 else 0

@@ -1,0 +1,109 @@
+"""`ditattn backends`: what it says agrees with the tables, and every refusal is explained."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+import torch
+
+from ditattn.attention.interface import AttentionBackendEnum
+from ditattn.attention.selector import load_backend
+from ditattn.ops.table import CallFacts, choose
+from ditattn.packages import SGL_KERNEL_NPU, TORCH_NPU
+from ditattn.platforms import PLATFORMS, get_platform
+from ditattn.platforms.interface import BACKEND_PATHS
+
+
+@pytest.fixture
+def listing(ditattn):
+    done = ditattn("backends", "--json")
+    assert done.status == 0, done.err
+    return json.loads(done.out)
+
+
+def table(operation):
+    return importlib.import_module(f"ditattn.ops.{operation}").TABLE
+
+
+def expected_keys():
+    for device in PLATFORMS:
+        for name in AttentionBackendEnum:
+            backend = load_backend(BACKEND_PATHS[name])
+            for operation in backend.ops:
+                named = backend.implementation if operation == backend.ops[0] else None
+                for implementation in dict.fromkeys(row.name for row in table(operation)):
+                    if named in (None, implementation):
+                        yield device, str(name), operation, implementation
+
+
+def test_every_backend_and_implementation_on_every_device_once(listing):
+    keys = [(row["device"], row["backend"], row["operation"], row["implementation"]) for row in listing["backends"]]
+    assert sorted(keys) == sorted(expected_keys())
+
+
+def test_every_refusal_has_a_reason_and_every_missing_package_its_command(listing):
+    for row in listing["backends"]:
+        assert row["available"] == (row["reason"] is None), row
+        if not row["available"]:
+            assert len(row["reason"]) > 10
+            assert not row["serves"]
+    if TORCH_NPU.missing():
+        for row in listing["backends"]:
+            if row["device"] == "npu":
+                assert TORCH_NPU.install in row["install"]
+                assert "torch_npu" in row["reason"]
+    if SGL_KERNEL_NPU.missing():
+        laser = [row for row in listing["backends"] if (row["device"], row["backend"]) == ("npu", "laser_attn")]
+        assert laser
+        assert all(SGL_KERNEL_NPU.install in row["install"] for row in laser)
+
+
+def test_what_serves_is_what_is_chosen(listing):
+    for device in PLATFORMS:
+        for name in AttentionBackendEnum:
+            backend = load_backend(BACKEND_PATHS[name])
+            for operation in backend.ops:
+                rows = [
+                    row
+                    for row in listing["backends"]
+                    if (row["device"], row["backend"], row["operation"]) == (device, str(name), operation) and row["serves"]
+                ]
+                if get_platform(device).why_not(name) is not None:
+                    assert rows == []
+                    continue
+                facts = CallFacts(device, torch.bfloat16, 64)
+                named = backend.implementation if operation == backend.ops[0] else None
+                assert [row["implementation"] for row in rows] == [choose(table(operation), facts, named).name]
+
+
+def test_every_backend_serves_on_the_cpu(listing):
+    serving = {row["backend"] for row in listing["backends"] if row["device"] == "cpu" and row["serves"]}
+    assert serving == {str(name) for name in AttentionBackendEnum}
+    assert [device["reason"] for device in listing["devices"] if device["device"] == "cpu"] == [None]
+
+
+def test_the_table_for_people_loses_no_row_and_no_reason(ditattn, listing):
+    done = ditattn("backends")
+    assert done.status == 0
+    lines = [line.split(maxsplit=3) for line in done.out.splitlines() if line.split(maxsplit=1)[:1] and line[0] != "("]
+    notes = dict(line.split(") ", 1) for line in done.out.splitlines() if line.startswith("("))
+    for row in listing["backends"]:
+        place = [row["device"], row["backend"], row["operation"]]
+        states = [rest[0] for *start, rest in ((*line[:3], line[3:]) for line in lines if len(line) == 4) if start == place]
+        fitting = [state for state in states if row["implementation"] in state.replace(",", " ").split()]
+        assert len(fitting) == 1, row
+        if row["available"]:
+            assert fitting[0].startswith("serves" if row["serves"] else "ready")
+        else:
+            assert notes[fitting[0].removeprefix("no ").split(")")[0]] == row["reason"]
+
+
+def test_one_device(ditattn):
+    done = ditattn("backends", "--json", "--device", "npu:0")
+    assert {row["device"] for row in json.loads(done.out)["backends"]} == {"npu"}
+    wrong = ditattn("backends", "--device", "toaster")
+    assert wrong.status == 2
+    assert len(wrong.error_lines) == 1
+    assert "cpu, cuda, npu" in wrong.err

@@ -1,0 +1,94 @@
+"""A fresh interpreter: importing does nothing, and help needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+HEAVY = ("diffusers", "transformers", "triton", "torch_npu", "typer", "rich")
+
+
+def fresh(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+
+
+def loaded(code: str) -> set[str]:
+    """Top-level modules that `code` leaves behind; it must print nothing."""
+    done = fresh(
+        f"{textwrap.dedent(code)}\nimport json, sys\nsys.stderr.write(json.dumps(sorted({{n.split('.')[0] for n in sys.modules}})))"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("["), done.stderr
+    return set(json.loads(done.stderr))
+
+
+def test_importing_the_package_loads_nothing():
+    modules = loaded("import ditattn")
+    assert modules.isdisjoint((*HEAVY, "torch", "pydantic", "yaml"))
+
+
+def test_the_interface_needs_torch_and_nothing_optional():
+    modules = loaded("import ditattn; ditattn.AttentionBackendEnum; ditattn.get_attn_backend; ditattn.BlockPlan; ditattn.dense_attention")
+    assert "torch" in modules
+    # triton comes with torch's own import where it is installed: compare with torch alone
+    assert modules & set(HEAVY) <= loaded("import torch")
+
+
+def test_importing_ours_costs_little_beside_torch():
+    done = fresh(
+        """
+        import time
+        start = time.perf_counter(); import torch; torch_s = time.perf_counter() - start
+        start = time.process_time()
+        import ditattn; ditattn.AttentionBackendEnum; ditattn.get_attn_backend; ditattn.dense_attention; ditattn.block_sparse_attention
+        print(time.process_time() - start)
+        """
+    )
+    # processor time, so that a busy machine does not matter
+    assert float(done.stdout) < 0.5, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--help"], ["backends", "--help"], []])
+def test_help_needs_no_torch(arguments):
+    done = fresh(
+        f"""
+        import sys
+        from ditattn.cli import main
+        try:
+            main({arguments!r})
+        except SystemExit as error:
+            status = error.code
+        heavy = {{"torch", "diffusers", "transformers", "numpy"}} & set(sys.modules)
+        sys.stderr.write(f"{{status}} {{sorted(heavy)}}")
+        """
+    )
+    assert done.stderr == ("2 []" if arguments == [] else "0 []")
+    assert "ditattn" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["ditattn", "ditattn.cli"])
+def test_python_m(module):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("ditattn 0.")
+
+
+def test_help_names_every_setting():
+    from ditattn.cli.settings import GenerateSettings, flag
+
+    command = [sys.executable, "-m", "ditattn", "generate", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "200"})
+    for key in GenerateSettings.model_fields:
+        assert flag(key) in done.stdout, key
+
+
+def test_without_typer_the_command_says_what_to_install():
+    done = fresh("import sys; sys.modules['typer'] = None; from ditattn.cli import main; main(['--help'])")
+    assert done.returncode == 1
+    assert done.stderr == "ditattn: error: package 'typer' is missing (the command line): pip install 'ditattn[cli]'\n"

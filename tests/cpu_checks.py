@@ -1,0 +1,47 @@
+"""Checks of the compiled CPU kernels that also run in a child process, so that each instruction set can be forced:
+
+DITATTN_CPU_ISA=avx2 python tests/cpu_checks.py
+"""
+
+from __future__ import annotations
+
+import torch
+
+import judge
+from cases import SPARSE_CASES, Case, build
+from ditattn.ops import cpu_call, cpu_library
+from ditattn.ops.block_sparse_attention import block_sparse_attention
+from ditattn.ops.dense_attention import dense_attention
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_case(case: Case, dtype: torch.dtype) -> None:
+    problem = build(case, dtype)
+    tensors = (problem.query, problem.key, problem.value)
+    if problem.plan is None:
+        judge.check_output(dense_attention(*tensors, **problem.options, implementation="cpu"), problem)
+    else:
+        judge.check_output(block_sparse_attention(*tensors, problem.plan, **problem.options, implementation="cpu"), problem)
+
+
+def check_cases() -> int:
+    """Every case of the op that the kernel takes, each in one dtype in turn (the contract tests take all for the chosen variant)."""
+    cases = [case for case in SPARSE_CASES if case.dim in cpu_call.HEAD_DIMS and case.block_size == 128]
+    for number, case in enumerate(cases):
+        check_case(case, DTYPES[number % len(DTYPES)])
+    return len(cases)
+
+
+def check_tails() -> None:
+    """Every length of a short last block, of queries and of keys, with logits whose padding would be noticed."""
+    for length in range(1, 130):
+        data = "negative logits" if length % 2 else "random"
+        check_case(Case("tail", query_length=length, key_length=130 - length, heads=1, key_heads=1, dim=32, data=data), torch.float32)
+        check_case(Case("tail", query_length=130 - length, key_length=length, heads=1, key_heads=1, data=data), torch.bfloat16)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    check_tails()
+    print(f"{cpu_library.selection().sentence()}: {check_cases()} cases passed")

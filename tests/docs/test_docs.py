@@ -1,0 +1,100 @@
+"""The documentation against the code: tables, pages, links, picture."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import ditattn
+from ditattn.attention.interface import AttentionBackendEnum
+from ditattn.attention.selector import load_backend
+from ditattn.models import MODELS
+from ditattn.packages import TORCH_NPU
+from ditattn.platforms import get_platform
+from ditattn.platforms.interface import BACKEND_PATHS
+from ditattn.platforms.npu import NpuPlatform
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def rows(text: str, marker: str | None = None) -> list[list[str]]:
+    """Cells of the first table after `marker`, without heading and rule."""
+    text = text[text.index(marker) :] if marker else text
+    lines = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0].splitlines()
+    return [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines[2:]]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("backend", list(AttentionBackendEnum), ids=str)
+def test_every_backend_has_a_page_with_its_keys_and_defaults(backend: AttentionBackendEnum) -> None:
+    text = (ROOT / "docs" / "backends" / f"{backend}.md").read_text()
+    assert text.startswith(f"# {backend}\n")
+    fields = load_backend(BACKEND_PATHS[backend]).get_config_cls().model_fields
+    if not fields:
+        assert re.search(r"configuration keys(: none| \| none)", text, re.IGNORECASE)
+        return
+    documented = {cells[0].strip("`"): cells[2] for cells in rows(text, "## Configuration")}
+    assert list(documented) == list(fields)
+    for name, field in fields.items():
+        default = {"": "(none)", True: "true", False: "false"}.get(field.default, str(field.default)) if name != "threshold" else "1.0"
+        assert documented[name] == (default if name not in ("skip_last_steps",) else "0"), name
+
+
+def test_every_model_family_is_in_the_matrix() -> None:
+    table = rows((ROOT / "docs" / "compatibility.md").read_text(), "<!-- models")
+    assert [cells[0] for cells in table] == [family.name for family in MODELS]
+    for cells, family in zip(table, MODELS, strict=True):
+        assert [name.strip("`") for name in cells[1].split(", ")] == list(family.transformer_classes)
+        for backend, word in zip(AttentionBackendEnum, cells[2:7], strict=True):
+            assert (word == "yes") is (backend in family.supported) or word.startswith("no: ")
+
+
+def test_device_table() -> None:
+    table = rows((ROOT / "docs" / "compatibility.md").read_text(), "<!-- devices")
+    assert [cells[0] for cells in table] == [str(backend) for backend in AttentionBackendEnum]
+    readme = rows((ROOT / "README.md").read_text(), "## Backends")
+    for backend, cells, short in zip(AttentionBackendEnum, table, readme, strict=True):
+        assert (cells[1] == "yes") is (get_platform("cpu").why_not(backend) is None)
+        needs = [package.module for package in NpuPlatform.packages[backend]]
+        assert cells[3] == f"needs {', '.join(needs)}"
+        assert TORCH_NPU.module in needs
+        assert (cells[4] == "no") is ("no FlashAttention" in (get_platform("meta").why_not(backend) or ""))
+        assert short[2:5] == cells[1:4]
+        assert short[0].startswith(f"[`{backend}`]")
+        assert short[1] == ("sparse" if backend.is_sparse else "dense")
+
+
+def test_names_in_the_guide_exist() -> None:
+    text = "".join((ROOT / "docs" / "guide.md").read_text().splitlines(keepends=True)) + (ROOT / "README.md").read_text()
+    for name in re.findall(r"ditattn\.([A-Za-z_]+)", text):
+        assert hasattr(ditattn, name), name
+
+
+def test_tests_named_in_originals_exist() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", (ROOT / "docs" / "originals.md").read_text()):
+        assert f"def {name}(" in sources, name
+    for name in re.findall(r"`(test_\w+\.py)`", (ROOT / "docs" / "originals.md").read_text()):
+        assert list((ROOT / "tests").rglob(name)), name
+
+
+def test_the_picture_is_what_the_code_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import draw_idea
+
+    monkeypatch.setattr(draw_idea, "TARGET", tmp_path / "idea.svg")
+    draw_idea.main()
+    assert (tmp_path / "idea.svg").read_text() == (ROOT / "docs" / "images" / "idea.svg").read_text()
+
+
+def test_version_is_in_the_changelog() -> None:
+    assert f"## {ditattn.__version__}" in (ROOT / "CHANGELOG.md").read_text()

@@ -1,0 +1,163 @@
+"""Where every family's tokens stand, read from the arguments of its forward."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ditattn.models import MODELS, TokenLayout, find_family
+from ditattn.models.cogvideox import COGVIDEOX
+from ditattn.models.flux import FLUX
+from ditattn.models.hunyuan_video import HUNYUAN_VIDEO
+from ditattn.models.interface import ModelFamily
+from ditattn.models.ltx_video import LTX_VIDEO
+from ditattn.models.qwen_image import QWEN_IMAGE
+from ditattn.models.wan import WAN
+
+
+def config(**values: Any) -> SimpleNamespace:
+    return SimpleNamespace(**values)
+
+
+def image_ids(rows: int, columns: int, image: int = 0) -> Tensor:
+    """Flux's (S, 3): image number, row, column."""
+    grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+    return torch.cat([torch.full((rows * columns, 1), image), grid], 1).float()
+
+
+def flux(ids: Tensor, length: int, text: int = 10) -> TokenLayout:
+    arguments = {"hidden_states": torch.empty(2, length, 64), "img_ids": ids, "encoder_hidden_states": torch.empty(2, text, 8)}
+    return FLUX.layout(config(patch_size=1), arguments)
+
+
+def qwen(shapes: Any, length: int = 24) -> TokenLayout:
+    arguments = {"hidden_states": torch.empty(2, length, 64), "img_shapes": shapes, "encoder_hidden_states": torch.empty(2, 7, 8)}
+    return QWEN_IMAGE.layout(config(patch_size=2), arguments)
+
+
+def ltx(**sizes: Any) -> TokenLayout:
+    return LTX_VIDEO.layout(config(patch_size=1), {"hidden_states": torch.empty(2, 24, 128), **sizes})
+
+
+def test_wan_is_video_only() -> None:
+    layout = WAN.layout(
+        config(patch_size=(1, 2, 2)), {"hidden_states": torch.empty(2, 16, 5, 32, 48), "encoder_hidden_states": torch.empty(2, 9, 4)}
+    )
+    assert layout == TokenLayout((2, 16, 5, 32, 48), (1, 2, 2), 0, 0)
+
+
+def test_wan_refuses_a_patch_without_time() -> None:
+    with pytest.raises(ValueError, match="expected 3"):
+        WAN.layout(config(patch_size=(2, 2)), {"hidden_states": torch.empty(2, 16, 5, 32, 48)})
+
+
+def test_hunyuan_video_has_its_text_behind() -> None:
+    arguments = {"hidden_states": torch.empty(1, 4, 5, 32, 48), "encoder_hidden_states": torch.empty(1, 40, 24)}
+    layout = HUNYUAN_VIDEO.layout(config(patch_size=2, patch_size_t=1), arguments)
+    assert layout == TokenLayout((1, 4, 5, 32, 48), (1, 2, 2), 0, 40)
+
+
+@pytest.mark.parametrize(("patch_size_t", "expected"), [(None, 1), (2, 2)])
+def test_cogvideox_has_time_before_channels_and_text_in_front(patch_size_t: int | None, expected: int) -> None:
+    arguments = {"hidden_states": torch.empty(1, 6, 4, 32, 48), "encoder_hidden_states": torch.empty(1, 12, 24)}
+    layout = COGVIDEOX.layout(config(patch_size=2, patch_size_t=patch_size_t), arguments)
+    assert layout == TokenLayout((1, 4, 6, 32, 48), (expected, 2, 2), 12, 0)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_flux_has_text_in_front(batched: bool) -> None:
+    ids = image_ids(4, 6)
+    assert flux(ids[None] if batched else ids, 24) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 0)
+
+
+def test_flux_kontext_has_reference_images_behind() -> None:
+    ids = torch.cat([image_ids(4, 6), image_ids(3, 5, image=1)])
+    assert flux(ids, 39) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 15)
+
+
+@pytest.mark.parametrize(
+    ("ids", "problem"),
+    [
+        (torch.cat([image_ids(3, 5, image=1), image_ids(4, 6)]), "at the front"),
+        (image_ids(4, 6)[:-1], "not a grid"),
+        (image_ids(4, 6).flip(0), "row by row"),
+        (image_ids(4, 6)[:, [0, 2, 1]], "row by row"),
+        (image_ids(4, 6, image=1), "no token of the image"),
+    ],
+    ids=["references in front", "a token is missing", "backwards", "column by column", "references only"],
+)
+def test_flux_refuses_other_orders(ids: Tensor, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        flux(ids, len(ids))
+
+
+def test_flux_refuses_fewer_tokens_than_positions() -> None:
+    with pytest.raises(ValueError, match="-4 after the video"):
+        flux(image_ids(4, 6), 20)
+
+
+def test_flux_reads_new_positions_anew() -> None:
+    assert flux(image_ids(4, 6), 24).raw_latent_shape[3:] == (4, 6)
+    assert flux(image_ids(6, 4), 24).raw_latent_shape[3:] == (6, 4)
+
+
+@pytest.mark.parametrize("shapes", [[[(1, 4, 6)], [(1, 4, 6)]], [(1, 4, 6), (1, 4, 6)], [[[1, 4, 6]]]])
+def test_qwen_image_has_text_in_front(shapes: Any) -> None:
+    assert qwen(shapes) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 7, 0)
+
+
+def test_qwen_image_has_further_images_behind() -> None:
+    assert qwen([[(1, 4, 6), (1, 3, 5)]] * 2, 39) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 7, 15)
+
+
+def test_qwen_image_refuses_samples_of_different_shape() -> None:
+    with pytest.raises(ValueError, match="differ in img_shapes"):
+        qwen([[(1, 4, 6)], [(1, 6, 4)]])
+
+
+def test_qwen_image_refuses_fewer_tokens_than_the_image_has() -> None:
+    with pytest.raises(ValueError, match="-4 after the video"):
+        qwen([[(1, 4, 6)]], 20)
+
+
+def test_ltx_video_takes_its_sizes_in_tokens() -> None:
+    assert ltx(num_frames=2, height=3, width=4) == TokenLayout((2, 128, 2, 3, 4), (1, 1, 1), 0, 0)
+
+
+def test_ltx_video_refuses_tokens_outside_the_grid() -> None:
+    with pytest.raises(ValueError, match="24 tokens are not a grid of 2 x 3 x 3"):
+        ltx(num_frames=2, height=3, width=3)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"num_frames": None, "height": None, "width": None}])
+def test_ltx_video_refuses_a_call_that_carries_coordinates_instead(sizes: dict[str, None]) -> None:
+    with pytest.raises((KeyError, TypeError)):
+        ltx(**sizes)
+
+
+@pytest.mark.parametrize("family", MODELS, ids=lambda family: family.name)
+def test_a_family_is_found_by_its_classes(family: ModelFamily) -> None:
+    assert all(find_family(name) is family for name in family.transformer_classes)
+    assert find_family(family.transformer_classes[0] + "X") is None
+
+
+@pytest.mark.parametrize(
+    ("family", "served", "left"),
+    [
+        (WAN, ["blocks.0.attn1", "blocks.39.attn1"], ["blocks.0.attn2", "blocks.0.attn1.norm_q", "vace_blocks.0.attn1"]),
+        (
+            HUNYUAN_VIDEO,
+            ["transformer_blocks.0.attn", "single_transformer_blocks.3.attn"],
+            ["context_embedder.token_refiner.refiner_blocks.0.attn", "transformer_blocks.0.attn.to_q"],
+        ),
+        (LTX_VIDEO, ["transformer_blocks.2.attn1"], ["transformer_blocks.2.attn2"]),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_self_attention_is_told_from_the_rest(family: ModelFamily, served: list[str], left: list[str]) -> None:
+    assert all(map(family.is_self_attention, served))
+    assert not any(map(family.is_self_attention, left))

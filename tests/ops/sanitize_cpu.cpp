@@ -1,0 +1,74 @@
+// Runs the CPU library over many small shapes in buffers of exactly the right size, for the sanitizers. Built by test_cpu_library.py.
+#include "library.cpp"
+
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+static std::vector<char> tensor(size_t count, int dtype) {
+  std::vector<char> bytes(count * size_of(dtype));
+  for (size_t i = 0; i < count; i++) {
+    const float value = (rand() % 2001 - 1000) / 500.f;
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    const uint16_t half = dtype == DITATTN_BF16 ? bits >> 16 : 0x3000 + rand() % 0x800;
+    if (dtype == DITATTN_F32) memcpy(&bytes[4 * i], &value, 4);
+    else memcpy(&bytes[2 * i], &half, 2);
+  }
+  return bytes;
+}
+
+static DitattnTensor of(std::vector<char>& data, int tokens, int heads, int dim) {
+  return {data.data(), (int64_t)tokens * heads * dim, (int64_t)heads * dim, dim};
+}
+
+static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool causal) {
+  const int heads = 2, rows = (queries + 127) / 128, blocks = (keys + 127) / 128;
+  auto q = tensor((size_t)queries * heads * dim, dtype), k = tensor((size_t)keys * dim, dtype), v = tensor((size_t)keys * dim, dtype);
+  auto out = tensor((size_t)queries * heads * dim, dtype);
+  std::vector<float> lse(heads * queries);
+  std::vector<int32_t> indices(heads * rows * blocks, -1), counts(heads * rows), lengths{keys > 3 ? keys - 2 : keys};
+  for (int i = 0; i < heads * rows; i++) {
+    counts[i] = i % (blocks + 1);
+    for (int n = 0; n < counts[i]; n++) indices[i * blocks + n] = blocks - counts[i] + n;
+  }
+  DitattnAttention a;
+  memset(&a, 0, sizeof a);
+  a.struct_bytes = sizeof a;
+  a.query = of(q, queries, heads, dim), a.key = of(k, keys, 1, dim), a.value = of(v, keys, 1, dim), a.out = of(out, queries, heads, dim);
+  a.lse = lse.data();
+  a.key_lengths = lengths.data();
+  a.batch = 1, a.heads = heads, a.key_heads = 1, a.query_length = queries, a.key_length = keys, a.head_dim = dim;
+  a.dtype = dtype, a.causal = causal, a.num_threads = 2, a.scale = 0.1f;
+  a.compute_bf16 = ditattn_has_bf16() && dtype != DITATTN_F16 && (dtype == DITATTN_BF16 || queries % 2);
+  if (sparse) {
+    a.indices = indices.data(), a.counts = counts.data();
+    a.indices_stride[1] = rows * blocks, a.indices_stride[2] = blocks, a.counts_stride[1] = rows, a.counts_stride[2] = 1;
+  }
+  return ditattn_attention(&a) != DITATTN_OK;
+}
+
+static int mean(int dim, int dtype, int tokens) {
+  const int heads = 3;
+  auto x = tensor((size_t)tokens * heads * dim, dtype);
+  std::vector<float> out((tokens + 127) / 128 * heads * dim);
+  DitattnBlockMean a;
+  memset(&a, 0, sizeof a);
+  a.struct_bytes = sizeof a;
+  a.input = of(x, tokens, heads, dim);
+  a.out = out.data();
+  a.batch = 1, a.length = tokens, a.heads = heads, a.head_dim = dim, a.block_size = 128, a.dtype = dtype, a.num_threads = 2;
+  return ditattn_block_mean(&a) != DITATTN_OK;
+}
+
+int main() {
+  if (ditattn_init()) return 2;
+  int runs = 0, bad = 0;
+  for (int dtype : {0, 1, 2}) {
+    for (int dim : {32, 64, 96, 128}) for (int queries : {1, 63, 65, 129, 190}) for (int keys : {1, 2, 3, 33, 127, 128, 129, 254})
+      for (int mode = 0; mode < 4; mode++, runs++) bad += attend(dim, dtype, queries, keys, mode & 1, mode & 2);
+    for (int dim : {1, 5, 31, 128}) for (int tokens : {1, 127, 128, 300}) runs++, bad += mean(dim, dtype, tokens);
+  }
+  printf("%d runs, %d bad\n", runs, bad);
+  return bad != 0;
+}

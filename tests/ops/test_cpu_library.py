@@ -1,0 +1,316 @@
+"""The compiled CPU kernels beyond the ops' contract: instruction sets, threads, processes, interrupts, builds."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cpu_checks
+import judge
+from cases import Case, build
+from ditattn.attention.plan import BlockPlan, num_blocks
+from ditattn.errors import BackendUnavailable, UnsupportedCall
+from ditattn.ops import cpu_library, preference
+from ditattn.ops.block_sparse_attention import TABLE, block_sparse_attention
+from ditattn.ops.dense_attention import TABLE as DENSE_TABLE
+from ditattn.ops.dense_attention import dense_attention
+from ditattn.ops.table import CallFacts, choose, explain
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "src/ditattn/csrc/cpu"
+
+needs_kernel = pytest.mark.skipif(cpu_library.problem() is not None, reason=f"no CPU kernels: {cpu_library.problem()}")
+
+
+def _child(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *script.split(" ", 1)], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
+
+
+# --- instruction sets -------------------------------------------------------------------------------------------------------------------
+
+
+@needs_kernel
+@pytest.mark.parametrize("variant", cpu_library.VARIANTS)
+def test_every_instruction_set_that_runs_here(variant: str) -> None:
+    if variant == cpu_library.selection().sentence():
+        cpu_checks.check_tails()
+        return
+    # one OpenMP thread: torch's spinning threads would make the oracle slow on a busy machine
+    done = _child(str(ROOT / "tests/cpu_checks.py"), DITATTN_CPU_ISA=variant, OMP_NUM_THREADS="1")
+    if "does not have the instructions" in done.stderr or "does not permit" in done.stderr:
+        pytest.skip(f"this CPU cannot run {variant}; it was compiled")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith(f"{variant}: ")
+
+
+def _select(monkeypatch: pytest.MonkeyPatch, value: str) -> cpu_library.Selection:
+    monkeypatch.setenv(cpu_library.ENVIRONMENT, value)
+    return cpu_library.selection.__wrapped__()
+
+
+def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _select(monkeypatch, "none").problem == "switched off by DITATTN_CPU_ISA=none"
+
+
+def test_an_unknown_variant_lists_the_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "names no variant; there is baseline, avx2, avx512, avx512bf16, amx, none" in (_select(monkeypatch, "mmx").problem or "")
+
+
+def test_an_install_without_kernels_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(cpu_library.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(cpu_library, "FOLDER", tmp_path)
+    assert "the package was not built here" in (cpu_library.selection.__wrapped__().problem or "")
+    (tmp_path / "build.json").write_text(json.dumps({"failed": {"baseline": "no C++ compiler was found (looked for g++)"}}))
+    problem = cpu_library.selection.__wrapped__().problem or ""
+    assert "no C++ compiler was found (looked for g++)" in problem
+    assert "Install g++ or clang" in problem
+
+
+def test_the_table_tells_a_missing_kernel_from_a_refused_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ditattn.ops.table._resolve", lambda target: lambda *_: "the CPU kernels are missing: no compiler")
+    facts = CallFacts("cpu", torch.float32, 64)
+    assert any(v.reason == "the CPU kernels are missing: no compiler" for v in explain(TABLE, facts))
+    assert choose.__wrapped__(TABLE, facts).name == "torch"
+    with pytest.raises(BackendUnavailable, match="no compiler"):
+        choose.__wrapped__(TABLE, facts, "cpu")
+    with pytest.raises(UnsupportedCall, match="takes head sizes 32, 64, 96, 128, not 80"):
+        choose.__wrapped__(TABLE, CallFacts("cpu", torch.float32, 80), "cpu")
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Case, torch.Tensor, torch.dtype]:
+    heads = draw(st.sampled_from([(1, 1), (2, 1), (2, 2)]))
+    lengths = {"query_length": draw(st.integers(1, 400)), "key_length": draw(st.integers(1, 700))}
+    case = Case(
+        "drawn", heads=heads[0], key_heads=heads[1], dim=draw(st.sampled_from([32, 64, 96, 128])), causal=draw(st.booleans()), **lengths
+    )
+    shape = (1, draw(st.sampled_from([1, heads[0]])), num_blocks(case.query_length), num_blocks(case.key_length))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    mask = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.1, 0.5, 1.0]))
+    return case, mask, draw(st.sampled_from(cpu_checks.DTYPES))
+
+
+@needs_kernel
+@settings(max_examples=60)
+@given(problems())
+def test_drawn_plans(drawn: tuple[Case, torch.Tensor, torch.dtype]) -> None:
+    case, mask, dtype = drawn
+    plan = BlockPlan.from_mask(mask, case.query_length, case.key_length)
+    problem = build(case, dtype)
+    problem = type(problem)(**{**vars(problem), "plan": plan})
+    out = block_sparse_attention(problem.query, problem.key, problem.value, plan, causal=case.causal, implementation="cpu")
+    judge.check_output(out, problem)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("field", "value", "text"), [("counts", -1, "counts"), ("counts", 9, "counts"), ("indices", 7, "0..2"), ("indices", -5, "0..2")]
+)
+def test_bad_values_are_refused_before_the_kernel_runs(field: str, value: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = build(Case("bad", plan="full"), torch.float32)
+    getattr(problem.plan, field)[0, 0, 0] = value
+    monkeypatch.setattr("ditattn.ops.cpu_call._run", lambda *_: pytest.fail("the kernel was called"))
+    with pytest.raises(UnsupportedCall, match=text):
+        block_sparse_attention(problem.query, problem.key, problem.value, problem.plan, implementation="cpu")
+
+
+@needs_kernel
+def test_negative_and_zero_scales() -> None:
+    for scale in (-0.3, 0.0):
+        for dtype in (torch.float32, torch.bfloat16):
+            cpu_checks.check_case(Case("scale", scale=scale, plan="uneven"), dtype)
+
+
+# --- threads and processes --------------------------------------------------------------------------------------------------------------
+
+
+def _call(problem: object) -> torch.Tensor:
+    return block_sparse_attention(problem.query, problem.key, problem.value, problem.plan, implementation="cpu")
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", cpu_checks.DTYPES)
+def test_same_bits_whatever_the_number_of_threads(dtype: torch.dtype) -> None:
+    problem = build(Case("threads", heads=3, key_heads=3, plan="uneven", query_length=700, key_length=700), dtype)
+    results = []
+    for threads in (1, 2, 5, 1):
+        torch.set_num_threads(threads)
+        results.append(_call(problem))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@needs_kernel
+def test_calls_from_several_python_threads_at_once() -> None:
+    given_problems = [build(Case("at once", plan="uneven", query_length=200 + 50 * i, key_length=300), torch.bfloat16) for i in range(4)]
+    alone = [_call(problem) for problem in given_problems]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(_call, given_problems * 8))
+    assert all(torch.equal(result, alone[i % 4]) for i, result in enumerate(together))
+
+
+@needs_kernel
+def test_torch_and_the_kernel_take_turns_on_the_matrix_registers() -> None:
+    problem = build(Case("turns", plan="full", query_length=256, key_length=256), torch.bfloat16)
+    x = torch.randn(256, 256).bfloat16()
+    product, out = x @ x, _call(problem)
+    for _ in range(5):
+        assert torch.equal(_call(problem), out)
+        assert torch.equal(x @ x, product)
+
+
+def _in_child(problem: object, expected: torch.Tensor) -> None:
+    torch.set_num_threads(2)
+    sys.exit(0 if torch.equal(_call(problem), expected) else 1)
+
+
+@needs_kernel
+def test_after_fork() -> None:
+    problem = build(Case("fork", plan="uneven"), torch.bfloat16)
+    process = multiprocessing.get_context("fork").Process(target=_in_child, args=(problem, _call(problem)))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+class Attending(torch.utils.data.Dataset):
+    """Each item is an attention call."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return _call(build(Case("item", plan="uneven", query_length=100 + index), torch.bfloat16)).float().sum()
+
+
+@needs_kernel
+def test_in_a_data_loader_worker() -> None:
+    loaded = [item for batch in torch.utils.data.DataLoader(Attending(), num_workers=1, batch_size=2) for item in batch]
+    assert [item.item() for item in loaded] == [Attending()[i].item() for i in range(4)]
+
+
+LONG_CALL = """
+import sys, threading, time, torch
+from ditattn.ops.dense_attention import dense_attention
+x = torch.randn(1, 200_000, 8, 64)
+ticks = 0
+def tick():
+    global ticks
+    while True:
+        time.sleep(0.01)
+        ticks += 1
+threading.Thread(target=tick, daemon=True).start()
+print("calling", flush=True)
+try:
+    dense_attention(x, x, x, implementation="cpu")
+except KeyboardInterrupt:
+    print("interrupted", ticks, flush=True)
+"""
+
+
+@needs_kernel
+def test_ctrl_c_is_answered_within_a_second_and_the_gil_is_free() -> None:
+    child = subprocess.Popen([sys.executable, "-c", LONG_CALL], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "calling\n"
+    time.sleep(1.5)
+    asked = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    word, ticks = child.stdout.readline().split()
+    waited = time.monotonic() - asked
+    assert child.wait(30) == 0
+    assert word == "interrupted"
+    assert waited < 1, f"waited {waited:.2f} s"
+    # another Python thread ran during the call
+    assert int(ticks) > 20
+
+
+# --- choice -----------------------------------------------------------------------------------------------------------------------------
+
+
+@needs_kernel
+def test_the_dense_choice_is_measured_once_and_shown() -> None:
+    facts = CallFacts("cpu", torch.float32, 96, frozenset({"causal"}))
+    first = preference.dense_on_cpu(facts)
+    assert preference.dense_on_cpu(facts) is first
+    assert first in preference.measurements()
+    assert min(first.own_ms, first.rival_ms) > 0
+    verdict = next(v for v in explain(DENSE_TABLE, facts) if v.implementation.name == "cpu")
+    assert verdict.note == first.sentence()
+    assert choose.__wrapped__(DENSE_TABLE, facts).name == first.preferred
+
+
+@needs_kernel
+def test_fast_fp32_runs_only_by_name() -> None:
+    assert choose(TABLE, CallFacts("cpu", torch.float32, 64)).name == "cpu"
+    if cpu_library.bf16_problem():
+        with pytest.raises(BackendUnavailable, match="needs bf16 instructions"):
+            choose(TABLE, CallFacts("cpu", torch.float32, 64), "cpu_fast_fp32")
+        return
+    problem = build(Case("fast"), torch.float32)
+    fast, exact = (dense_attention(problem.query, problem.key, problem.value, implementation=n) for n in ("cpu_fast_fp32", "cpu"))
+    assert 1e-4 < judge.relative_error(fast, exact.double()) < 2e-2
+
+
+# --- builds -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_build_without_a_compiler_succeeds_and_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "temp")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "CXX": "/nonexistent"})
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "ditattn/ops/native"
+    assert not list(folder.glob("*.so"))
+    report = json.loads((folder / "build.json").read_text())
+    assert report["failed"]["baseline"] == "no C++ compiler was found (looked for /nonexistent)"
+
+
+@needs_kernel
+def test_every_variant_was_compiled() -> None:
+    report = json.loads((cpu_library.FOLDER / "build.json").read_text())
+    assert report["failed"] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+@pytest.mark.parametrize("variant", cpu_library.VARIANTS)
+def test_sanitizers(variant: str, sanitizer: str, tmp_path: Path) -> None:
+    """Exact-size buffers, every tail, dense and sparse: no access outside, no data race."""
+    flags = {
+        "baseline": [],
+        "avx2": ["-march=x86-64-v3"],
+        "avx512": ["-march=x86-64-v4"],
+        "avx512bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+        "amx": ["-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    }[variant]
+    if cpu_library.problem() is None and not cpu_library._runnable() >> cpu_library.VARIANTS.index(variant) & 1:
+        pytest.skip(f"this CPU cannot run {variant}")
+    target = tmp_path / "sanitize"
+    build_command = ["g++", "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-pthread", "-Wno-psabi", *flags, f"-I{CSRC}"]
+    built = subprocess.run([*build_command, str(ROOT / "tests/ops/sanitize_cpu.cpp"), "-o", str(target)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-2000:]
+    done = subprocess.run([str(target)], capture_output=True, text=True, timeout=570)
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-500:]
+
+
+def test_threads_of_the_interpreter_are_left_alone() -> None:
+    """The self-measurement's thread and the kernel's threads are gone after a call."""
+    assert all(thread.name != "ditattn-self-measurement" for thread in threading.enumerate())

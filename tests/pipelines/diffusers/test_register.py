@@ -1,0 +1,148 @@
+"""register: our names in diffusers' own `set_attention_backend`, and every trace of them gone afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
+
+import ditattn
+import tiny_pipelines
+from ditattn.errors import DenseInStrictMode, UnknownKey, UnsupportedModel
+from tiny_pipelines import TinyPipeline
+from tiny_pipelines.footprint import dispatcher_footprint, footprint
+
+SPARSE = {"sparsity": 0.6, "skip_first_steps": 1, "min_tokens": 0}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def wan() -> Iterator[TinyPipeline]:
+    tiny = tiny_pipelines.wan()
+    yield tiny
+    tiny.pipe.transformer.reset_attention_backend()
+
+
+@pytest.mark.parametrize("backend", ["rain_fusion_attn", "block_sparse_attn"])
+def test_a_registered_name_runs_sparse_in_the_right_steps(wan: TinyPipeline, backend: str) -> None:
+    native = wan.run(3)
+    with ditattn.install(wan.pipe, backend, **SPARSE):
+        expected = wan.run(3)
+    with ditattn.register(**SPARSE) as registration:
+        wan.pipe.transformer.set_attention_backend(backend)
+        out = wan.run(3)
+        wan.pipe.transformer.reset_attention_backend()
+    report = registration.report().components["WanTransformer3DModel"]
+    assert torch.equal(out, expected)
+    assert not torch.equal(out, native)
+    # the call carries no step: it is read from the timesteps
+    assert report.step_sources == {"timestep": 6}
+    assert {step: density is not None for step, density in report.density_by_step.items()} == {0: False, 1: True, 2: True}
+    assert list(report.density_by_layer) == [0, 1]
+    # diffusers' call reaches cross-attention too, which stays dense and is counted as such
+    assert report.dense_reasons == {"not self-attention of the denoiser": 12, "first steps": 4}
+    assert report.sparse == 8
+
+
+def test_remove_restores_the_dispatcher_exactly(wan: TinyPipeline) -> None:
+    native = wan.run(2)
+    before, dispatcher = footprint(wan.pipe), dispatcher_footprint()
+    registration = ditattn.register(**SPARSE)
+    assert {"rain_fusion_attn", "fa", "torch_sdpa"} <= set(AttentionBackendName.__members__.values())
+    wan.pipe.transformer.set_attention_backend("rain_fusion_attn")
+    wan.run(2)
+    wan.pipe.transformer.reset_attention_backend()
+    registration.remove()
+    registration.remove()
+    assert dispatcher_footprint() == dispatcher
+    with pytest.raises(ValueError, match="rain_fusion_attn"):
+        wan.pipe.transformer.set_attention_backend("rain_fusion_attn")
+    # reset_attention_backend() writes the attribute on every processor, which is diffusers' own doing
+    changed = {path for path, part in footprint(wan.pipe).items() if part != before[path]}
+    assert changed <= {path for path in before if path.endswith((".attn1", ".attn2"))}
+    assert torch.equal(wan.run(2), native)
+
+
+def test_remove_restores_the_process_wide_backend_that_was_set_before(wan: TinyPipeline) -> None:
+    with attention_backend("_native_math"):
+        before = _AttentionBackendRegistry._active_backend
+        with ditattn.register():
+            wan.pipe.transformer.set_attention_backend("rain_fusion_attn")
+            assert _AttentionBackendRegistry._active_backend == "rain_fusion_attn"
+        assert _AttentionBackendRegistry._active_backend is before
+
+
+def test_another_model_reached_by_the_process_wide_backend_runs_densely_and_exactly(wan: TinyPipeline) -> None:
+    other = tiny_pipelines.flux()
+    native = other.run(1)
+    with ditattn.register(**SPARSE) as registration:
+        wan.pipe.transformer.set_attention_backend("rain_fusion_attn")
+        torch.testing.assert_close(other.run(1), native, rtol=0, atol=1e-5)
+        wan.pipe.transformer.reset_attention_backend()
+    assert "FluxTransformer2DModel" not in registration.report().components
+
+
+def test_a_second_run_begins_at_step_zero(wan: TinyPipeline) -> None:
+    with ditattn.register(**SPARSE) as registration:
+        wan.pipe.transformer.set_attention_backend("rain_fusion_attn")
+        wan.run(2)
+        wan.run(2)
+        wan.pipe.transformer.reset_attention_backend()
+    assert registration.report().components["WanTransformer3DModel"].dense_reasons["first steps"] == 2 * 4
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_run_after_one_that_raised_begins_at_step_zero(wan: TinyPipeline, error: type[BaseException]) -> None:
+    calls = iter(range(100))
+
+    def fail_in_step_two(*_: object) -> None:
+        if next(calls) == 4:
+            raise error
+
+    with ditattn.register(**SPARSE) as registration:
+        wan.pipe.transformer.set_attention_backend("rain_fusion_attn")
+        with wan.pipe.transformer.blocks[1].register_forward_pre_hook(fail_in_step_two), pytest.raises(error):
+            wan.run(3)
+        before = registration.report().components["WanTransformer3DModel"]
+        wan.run(3)
+        wan.pipe.transformer.reset_attention_backend()
+    after = registration.report().components["WanTransformer3DModel"]
+    assert after.dense_reasons["first steps"] - before.dense_reasons["first steps"] == 4
+    assert after.sparse - before.sparse == 8
+
+
+def test_strict_applies(wan: TinyPipeline) -> None:
+    # the Qwen batch whose prompts are of unequal length
+    tiny = tiny_pipelines.qwen_image(batch=2)
+    tiny.arguments["prompt_embeds_mask"][1, 4:] = 0
+    with ditattn.register(strict=True, **SPARSE):
+        tiny.pipe.transformer.set_attention_backend("rain_fusion_attn")
+        with pytest.raises(DenseInStrictMode, match="mask with gaps"):
+            tiny.run(1)
+        tiny.pipe.transformer.reset_attention_backend()
+
+
+def test_one_registration_at_a_time() -> None:
+    with ditattn.register():
+        before = dispatcher_footprint()
+        with pytest.raises(UnsupportedModel, match="registered already"):
+            ditattn.register()
+        assert dispatcher_footprint() == before
+    with ditattn.register():
+        pass
+
+
+def test_a_wrong_key_is_refused_at_once() -> None:
+    before = dispatcher_footprint()
+    with pytest.raises(UnknownKey, match="did you mean 'sparsity'"):
+        ditattn.register(sparcity=0.5)
+    assert dispatcher_footprint() == before
