@@ -12,7 +12,7 @@ from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.contract import call_facts, check_qkv, checked_scale
 from ditattn.ops.table import HALF, CallFacts, Implementation, choose, load
-from ditattn.packages import TRITON
+from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON, Package
 
 __all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse"]
 
@@ -23,6 +23,18 @@ _HEAD_DIMS = (32, 64, 96, 128)
 _MOST = frozenset({"causal", "key_lengths", "lse", "gqa", "unequal_lengths"})
 _FLEX_HONOURS = frozenset({"gqa", "unequal_lengths"})
 _EVERYTHING = _MOST | {"other_block_size"}
+_MASKED = _MOST - {"causal"}
+_LISTED = frozenset({"gqa", "unequal_lengths"})
+# Ascend's operators in order of preference: true masks per batch element and head first, then index lists, then masks with counts
+_ASCEND: tuple[tuple[str, Package, frozenset[str]], ...] = (
+    ("mask_torch_npu", TORCH_NPU, _MASKED),
+    ("mask_mindiesd", MINDIESD, _MASKED),
+    ("index_attentions", ATTENTIONS, _LISTED),
+    ("index_mindiesd", MINDIESD, _LISTED),
+    ("counted_sgl_kernel_npu", SGL_KERNEL_NPU, _LISTED),
+    ("counted_attentions", ATTENTIONS, _LISTED),
+    ("counted_mindiesd", MINDIESD, _LISTED),
+)
 
 TABLE: tuple[Implementation, ...] = (
     Implementation(
@@ -46,6 +58,21 @@ TABLE: tuple[Implementation, ...] = (
         packages=(TRITON,),
         probe=f"{_TARGETS}:why_not_interpreted",
         automatic=False,
+    ),
+    *(
+        Implementation(
+            name,
+            f"{_HERE}.ascend:{name.upper()}.run",
+            devices=("npu",),
+            dtypes=HALF,
+            head_dims=_HEAD_DIMS,
+            honours=honours,
+            packages=(TORCH_NPU,) if package is TORCH_NPU else (TORCH_NPU, package),
+            machine=f"{_HERE}.ascend:{name.upper()}.operator.wrong_generation",
+            probe=f"{_HERE}.ascend:{name.upper()}.why_not",
+            limits=f"{_HERE}.ascend:{name.upper()}.limits",
+        )
+        for name, package, honours in _ASCEND
     ),
     Implementation("cpu", f"{_HERE}.cpu:run", devices=("cpu",), head_dims=_HEAD_DIMS, honours=_MOST, probe=f"{_LIBRARY}:problem"),
     Implementation(
@@ -96,7 +123,7 @@ def block_sparse_attention(
         scale: factor on the scores, 1 / sqrt(D) when None; applied in fp32.
         causal: within the kept blocks query i sees keys 0..i.
         key_lengths: integer `[B]`; only that many leading keys of each batch element are real.
-        implementation: a name from `TABLE`; None takes the first possible one.
+        implementation: a name from `TABLE`, or several separated by commas in order of preference; None takes the first possible one.
 
     Returns:
         `[B, S, H, D]`, contiguous, in the query's dtype. Rows that see no key are zero.
