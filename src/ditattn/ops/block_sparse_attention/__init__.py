@@ -12,14 +12,16 @@ from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.contract import call_facts, check_qkv, checked_scale
 from ditattn.ops.table import HALF, CallFacts, Implementation, choose, load
-from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, Package
+from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON, Package
 
 __all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse"]
 
 _HERE = "ditattn.ops.block_sparse_attention"
 _LIBRARY = "ditattn.ops.cpu_library"
+_TARGETS = "ditattn.ops.triton_targets"
 _HEAD_DIMS = (32, 64, 96, 128)
 _MOST = frozenset({"causal", "key_lengths", "lse", "gqa", "unequal_lengths"})
+_FLEX_HONOURS = frozenset({"gqa", "unequal_lengths"})
 _EVERYTHING = _MOST | {"other_block_size"}
 _MASKED = _MOST - {"causal"}
 _LISTED = frozenset({"gqa", "unequal_lengths"})
@@ -35,6 +37,28 @@ _ASCEND: tuple[tuple[str, Package, frozenset[str]], ...] = (
 )
 
 TABLE: tuple[Implementation, ...] = (
+    Implementation(
+        "triton",
+        f"{_HERE}.triton:run",
+        devices=("cuda",),
+        dtypes=HALF,
+        head_dims=_HEAD_DIMS,
+        honours=_MOST,
+        packages=(TRITON,),
+        probe=f"{_TARGETS}:why_not_cuda",
+    ),
+    # the same kernel on CPU tensors in triton's interpreter: for checking, never for running
+    Implementation(
+        "triton",
+        f"{_HERE}.triton:run",
+        devices=("cpu",),
+        dtypes=HALF,
+        head_dims=_HEAD_DIMS,
+        honours=_MOST,
+        packages=(TRITON,),
+        probe=f"{_TARGETS}:why_not_interpreted",
+        automatic=False,
+    ),
     *(
         Implementation(
             name,
@@ -63,6 +87,18 @@ TABLE: tuple[Implementation, ...] = (
         computes_in="bfloat16",
     ),
     Implementation("torch", f"{_HERE}.pure_torch:run", honours=_EVERYTHING),
+    Implementation(
+        "flex",
+        f"{_HERE}.flex:run",
+        devices=("cuda",),
+        honours=_FLEX_HONOURS | {"lse"},
+        packages=(TRITON,),
+        probe=f"{_TARGETS}:why_not_cuda",
+        automatic=False,
+    ),
+    Implementation(
+        "flex", f"{_HERE}.flex:run", devices=("cpu",), honours=_FLEX_HONOURS, probe=f"{_HERE}.flex:why_not_compiled", automatic=False
+    ),
     Implementation("reference", f"{_HERE}.reference:run", honours=_EVERYTHING, automatic=False),
 )
 

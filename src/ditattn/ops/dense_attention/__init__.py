@@ -28,6 +28,15 @@ LASER_NAMES = ("laser_sgl_kernel_npu", "laser_attentions", "laser_mindiesd")
 
 TABLE: tuple[Implementation, ...] = (
     Implementation(
+        "cudnn",
+        f"{_HERE}.pure_torch:run_cudnn",
+        devices=("cuda",),
+        dtypes=HALF,
+        head_dims=(32, 64, 96, 128),
+        honours=frozenset({"unequal_lengths"}),
+        probe=f"{_HERE}.pure_torch:why_not_cudnn",
+    ),
+    Implementation(
         "cpu",
         f"{_HERE}.cpu:run",
         devices=("cpu",),
