@@ -75,7 +75,7 @@ class Page(HTMLParser):
         if self._in_record:
             self.record += data
         elif self._metric and data.strip():
-            self.cells[-1].append((self._metric, data.strip().removeprefix("worst ")))
+            self.cells[-1].append((self._metric, data.strip()))
 
 
 def test_the_pages_numbers_are_the_jsons(made):

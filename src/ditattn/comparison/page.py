@@ -74,7 +74,7 @@ def render_page(comparison: Comparison, record: Mapping[str, Any], encode: Encod
         metrics={name: METRICS[name] for name in METRICS if any(setting["statistics"][name] for setting in record["settings"])},
         colours=[COLOURS[n % len(COLOURS)] for n in range(len(record["settings"]))],
         plot=_plot(record),
-        heat_maps=[_heat_maps(setting) for setting in record["settings"]],
+        heat_maps=[_heat_maps(setting, _most_dropped(record)) for setting in record["settings"]],
         clips=[_pictures(comparison, record, n, encode) for n in range(len(comparison.clips))],
         gain=DIFFERENCE_GAIN,
         # "</" would end the script element that holds it
@@ -101,14 +101,19 @@ def _plot(record: Mapping[str, Any]) -> Plot:
     return quality_plot(points)
 
 
-def _heat_maps(setting: Mapping[str, Any]) -> list[HeatMap]:
+def _most_dropped(record: Mapping[str, Any]) -> float:
+    """Of all settings, so that their maps can be compared."""
+    return max((one["dropped_mass"] for setting in record["settings"] for one in setting["probe"] or []), default=0.0)
+
+
+def _heat_maps(setting: Mapping[str, Any], most_dropped: float) -> list[HeatMap]:
     maps = []
     for component, cells in setting["computed_by_step_and_layer"].items():
         maps.append(heat_map(f"computed share, {component}", cells, "blue", largest=1.0))
         seen = [one for one in setting["probe"] or [] if one["component"] == component]
-        masses = [[one["step"], one["layer"], one["dropped_mass"]] for one in seen]
-        if any(mass for _, _, mass in masses):
-            maps.append(heat_map(f"dropped softmax mass, {component}", masses, "red", largest=max(mass for _, _, mass in masses)))
+        if seen and most_dropped:
+            masses = [[one["step"], one["layer"], one["dropped_mass"]] for one in seen]
+            maps.append(heat_map(f"dropped softmax mass, {component}", masses, "red", largest=most_dropped))
     return maps
 
 
