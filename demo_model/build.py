@@ -57,7 +57,7 @@ def _pass_through(net: Any) -> None:
 
 
 @torch.no_grad()
-def build_transformer(num_layers: int = 4, num_heads: int = 4, ffn_dim: int = 1024) -> WanTransformer3DModel:
+def build_transformer(num_layers: int = 4, num_heads: int = 4, ffn_dim: int = 1024, seeded: bool = True) -> WanTransformer3DModel:
     """A small `WanTransformer3DModel` (heads of 64) that starts by passing its input through; gates start small."""
     net = WanTransformer3DModel(
         patch_size=(1, 2, 2),
@@ -83,7 +83,8 @@ def build_transformer(num_layers: int = 4, num_heads: int = 4, ffn_dim: int = 10
     time_proj.weight.mul_(0.05)
     # of the six modulation vectors, 2 and 5 are the gates of self-attention and of the feed-forward part
     time_proj.bias.copy_(torch.tensor([0.0, 0.0, 0.2, 0.0, 0.0, 0.2]).repeat_interleave(num_heads * 64))
-    seed_heads(net)
+    if seeded:
+        seed_heads(net)
     return net
 
 

@@ -5,6 +5,7 @@ and text padding is one zero key with the bias log(n), which equals n zero keys.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 EPS = 1e-6
 MASKED = -1e4
 LONGEST_PLAIN = 512
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def rotary_tables(rope: Any, frames: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -42,7 +44,7 @@ def _layer_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Attention of q [B, H, S, D] to k, v [B, H, T, D]; few keys as plain products, whose backward is the faster one on a CPU."""
     if k.shape[2] > LONGEST_PLAIN:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -50,11 +52,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tens
     return (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v
 
 
-def _self_attention(attn: Any, x: Tensor, rotary: tuple[Tensor, Tensor], num_heads: int) -> Tensor:
+def _self_attention(attn: Any, x: Tensor, rotary: tuple[Tensor, Tensor], num_heads: int, attend: Attend) -> Tensor:
     q = rotate(_rms_norm(attn.to_q(x), attn.norm_q.weight).unflatten(2, (num_heads, -1)), *rotary)
     k = rotate(_rms_norm(attn.to_k(x), attn.norm_k.weight).unflatten(2, (num_heads, -1)), *rotary)
     v = attn.to_v(x).unflatten(2, (num_heads, -1))
-    out = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 
@@ -62,15 +64,17 @@ def _cross_attention(attn: Any, x: Tensor, text: Tensor, text_bias: Tensor, num_
     q = _rms_norm(attn.to_q(x), attn.norm_q.weight).unflatten(2, (num_heads, -1)).transpose(1, 2)
     k = _rms_norm(attn.to_k(text), attn.norm_k.weight).unflatten(2, (num_heads, -1)).transpose(1, 2)
     v = attn.to_v(text).unflatten(2, (num_heads, -1)).transpose(1, 2)
-    out = _attend(q, k, v, text_bias)
+    out = plain_attention(q, k, v, text_bias)
     return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 
-def run_block(block: Any, x: Tensor, modulation: Tensor, text: Tensor, text_bias: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def run_block(
+    block: Any, x: Tensor, modulation: Tensor, text: Tensor, text_bias: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend
+) -> Tensor:
     """One transformer block on x [B, S, C]; modulation [B, 6, C]; text [B, L, C]; text_bias [B, 1, 1, L]."""
     num_heads = block.attn1.heads
     shift1, scale1, gate1, shift2, scale2, gate2 = (block.scale_shift_table + modulation).to(x.dtype).chunk(6, 1)
-    x = x + _self_attention(block.attn1, _layer_norm(x) * (1 + scale1) + shift1, rotary, num_heads) * gate1
+    x = x + _self_attention(block.attn1, _layer_norm(x) * (1 + scale1) + shift1, rotary, num_heads, attend) * gate1
     norm = F.layer_norm(x, x.shape[-1:], block.norm2.weight.to(x.dtype), block.norm2.bias.to(x.dtype), EPS)
     x = x + _cross_attention(block.attn2, norm, text, text_bias, num_heads)
     hidden = F.gelu(block.ffn.net[0].proj(_layer_norm(x) * (1 + scale2) + shift2), approximate="tanh")
@@ -95,11 +99,22 @@ def _embed_text(encoder: Any, ids: Tensor, mask: Tensor, num_pad: float) -> tupl
     return F.pad(text, (0, 0, 0, 1)), F.pad(bias, (0, 1), value=math.log(num_pad))[:, None, None]
 
 
-def velocity(transformer: Any, encoder: Any, x: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor, num_pad: float, frames: Tensor) -> Tensor:
+def velocity(
+    transformer: Any,
+    encoder: Any,
+    x: Tensor,
+    sigma: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    num_pad: float,
+    frames: Tensor,
+    attend: Attend = plain_attention,
+) -> Tensor:
     """Predict noise - clean for noisy latents.
 
     x [B, 12, T, Y, X]; sigma [B] in 0..1; ids and mask [B, L] of the captions; num_pad counts the zero keys behind the text;
-    frames [T] int64 are true times. Matrix products run in bf16, the result is fp32 [B, 12, T, Y, X].
+    frames [T] int64 are true times; attend serves self-attention, layer by layer, on q, k, v [B, H, S, D]. Matrix products run in
+    bf16, the result is fp32 [B, 12, T, Y, X].
     """
     embed = transformer.condition_embedder
     text, text_bias = _embed_text(encoder, ids, mask, num_pad)
@@ -111,6 +126,6 @@ def velocity(transformer: Any, encoder: Any, x: Tensor, sigma: Tensor, ids: Tens
         patch = transformer.patch_embedding
         h = F.linear(_patchify(x.to(torch.bfloat16)), patch.weight.flatten(1), patch.bias)
         for block in transformer.blocks:
-            h = run_block(block, h, modulation, text, text_bias.to(torch.bfloat16), rotary)
+            h = run_block(block, h, modulation, text, text_bias.to(torch.bfloat16), rotary, attend)
         shift, scale = (transformer.scale_shift_table + time[:, None]).to(h.dtype).chunk(2, 1)
         return _unpatchify(transformer.proj_out(_layer_norm(h) * (1 + scale) + shift).float(), x.shape)

@@ -34,8 +34,6 @@ CAPTION_DROP = 0.1
 # room for the longest caption and its end mark
 CAPTION_TOKENS = 12
 LONGEST_PADDING = 500
-# span of a clip in frames: what the pipeline samples by default
-CLIP_FRAMES = 17
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def object_weights(mask: Tensor, factor: float) -> Tensor:
 def draw_batch(stage: Stage, rng: random.Random, tokenizer: Any, latent_map: LatentMap, object_factor: float) -> Batch:
     """Draw clips of training scenes at evenly spaced frames; some captions are empty, for guidance."""
     scenes = rng.choices(world.training_scenes(), k=stage.clips)
-    strides = [s for s in (1, 2, 4) if (stage.frames - 1) * s < CLIP_FRAMES]
+    strides = [s for s in (1, 2, 4) if (stage.frames - 1) * s < world.CLIP_FRAMES]
     frames = torch.arange(stage.frames) * rng.choices(strides, weights=strides)[0]
     video, mask = world.render([world.place(scene, rng) for scene in scenes], frames)
     captions = ["" if rng.random() < CAPTION_DROP else world.caption(scene, big=rng.random() < 0.5) for scene in scenes]
@@ -121,8 +119,9 @@ class Trainer:
         noisy = (1 - s) * batch.latents + s * noise
         nets = self.nets
         guess = forward.velocity(nets["transformer"], nets["text_encoder"], noisy, sigma, batch.ids, batch.mask, num_pad, batch.frames)
-        error = (guess - (noise - batch.latents)).square() * batch.weights
-        return error.mean() / batch.weights.mean()
+        # where noise still hides the object, a weight that depends on it would teach the net to draw too much of it
+        weights = 1 + (1 - s) * (batch.weights - 1)
+        return ((guess - (noise - batch.latents)).square() * weights).mean() / weights.mean()
 
     def train_step(self, stage: Stage, lr_factor: float) -> tuple[float, float]:
         """One step; returns the loss and the norm of the gradient before clipping."""
@@ -203,7 +202,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stages", type=parse_stages, default="1500x16x1,3000x4x5,500x1x17")
     parser.add_argument("--decay-steps", type=int, default=500, help="length of the falling learning rate at the end")
-    parser.add_argument("--object-factor", type=float, default=4.0, help="weight of the loss on and beside the object")
+    parser.add_argument(
+        "--object-factor", type=float, default=4.0, help="weight of the loss on and beside the object, without noise; 1 at full noise"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-minutes", type=float, default=3.0)

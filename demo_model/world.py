@@ -26,6 +26,8 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+# what the pipeline draws by default, and the span that training sees
+CLIP_FRAMES = 17
 NUM_HELD_OUT = 40
 HELD_OUT_SEED = 2024
 
