@@ -9,6 +9,7 @@ whose weights are random and whose heads are not seeded. Prints one JSON line pe
 
 import argparse
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ SIGMAS = (0.95, 0.8, 0.5)
 def block_mass(q: Tensor, k: Tensor, block: int = BLOCK_TOKENS) -> Tensor:
     """Softmax mass per query block and key block, [B, H, M, N], rows summing to 1; q, k [B, H, S, D] with S a multiple of `block`."""
     rows = []
-    for part in q.float().split(block, 2):
-        weights = (part @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-        rows.append(weights.unflatten(-1, (-1, block)).sum(-1).mean(2))
+    for part in torch.split(q.float(), block, 2):
+        weights = (part @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
+        rows.append(weights.view(*weights.shape[:3], -1, block).sum(-1).mean(2))
     return torch.stack(rows, 2)
 
 

@@ -91,11 +91,13 @@ class LatentMap:
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
         """Video [B, 3, T, Y, X] in -1..1 to latents [B, 12, T, Y/2, X/2]."""
-        scaled = self.axes / self.std[:, None]
-        return torch.einsum("oc,bcthw->bothw", scaled, patchify(video, 2)) - (scaled @ self.mean).view(1, -1, 1, 1, 1)
+        scaled, blocks = self.axes / self.std[:, None], patchify(video, 2)
+        latents: torch.Tensor = torch.einsum("oc,bcthw->bothw", scaled, blocks) - (scaled @ self.mean).view(1, -1, 1, 1, 1)
+        return latents
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [B, 12, T, Y, X] to video [B, 3, T, 2Y, 2X], clamped to -1..1."""
         latents = latents * self.std.view(1, -1, 1, 1, 1)
         pixels = torch.einsum("oc,bothw->bcthw", self.axes, latents) + self.mean.view(1, -1, 1, 1, 1)
-        return unpatchify(pixels, 2).clamp(-1, 1)
+        video: torch.Tensor = unpatchify(pixels, 2).clamp(-1, 1)
+        return video

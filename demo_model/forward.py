@@ -32,8 +32,12 @@ def rotary_tables(rope: Any, frames: Tensor, rows: int, columns: int) -> tuple[T
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the interleaved pairs of x [B, S, H, D]."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
+def _split_heads(x: Tensor, num_heads: int) -> Tensor:
+    return x.view(*x.shape[:2], num_heads, -1)
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -48,24 +52,26 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None)
     """Attention of q [B, H, S, D] to k, v [B, H, T, D]; few keys as plain products, whose backward is the faster one on a CPU."""
     if k.shape[2] > LONGEST_PLAIN:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]))
     return (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v
 
 
 def _self_attention(attn: Any, x: Tensor, rotary: tuple[Tensor, Tensor], num_heads: int, attend: Attend) -> Tensor:
-    q = rotate(_rms_norm(attn.to_q(x), attn.norm_q.weight).unflatten(2, (num_heads, -1)), *rotary)
-    k = rotate(_rms_norm(attn.to_k(x), attn.norm_k.weight).unflatten(2, (num_heads, -1)), *rotary)
-    v = attn.to_v(x).unflatten(2, (num_heads, -1))
+    q = rotate(_split_heads(_rms_norm(attn.to_q(x), attn.norm_q.weight), num_heads), *rotary)
+    k = rotate(_split_heads(_rms_norm(attn.to_k(x), attn.norm_k.weight), num_heads), *rotary)
+    v = _split_heads(attn.to_v(x), num_heads)
     out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return attn.to_out[0](out.transpose(1, 2).flatten(2))
+    projected: Tensor = attn.to_out[0](out.transpose(1, 2).flatten(2))
+    return projected
 
 
 def _cross_attention(attn: Any, x: Tensor, text: Tensor, text_bias: Tensor, num_heads: int) -> Tensor:
-    q = _rms_norm(attn.to_q(x), attn.norm_q.weight).unflatten(2, (num_heads, -1)).transpose(1, 2)
-    k = _rms_norm(attn.to_k(text), attn.norm_k.weight).unflatten(2, (num_heads, -1)).transpose(1, 2)
-    v = attn.to_v(text).unflatten(2, (num_heads, -1)).transpose(1, 2)
+    q = _split_heads(_rms_norm(attn.to_q(x), attn.norm_q.weight), num_heads).transpose(1, 2)
+    k = _split_heads(_rms_norm(attn.to_k(text), attn.norm_k.weight), num_heads).transpose(1, 2)
+    v = _split_heads(attn.to_v(text), num_heads).transpose(1, 2)
     out = plain_attention(q, k, v, text_bias)
-    return attn.to_out[0](out.transpose(1, 2).flatten(2))
+    projected: Tensor = attn.to_out[0](out.transpose(1, 2).flatten(2))
+    return projected
 
 
 def run_block(
@@ -73,17 +79,20 @@ def run_block(
 ) -> Tensor:
     """One transformer block on x [B, S, C]; modulation [B, 6, C]; text [B, L, C]; text_bias [B, 1, 1, L]."""
     num_heads = block.attn1.heads
-    shift1, scale1, gate1, shift2, scale2, gate2 = (block.scale_shift_table + modulation).to(x.dtype).chunk(6, 1)
+    table: Tensor = block.scale_shift_table
+    shift1, scale1, gate1, shift2, scale2, gate2 = (table + modulation).to(x.dtype).chunk(6, 1)
     x = x + _self_attention(block.attn1, _layer_norm(x) * (1 + scale1) + shift1, rotary, num_heads, attend) * gate1
     norm = F.layer_norm(x, x.shape[-1:], block.norm2.weight.to(x.dtype), block.norm2.bias.to(x.dtype), EPS)
     x = x + _cross_attention(block.attn2, norm, text, text_bias, num_heads)
     hidden = F.gelu(block.ffn.net[0].proj(_layer_norm(x) * (1 + scale2) + shift2), approximate="tanh")
-    return x + block.ffn.net[2](hidden) * gate2
+    x = x + block.ffn.net[2](hidden) * gate2
+    return x
 
 
 def _patchify(x: Tensor) -> Tensor:
     """[B, C, T, Y, X] to tokens [B, T Y/2 X/2, 4 C]."""
-    return x.unflatten(3, (-1, 2)).unflatten(5, (-1, 2)).permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
+    B, C, T, Y, X = x.shape
+    return x.view(B, C, T, Y // 2, 2, X // 2, 2).permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
 
 
 def _unpatchify(x: Tensor, shape: torch.Size) -> Tensor:

@@ -49,7 +49,8 @@ class Verdict:
 def nearest_colors(video: np.ndarray) -> np.ndarray:
     """Index of the nearest world colour for each pixel of video [T, Y, X, 3] in 0..1; returns [T, Y, X]."""
     palette = np.array(list(world.COLORS.values())) / 255
-    return ((video[..., None, :] - palette) ** 2).sum(-1).argmin(-1)
+    nearest: np.ndarray = ((video[..., None, :] - palette) ** 2).sum(-1).argmin(-1)
+    return nearest
 
 
 def largest_component(mask: np.ndarray) -> np.ndarray:
@@ -63,7 +64,8 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
         labels = spread
     sizes = [np.bincount(frame.ravel(), minlength=mask[0].size + 1) for frame in labels]
     best = np.array([0 if not size[1:].any() else 1 + size[1:].argmax() for size in sizes])
-    return mask & (labels == best[:, None, None])
+    largest: np.ndarray = mask & (labels == best[:, None, None])
+    return largest
 
 
 def _centres(objects: np.ndarray) -> np.ndarray:

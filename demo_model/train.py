@@ -29,6 +29,8 @@ from demo_model.build import build_pipeline, save_pipeline
 MUON_LR = 2e-3
 ADAMW_LR = 1e-3
 WARMUP_STEPS = 50
+# share of the object's extra weight that is lost at full noise
+OBJECT_FADE = 0.8
 EMA_DECAY = 0.995
 CAPTION_DROP = 0.1
 # room for the longest caption and its end mark
@@ -119,14 +121,14 @@ class Trainer:
         noisy = (1 - s) * batch.latents + s * noise
         nets = self.nets
         guess = forward.velocity(nets["transformer"], nets["text_encoder"], noisy, sigma, batch.ids, batch.mask, num_pad, batch.frames)
-        # where noise still hides the object, a weight that depends on it would teach the net to draw too much of it
-        weights = 1 + (1 - s) * (batch.weights - 1)
+        # where noise still hides the object, a high weight floods the picture with object and a low one leaves it out
+        weights = 1 + (1 - OBJECT_FADE * s) * (batch.weights - 1)
         return ((guess - (noise - batch.latents)).square() * weights).mean() / weights.mean()
 
     def train_step(self, stage: Stage, lr_factor: float) -> tuple[float, float]:
         """One step; returns the loss and the norm of the gradient before clipping."""
         loss = self.loss(stage)
-        loss.backward()
+        torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(self.nets.parameters(), 1.0)
         for optimizer, lr in zip(self.optimizers, (MUON_LR, ADAMW_LR), strict=True):
             for group in optimizer.param_groups:
@@ -203,7 +205,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stages", type=parse_stages, default="1500x16x1,3000x4x5,500x1x17")
     parser.add_argument("--decay-steps", type=int, default=500, help="length of the falling learning rate at the end")
     parser.add_argument(
-        "--object-factor", type=float, default=4.0, help="weight of the loss on and beside the object, without noise; 1 at full noise"
+        "--object-factor", type=float, default=4.0, help="weight of the loss on and beside the object, without noise; fades with noise"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
