@@ -12,8 +12,8 @@ import torch
 
 from demo_model import world
 
-# an object covers this share of a frame; drawn ones cover 13 to 16 %
-SMALLEST_SHARE, LARGEST_SHARE = 0.03, 0.4
+# an object covers this share of a frame; drawn ones cover 18 to 26 %
+SMALLEST_SHARE, LARGEST_SHARE = 0.05, 0.42
 # of the frames in which the object must be seen
 PRESENT_SHARE = 0.8
 # overlap (intersection over union) with the best-fitting shape below which the object has no shape

@@ -11,9 +11,9 @@ import torch
 # (frames, rows, columns) that a head first looks at, by layer and head; None leaves a head without a place of its own
 OFFSETS: tuple[tuple[tuple[int, int, int] | None, ...], ...] = (
     ((0, -1, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1)),
-    ((-1, 0, 0), (1, 0, 0), (0, 0, 0), None),
+    ((-1, 0, 0), (1, 0, 0), None, None),
     ((0, -2, 0), (0, 2, 0), (0, 0, -2), (0, 0, 2)),
-    ((0, -1, -1), (0, 1, 1), (0, 0, 0), None),
+    ((-2, 0, 0), (2, 0, 0), None, None),
 )
 NUM_FREQUENCIES = 4
 BIAS_STRENGTH = 2.0

@@ -1,6 +1,6 @@
 """Train transformer and text encoder together by flow matching, on the CPU, in stages of growing clips.
 
-    python -m demo_model.train --out DIR [--stages 1500x16x1,3000x4x5,500x1x17]
+    python -m demo_model.train --out DIR [--stages 1500x16x1,3000x4x5,1000x1x17]
 
 A stage is steps x clips x frames. The state (DIR/state.pt) is written every `--save-minutes` and at the end; started again with the same
 --out, training goes on from there and draws what it would have drawn. Averaged weights go to DIR/pipeline, a folder that the stock
@@ -26,7 +26,7 @@ from demo_model import forward, world
 from demo_model.autoencoder import LatentMap
 from demo_model.build import build_pipeline, save_pipeline
 
-MUON_LR = 2e-3
+MUON_LR = 6e-3
 ADAMW_LR = 1e-3
 WARMUP_STEPS = 50
 # share of the object's extra weight that is lost at full noise
@@ -78,7 +78,8 @@ def draw_batch(stage: Stage, rng: random.Random, tokenizer: Any, latent_map: Lat
     """Draw clips of training scenes at evenly spaced frames; some captions are empty, for guidance."""
     scenes = rng.choices(world.training_scenes(), k=stage.clips)
     strides = [s for s in (1, 2, 4) if (stage.frames - 1) * s < world.CLIP_FRAMES]
-    frames = torch.arange(stage.frames) * rng.choices(strides, weights=strides)[0]
+    # mostly every frame, as the pipeline draws them
+    frames = torch.arange(stage.frames) * rng.choices(strides, weights=[1 / s for s in strides])[0]
     video, mask = world.render([world.place(scene, rng) for scene in scenes], frames)
     captions = ["" if rng.random() < CAPTION_DROP else world.caption(scene, big=rng.random() < 0.5) for scene in scenes]
     tokens = tokenizer(captions, padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt")
@@ -202,10 +203,10 @@ def run(trainer: Trainer, stages: Sequence[Stage], folder: Path, decay_steps: in
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stages", type=parse_stages, default="1500x16x1,3000x4x5,500x1x17")
-    parser.add_argument("--decay-steps", type=int, default=500, help="length of the falling learning rate at the end")
+    parser.add_argument("--stages", type=parse_stages, default="1500x16x1,3000x4x5,1000x1x17")
+    parser.add_argument("--decay-steps", type=int, default=3000, help="length of the falling learning rate at the end")
     parser.add_argument(
-        "--object-factor", type=float, default=4.0, help="weight of the loss on and beside the object, without noise; fades with noise"
+        "--object-factor", type=float, default=3.0, help="weight of the loss on and beside the object, without noise; fades with noise"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

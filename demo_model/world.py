@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 SIZE_PX = 64
-RADIUS_PX = 14.0
+RADIUS_PX = 18.0
 RADIUS_JITTER_PX = 0.5
-SPEED_PX = 1.5
+SPEED_PX = 1.0
 COLORS = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),

@@ -91,8 +91,8 @@ def test_seeding_leaves_global_heads_alone():
     seed_heads(transformer)
     after = transformer.blocks[1].attn1.to_q.weight
     assert OFFSETS[1][3] is None
-    assert torch.equal(after[192:], before[192:])
-    assert not torch.equal(after[:192], before[:192])
+    assert torch.equal(after[128:], before[128:])
+    assert not torch.equal(after[:128], before[:128])
 
 
 def test_saved_folder_is_clean_and_loads_in_the_stock_pipeline(pipe, tmp_path):
