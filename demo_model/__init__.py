@@ -1,0 +1,1 @@
+"""A tiny text-to-video model of stock diffusers classes: its world of captioned clips, its training and its evaluation."""
