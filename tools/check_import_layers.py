@@ -17,7 +17,7 @@ FLOORS: list[list[str]] = [
     # measurement times whole backends and is shown by a verb of the command line
     ["ditattn.pipelines", "ditattn.measurement"],
     ["ditattn.attention.backends", "ditattn.attention.selector"],
-    ["ditattn.attention.sparse"],
+    ["ditattn.attention.sparse", "ditattn.attention.dense"],
     ["ditattn.attention.selection"],
     ["ditattn.ops", "ditattn.models", "ditattn.platforms", "ditattn.attention.token_order"],
     ["ditattn.attention.interface"],

@@ -75,7 +75,7 @@ def test_which_calls_reach_the_ascend_operator(
 ) -> None:
     """The operator is wrong on short sequences, takes equal lengths only and ignores masks: those calls go to SDPA, with the reason."""
     impl = LaserAttentionImpl(4, 64, causal=causal)
-    assert impl._choose(on_npu(query), on_npu(key), AttentionMetadata(key_lengths=lengths)) == expected
+    assert impl.choose(on_npu(query), on_npu(key), AttentionMetadata(key_lengths=lengths)) == expected
 
 
 @pytest.mark.parametrize("backend", SPARSE_BACKENDS, ids=lambda b: str(b.get_enum()))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ditattn.attention.interface import KERNEL_HEAD_SIZES, AttentionBackend, AttentionBackendEnum, AttentionImpl, AttentionMetadata
-from ditattn.ops.dense_attention import LASER_NAMES, dense_attention
+from ditattn.attention.dense import DENSE_BACKEND, DenseAttentionImpl
+from ditattn.attention.interface import KERNEL_HEAD_SIZES, AttentionBackend, AttentionBackendEnum, AttentionMetadata
+from ditattn.ops.dense_attention import LASER_NAMES
 
 __all__ = ["MIN_LASER_TOKENS", "LaserAttentionBackend", "LaserAttentionImpl"]
 
@@ -16,35 +17,22 @@ __all__ = ["MIN_LASER_TOKENS", "LaserAttentionBackend", "LaserAttentionImpl"]
 MIN_LASER_TOKENS = 2048
 
 
-class LaserAttentionImpl(AttentionImpl):
+class LaserAttentionImpl(DenseAttentionImpl):
     """Dense; nothing is dropped."""
 
     supported_head_sizes = KERNEL_HEAD_SIZES
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> Tensor:
-        implementation, reason = self._choose(query, key, attn_metadata)
-        self._note(reason)
-        return dense_attention(
-            query,
-            key,
-            value,
-            scale=self.softmax_scale,
-            causal=self.causal,
-            key_lengths=attn_metadata.key_lengths,
-            implementation=implementation,
-        )
-
-    def _choose(self, query: Tensor, key: Tensor, metadata: AttentionMetadata) -> tuple[str | None, str]:
+    def choose(self, query: Tensor, key: Tensor, metadata: AttentionMetadata) -> tuple[str | None, str]:
         """Implementations for this call, and what the report says about it."""
         if query.device.type != "npu":
-            return None, "dense backend"
+            return None, DENSE_BACKEND
         if query.shape[1] < MIN_LASER_TOKENS:
             return "torch", f"SDPA: fewer than {MIN_LASER_TOKENS} tokens"
         if query.shape[1] != key.shape[1]:
             return "torch", "SDPA: query and key lengths differ"
         if self.causal or metadata.key_lengths is not None:
             return "torch", "SDPA: the operator takes no mask"
-        return ",".join(LASER_NAMES), "dense backend"
+        return ",".join(LASER_NAMES), DENSE_BACKEND
 
 
 class LaserAttentionBackend(AttentionBackend):

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from ditattn.attention.interface import AttentionBackend, AttentionBackendEnum, AttentionImpl, AttentionMetadata
-from ditattn.ops.dense_attention import dense_attention
+from ditattn.attention.dense import DenseAttentionImpl
+from ditattn.attention.interface import AttentionBackend, AttentionBackendEnum
 
 __all__ = ["TorchSDPABackend", "TorchSDPAImpl"]
 
 
-class TorchSDPAImpl(AttentionImpl):
+class TorchSDPAImpl(DenseAttentionImpl):
     """Any head size, any lengths."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> Tensor:
-        self._note("dense backend")
-        return dense_attention(
-            query,
-            key,
-            value,
-            scale=self.softmax_scale,
-            causal=self.causal,
-            key_lengths=attn_metadata.key_lengths,
-            implementation=TorchSDPABackend.implementation,
-        )
+    implementation = "torch"
 
 
 class TorchSDPABackend(AttentionBackend):
     enum = AttentionBackendEnum.TORCH_SDPA
     impl_cls = TorchSDPAImpl
-    implementation = "torch"
+    implementation = TorchSDPAImpl.implementation
