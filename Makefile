@@ -4,16 +4,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
+NPU_VENV := .venv-npu
+NPU_BIN := $(NPU_VENV)/bin
+NPU_READY := $(NPU_VENV)/.ready
+NPU_TORCH := $(shell grep '^torch==' constraints-npu.txt)
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-npu check format clean
 
 demo: $(READY)
 	$(BIN)/ditattn generate --prompt "a big red circle moves right on a blue background" \
 	  --attention-backend rain_fusion_attn --attention-backend-config sparsity=0.75,skip_first_steps=20% \
 	  --output-path outputs
 
-test: $(READY)
+test: $(READY) $(NPU_READY)
 	$(BIN)/python -m pytest -q
+	$(MAKE) test-npu
+
+# the real torch_npu and mindiesd, on a machine without an NPU
+test-npu: $(NPU_READY)
+	$(NPU_BIN)/python -m pytest -q tests/npu
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -33,5 +42,16 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard src/ditattn/csrc/cp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
+# an environment of its own, since torch loads device packages by itself. The last two lines of packages are what torch_npu and mindiesd
+# import without asking for it
+$(NPU_READY): pyproject.toml constraints-npu.txt
+	$(PYTHON) -m venv $(NPU_VENV)
+	$(NPU_BIN)/python -m pip install --quiet --disable-pip-version-check "$(NPU_TORCH)"
+	$(NPU_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-npu.txt -e ".[diffusers,cli]" pytest hypothesis \
+	  torch-npu mindiesd \
+	  numpy pyyaml \
+	  einops
+	touch $(NPU_READY)
+
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -51,6 +51,9 @@ class BuildKernels(build_ext):
         else:
             self.report["compiler"] = subprocess.run([*self.cxx, "--version"], capture_output=True, text=True).stdout.split("\n")[0]
         in_source = self.inplace
+        if in_source:
+            # objects are not in the repository, so a fresh clone does not have their folder
+            (Path("src") / FOLDER).mkdir(parents=True, exist_ok=True)
         super().run()
         self._write_report(Path(self.build_lib))
         if in_source:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from ditattn.measurement.cpu_attention import Measured, measure_growth, measure_shape, measure_video, render
+from ditattn.measurement.cpu_attention import Measured, measure_growth, measure_shape, measure_video, render, render_machine
 from ditattn.measurement.timing import machine
 
 RESULTS = Path(__file__).parent / "results/cpu_attention.jsonl"
@@ -24,19 +25,17 @@ RESULTS = Path(__file__).parent / "results/cpu_attention.jsonl"
 VIDEO = (21, 30, 52)
 
 
-def measure(rounds: int, quick: bool, flex: bool) -> list[Measured]:
+def measure(rounds: int, quick: bool, flex: bool) -> Iterator[Measured]:
+    """The questions one by one, as they are answered."""
     length = 4096 if quick else 8192
-    report = [
-        measure_shape(length, 4, head_dim, dtype, rounds, flex and head_dim == 128)
-        for dtype in (torch.bfloat16, torch.float32)
-        for head_dim in (128, 64)
-    ]
-    report.append(measure_shape(length, 4, 128, torch.float16, rounds))
+    for dtype in (torch.bfloat16, torch.float32):
+        for head_dim in (128, 64):
+            yield measure_shape(length, 4, head_dim, dtype, rounds, flex and head_dim == 128)
+    yield measure_shape(length, 4, 128, torch.float16, rounds)
     lengths = (2048, 4096, 8192, 16384) if quick else (2048, 4096, 8192, 16384, 32768, 65536)
-    report.append(measure_growth(lengths, 1, 128, torch.bfloat16, rounds))
+    yield measure_growth(lengths, 1, 128, torch.bfloat16, rounds)
     if not quick:
-        report.append(measure_video(VIDEO, 12, 128, torch.bfloat16, max(3, rounds // 2)))
-    return report
+        yield measure_video(VIDEO, 12, 128, torch.bfloat16, max(3, rounds // 2))
 
 
 def main() -> None:
@@ -48,9 +47,16 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append the JSON line to benchmarks/results")
     options = parser.parse_args()
     torch.manual_seed(0)
-    report = measure(options.rounds, options.quick, not options.no_flex)
+    report = []
+    if not options.json:
+        print(render_machine(), flush=True)
+    for measured in measure(options.rounds, options.quick, not options.no_flex):
+        report.append(measured)
+        if not options.json:
+            print(render(measured), flush=True)
     line = json.dumps({"machine": machine(), "rounds": options.rounds, "seed": 0, "report": [m.as_dict() for m in report]})
-    print(line if options.json else render(report))
+    if options.json:
+        print(line)
     if options.record:
         RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a", encoding="utf-8") as file:

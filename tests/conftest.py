@@ -9,6 +9,8 @@ import pytest
 
 # OpenMP threads that spin while they wait slow each other down many times over where processes share cores; torch reads it at import
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# where torch_npu is installed, torch would load it at once; tests/npu first puts stand-ins in place of CANN
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import torch
 from hypothesis import settings

@@ -16,6 +16,9 @@ from ditattn.ops.table import CallFacts, Implementation, explain
 
 FACTOR = 1.5
 
+# These take many seconds to compile for every new kind of call; a file of their own tests them on a few.
+COMPILED_PER_SHAPE = {"flex"}
+
 # One element may be this many times worse than the worst element of torch's result: catches a wrong element that a norm over the whole
 # tensor would drown.
 ELEMENT_FACTOR = 8
@@ -36,8 +39,9 @@ def facts_of(case: Case, device: str, dtype: torch.dtype, *, lse: bool = False) 
 
 
 def possible(table: tuple[Implementation, ...], facts: CallFacts) -> list[str]:
-    """Names of the implementations that take the call on this machine."""
-    return [verdict.implementation.name for verdict in explain(table, facts) if verdict.reason is None]
+    """Names of the implementations that take the call on this machine, and that the generated contract tests run."""
+    names = [verdict.implementation.name for verdict in explain(table, facts) if verdict.reason is None]
+    return [name for name in names if name not in COMPILED_PER_SHAPE]
 
 
 def rounding_floor(problem: Problem) -> float:

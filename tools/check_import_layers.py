@@ -44,6 +44,7 @@ ONLY_IN_STEM: dict[str, list[str]] = {
     "triton": ["triton"],
     "torch_npu": ["ascend", "npu"],
     "attentions": ["ascend"],
+    "sgl_kernel_npu": ["ascend"],
     "mindiesd": ["ascend"],
 }
 

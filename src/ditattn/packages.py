@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
-__all__ = ["DIFFUSERS", "IMAGEIO", "SGL_KERNEL_NPU", "TORCHMETRICS", "TORCH_NPU", "Package"]
+__all__ = ["ATTENTIONS", "DIFFUSERS", "IMAGEIO", "MINDIESD", "SGL_KERNEL_NPU", "TORCHMETRICS", "TORCH_NPU", "TRITON", "Package"]
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,11 @@ class Package:
 DIFFUSERS = Package("diffusers", "models, schedulers and pipelines", "pip install 'ditattn[diffusers]'")
 IMAGEIO = Package("imageio_ffmpeg", "h264 video files", "pip install 'ditattn[video]'")
 TORCHMETRICS = Package("torchmetrics", "SSIM and MS-SSIM", "pip install 'ditattn[metrics]'")
+TRITON = Package("triton", "kernels for NVIDIA GPUs", "pip install triton (on Linux; the version that torch names, where it names one)")
 TORCH_NPU = Package("torch_npu", "PyTorch on Ascend NPUs", "pip install torch-npu (the version that matches torch; needs CANN)")
-SGL_KERNEL_NPU = Package(
-    "attentions",
-    "Laser and block-sparse kernels for Ascend 910",
-    "build sgl-kernel-npu from source (github.com/sgl-project/sgl-kernel-npu)",
+_SGL_KERNEL_NPU = "build sgl-kernel-npu from source (github.com/sgl-project/sgl-kernel-npu)"
+SGL_KERNEL_NPU = Package("sgl_kernel_npu", "Laser and block-sparse kernels for Ascend 910", _SGL_KERNEL_NPU)
+ATTENTIONS = Package("attentions", "the same kernels from older versions of sgl-kernel-npu", _SGL_KERNEL_NPU)
+MINDIESD = Package(
+    "mindiesd", "Laser kernels for Ascend 910, block-sparse kernels for Ascend 910 and 950", "pip install mindiesd (needs CANN)"
 )

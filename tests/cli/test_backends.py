@@ -11,7 +11,7 @@ import torch
 from ditattn.attention.interface import AttentionBackendEnum
 from ditattn.attention.selector import load_backend
 from ditattn.ops.table import CallFacts, choose
-from ditattn.packages import SGL_KERNEL_NPU, TORCH_NPU
+from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU
 from ditattn.platforms import PLATFORMS, get_platform
 from ditattn.platforms.interface import BACKEND_PATHS
 
@@ -32,9 +32,9 @@ def expected_keys():
         for name in AttentionBackendEnum:
             backend = load_backend(BACKEND_PATHS[name])
             for operation in backend.ops:
-                named = backend.implementation if operation == backend.ops[0] else None
+                named = backend.implementations_on(device) if operation == backend.ops[0] else ()
                 for implementation in dict.fromkeys(row.name for row in table(operation)):
-                    if named in (None, implementation):
+                    if not named or implementation in named:
                         yield device, str(name), operation, implementation
 
 
@@ -54,10 +54,12 @@ def test_every_refusal_has_a_reason_and_every_missing_package_its_command(listin
             if row["device"] == "npu":
                 assert TORCH_NPU.install in row["install"]
                 assert "torch_npu" in row["reason"]
-    if SGL_KERNEL_NPU.missing():
+    providers = (SGL_KERNEL_NPU, ATTENTIONS, MINDIESD)
+    if all(package.missing() for package in providers):
         laser = [row for row in listing["backends"] if (row["device"], row["backend"]) == ("npu", "laser_attn")]
-        assert laser
-        assert all(SGL_KERNEL_NPU.install in row["install"] for row in laser)
+        assert len(laser) == len(providers)
+        for row in laser:
+            assert all(package.sentence() in row["reason"] for package in providers)
 
 
 def test_what_serves_is_what_is_chosen(listing):
@@ -74,8 +76,8 @@ def test_what_serves_is_what_is_chosen(listing):
                     assert rows == []
                     continue
                 facts = CallFacts(device, torch.bfloat16, 64)
-                named = backend.implementation if operation == backend.ops[0] else None
-                assert [row["implementation"] for row in rows] == [choose(table(operation), facts, named).name]
+                named = backend.implementations_on(device) if operation == backend.ops[0] else ()
+                assert [row["implementation"] for row in rows] == [choose(table(operation), facts, ",".join(named) or None).name]
 
 
 def test_every_backend_serves_on_the_cpu(listing):

@@ -11,6 +11,7 @@ import ditattn
 from ditattn.attention.interface import AttentionBackendEnum
 from ditattn.attention.selector import load_backend
 from ditattn.models import MODELS
+from ditattn.ops import block_sparse_attention, dense_attention
 from ditattn.packages import TORCH_NPU
 from ditattn.platforms import get_platform
 from ditattn.platforms.interface import BACKEND_PATHS
@@ -65,7 +66,8 @@ def test_device_table() -> None:
     for backend, cells, short in zip(AttentionBackendEnum, table, readme, strict=True):
         assert (cells[1] == "yes") is (get_platform("cpu").why_not(backend) is None)
         needs = [package.module for package in NpuPlatform.packages[backend]]
-        assert cells[3] == f"needs {', '.join(needs)}"
+        any_of = [package.module for package in NpuPlatform.any_of.get(backend, ())]
+        assert cells[3] == f"needs {', '.join(needs)}" + (f" and one of {', '.join(any_of)}" if any_of else "")
         assert TORCH_NPU.module in needs
         assert (cells[4] == "no") is ("no FlashAttention" in (get_platform("meta").why_not(backend) or ""))
         assert short[2:5] == cells[1:4]
@@ -98,3 +100,11 @@ def test_the_picture_is_what_the_code_draws(tmp_path: Path, monkeypatch: pytest.
 
 def test_version_is_in_the_changelog() -> None:
     assert f"## {ditattn.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_ascend_page_names_every_implementation() -> None:
+    text = (ROOT / "docs" / "ascend.md").read_text()
+    for table in (block_sparse_attention.TABLE, dense_attention.TABLE):
+        for row in table:
+            if row.devices == ("npu",):
+                assert f"`{row.name}`" in text or row.name == "flash", row.name

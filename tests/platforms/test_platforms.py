@@ -41,9 +41,9 @@ def test_npu_without_its_packages_names_each_of_them(backend: B) -> None:
     text = str(error.value)
     assert isinstance(error.value, ImportError)
     assert "package 'torch_npu' is missing (PyTorch on Ascend NPUs): pip install torch-npu" in text
-    assert ("'attentions' is missing" in text) is (backend is B.LASER_ATTN)
-    if backend is B.LASER_ATTN:
-        assert "build sgl-kernel-npu from source" in text
+    for package, install in (("attentions", "build sgl-kernel-npu from source"), ("mindiesd", "pip install mindiesd")):
+        assert (f"or package '{package}' is missing" in text) is (backend is B.LASER_ATTN)
+        assert (install in text) is (backend is B.LASER_ATTN)
 
 
 class Invented(Platform):

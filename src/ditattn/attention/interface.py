@@ -174,6 +174,11 @@ class AttentionBackend(ABC):
     """The implementation of its first op that it insists on; None takes the best one."""
 
     @classmethod
+    def implementations_on(cls, device_type: str) -> tuple[str, ...]:
+        """Implementations of its first op that it insists on there, in order of preference; empty where it takes the best one."""
+        return () if cls.implementation is None else (cls.implementation,)
+
+    @classmethod
     def get_enum(cls) -> AttentionBackendEnum:
         return cls.enum
 

@@ -53,7 +53,7 @@ class TokenOrder:
         stop = (start + block_size).clamp(max=self.length)
         protected = (start < self.video[0]) | (stop > self.video[1])
         if first_frame:
-            protected |= (start < self.first_frame[1]) & (stop > self.first_frame[0])
+            protected = protected | ((start < self.first_frame[1]) & (stop > self.first_frame[0]))
         return protected
 
 

@@ -85,14 +85,14 @@ def _rows(platform: Platform, backend: type[AttentionBackend]) -> Iterator[Row]:
     name, device_type = backend.get_enum(), platform.device_type
     refused = platform.why_not(name)
     for operation in backend.ops:
-        named = backend.implementation if operation == backend.ops[0] else None
+        named = backend.implementations_on(device_type) if operation == backend.ops[0] else ()
         served = False
         for implementation, own_reason in _verdicts(operation, device_type):
-            if named and implementation.name != named:
-                # a backend that insists on one implementation is never computed by another
+            if named and implementation.name not in named:
+                # a backend that insists on implementations is never computed by another
                 continue
             reason = _joined(refused, own_reason)
-            serves = reason is None and not served and (named is not None or implementation.automatic)
+            serves = reason is None and not served and (bool(named) or implementation.automatic)
             served = served or serves
             yield Row(
                 device=device_type,

@@ -22,7 +22,7 @@ from ditattn.ops import cpu_library
 from ditattn.ops.block_sparse_attention import block_sparse_attention
 from ditattn.ops.dense_attention import dense_attention
 
-__all__ = ["Measured", "Ratio", "measure_growth", "measure_shape", "measure_video", "render"]
+__all__ = ["Measured", "Ratio", "measure_growth", "measure_shape", "measure_video", "render", "render_machine"]
 
 Calls = dict[str, Callable[[], object]]
 DENSITIES = (0.5, 0.25, 0.125)
@@ -159,18 +159,20 @@ def random_plan(length: int, heads: int, density: float) -> BlockPlan:
     return BlockPlan.from_mask(ranks < kept, length, length).trimmed()
 
 
-def render(report: list[Measured]) -> str:
-    """Markdown: the machine, then one table of times and one of ratios per shape."""
+def render_machine() -> str:
+    """The machine in one line, and why better kernels than the chosen ones are not used."""
     facts = "; ".join(f"{name} {value}" for name, value in machine().items())
-    parts = [facts, f"kernels passed over: {cpu_library.selection().rejected or 'none'}"]
-    for measured in report:
-        parts.append(f"\n### {measured.title}\n")
-        parts.append("| call | ms (median) | spread of rounds | GFLOP/s |\n|---|---|---|---|")
-        for t in measured.times:
-            rate = f"{measured.gflops[t.name]:.0f}" if t.name in measured.gflops else ""
-            parts.append(f"| {t.name} | {t.median_ms:.2f} | {min(t.rounds_ms):.2f} - {max(t.rounds_ms):.2f} | {rate} |")
-        parts.append("\n| ratio | median | spread |\n|---|---|---|")
-        parts += [f"| {r.what} | {r.median:.3g} | {r.low:.3g} - {r.high:.3g} |" for r in measured.ratios]
+    return f"{facts}\nkernels passed over: {cpu_library.selection().rejected or 'none'}"
+
+
+def render(measured: Measured) -> str:
+    """Markdown: one table of times and one of ratios."""
+    parts = [f"\n### {measured.title}\n", "| call | ms (median) | spread of rounds | GFLOP/s |\n|---|---|---|---|"]
+    for t in measured.times:
+        rate = f"{measured.gflops[t.name]:.0f}" if t.name in measured.gflops else ""
+        parts.append(f"| {t.name} | {t.median_ms:.2f} | {min(t.rounds_ms):.2f} - {max(t.rounds_ms):.2f} | {rate} |")
+    parts.append("\n| ratio | median | spread |\n|---|---|---|")
+    parts += [f"| {r.what} | {r.median:.3g} | {r.low:.3g} - {r.high:.3g} |" for r in measured.ratios]
     return "\n".join(parts)
 
 

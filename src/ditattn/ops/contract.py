@@ -68,4 +68,5 @@ def call_facts(query: Tensor, key: Tensor, **needs: bool) -> CallFacts:
         wanted.add("gqa")
     if query.shape[1] != key.shape[1]:
         wanted.add("unequal_lengths")
-    return CallFacts(query.device.type, query.dtype, query.shape[3], frozenset(wanted))
+    group = query.shape[2] // key.shape[2]
+    return CallFacts(query.device.type, query.dtype, query.shape[3], frozenset(wanted), group, key.shape[1])

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,13 +28,22 @@ FLOATS = ("float32", *HALF)
 class CallFacts:
     """What an implementation may be picky about.
 
-    `needs` holds any of: causal, key_lengths, attn_mask, lse, gqa, unequal_lengths, other_block_size (not the usual 128 tokens).
+    Attributes:
+        needs: any of causal, key_lengths, attn_mask, lse, gqa, unequal_lengths, other_block_size (not the usual 128 tokens).
+        group: query heads per key head.
+        num_keys: key tokens; None if not asked about a particular call.
     """
 
     device: str
     dtype: torch.dtype
     head_dim: int
     needs: frozenset[str] = frozenset()
+    group: int = 1
+    num_keys: int | None = None
+
+    def kind(self) -> CallFacts:
+        """The facts without the sizes of one call: what a measurement is made for."""
+        return replace(self, group=1, num_keys=None)
 
     def sentence(self) -> str:
         extras = f", {', '.join(sorted(self.needs))}" if self.needs else ""
@@ -51,8 +61,11 @@ class Implementation:
         dtypes: names of torch dtypes.
         head_dims: possible head sizes; empty means any.
         honours: which `CallFacts.needs` it can serve.
+        machine: "module:function" that returns None or the reason why nothing to install would help on this machine.
         packages: what must be installed.
         probe: "module:function" that returns None or the reason why it cannot run here (a library that was not built, a missing device).
+        limits: "module:function" that takes the CallFacts and returns None or the reason why it refuses such a call on every machine of
+            this kind: what the other attributes cannot say.
         automatic: False for rows that run only when asked for by name.
         computes_in: a dtype coarser than the inputs' in which products are formed; only for rows that are not automatic.
         preference: "module:function" that measures a call's kind once and returns an `ops.preference.Measurement`: where that prefers
@@ -65,8 +78,10 @@ class Implementation:
     dtypes: tuple[str, ...] = FLOATS
     head_dims: tuple[int, ...] = ()
     honours: frozenset[str] = frozenset()
+    machine: str | None = None
     packages: tuple[Package, ...] = ()
     probe: str | None = None
+    limits: str | None = None
     automatic: bool = True
     computes_in: str | None = None
     preference: str | None = None
@@ -78,13 +93,14 @@ class Implementation:
         """Why this row cannot serve the call, or None."""
         if not self.runs_on(facts.device):
             return f"runs on {' or '.join(self.devices)}, not on {facts.device}"
+        hopeless = _resolve(self.machine)() if self.machine else None
         missing = [package.sentence() for package in self.packages if package.missing()]
-        if missing:
-            return "; ".join(missing)
+        if hopeless or missing:
+            return hopeless or "; ".join(missing)
         return self.mismatch(facts) or (_resolve(self.probe)() if self.probe else None)
 
     def mismatch(self, facts: CallFacts) -> str | None:
-        """What of the call's dtype, head size or options the row does not take on any machine, or None."""
+        """What of the call's dtype, head size, options or shape the row does not take, or None."""
         dtype = str(facts.dtype).removeprefix("torch.")
         if dtype not in self.dtypes:
             return f"takes {', '.join(self.dtypes)}, not {dtype}"
@@ -92,7 +108,7 @@ class Implementation:
             return f"takes head sizes {', '.join(map(str, self.head_dims))}, not {facts.head_dim}"
         if unmet := facts.needs - self.honours:
             return f"does not honour {', '.join(sorted(unmet))}"
-        return None
+        return _resolve(self.limits)(facts) if self.limits else None
 
 
 @dataclass(frozen=True)
@@ -113,7 +129,7 @@ class Verdict:
 @cache
 def _resolve(target: str) -> Callable[..., Any]:
     module, _, attribute = target.partition(":")
-    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    function: Callable[..., Any] = attrgetter(attribute)(importlib.import_module(module))
     return function
 
 
@@ -134,21 +150,23 @@ def _weighed(verdict: Verdict, facts: CallFacts, possible: set[str]) -> Verdict:
     row = verdict.implementation
     if verdict.reason is not None or row.preference is None:
         return verdict
-    measured = _resolve(row.preference)(facts)
+    measured = _resolve(row.preference)(facts.kind())
     stands_back = measured.preferred != row.name and measured.preferred in possible
     return Verdict(row, None, measured.sentence(), stands_back)
 
 
 @lru_cache(maxsize=1024)
 def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | None = None) -> Implementation:
-    """The row that serves the call: the named one, or the first possible automatic one. Decided once per call signature.
+    """The row that serves the call: the first possible one of those named (separated by commas), or the first possible automatic one.
+
+    Decided once per call signature.
 
     Raises:
-        BackendUnavailable: the named row cannot run on this machine.
-        UnsupportedCall: no such name, the named row refuses the call's shape or options, or no row is possible.
+        BackendUnavailable: no named row can run on this machine.
+        UnsupportedCall: no such name, the named rows refuse the call's shape or options, or no row is possible.
     """
     if name is not None:
-        return _named(table, facts, name)
+        return _named(table, facts, name.split(","))
     verdicts = explain(table, facts)
     for verdict in verdicts:
         if verdict.reason is None and verdict.implementation.automatic and not verdict.stands_back:
@@ -157,15 +175,23 @@ def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | None
     raise UnsupportedCall(f"no implementation takes this call ({facts.sentence()}). {reasons}")
 
 
-def _named(table: tuple[Implementation, ...], facts: CallFacts, name: str) -> Implementation:
+def _named(table: tuple[Implementation, ...], facts: CallFacts, names: Sequence[str]) -> Implementation:
+    rows = [_row_of(table, facts, name) for name in names]
+    reasons = [row.refusal(facts) for row in rows]
+    for row, reason in zip(rows, reasons, strict=True):
+        if reason is None:
+            return row
+    possible = [row.name for row in table if row.refusal(facts) is None]
+    asked = f"implementation {' or '.join(map(repr, names))} was asked for ({facts.sentence()})"
+    why = "; ".join(f"{row.name}: {reason}" for row, reason in zip(rows, reasons, strict=True)) if len(rows) > 1 else str(reasons[0])
+    message = f"{asked}: {why}. Possible here: {', '.join(possible) or 'none'}"
+    only_the_call = all(reason == row.mismatch(facts) for row, reason in zip(rows, reasons, strict=True))
+    raise (UnsupportedCall if only_the_call else BackendUnavailable)(message)
+
+
+def _row_of(table: tuple[Implementation, ...], facts: CallFacts, name: str) -> Implementation:
+    """The row called `name`; a name may have one row per device, then the row for this device answers."""
     rows = [row for row in table if row.name == name]
     if not rows:
         raise UnsupportedCall(f"no implementation named '{name}'; there is {', '.join(dict.fromkeys(row.name for row in table))}")
-    # a name may have one row per device: the row for this device answers
-    row = next((row for row in rows if row.runs_on(facts.device)), rows[0])
-    reason = row.refusal(facts)
-    if reason is None:
-        return row
-    possible = [row.name for row in table if row.refusal(facts) is None]
-    message = f"implementation '{name}' was asked for ({facts.sentence()}): {reason}. Possible here: {', '.join(possible) or 'none'}"
-    raise (UnsupportedCall if reason == row.mismatch(facts) else BackendUnavailable)(message)
+    return next((row for row in rows if row.runs_on(facts.device)), rows[0])

@@ -308,8 +308,10 @@ def _note_implementations(model: ServedModel, query: Tensor, key: Tensor, causal
     tables = {"dense_attention": dense_op.TABLE, "block_sparse_attention": block_sparse_op.TABLE}
     for op in model.backend.ops:
         if op in tables:
-            name = model.backend.implementation if op == model.backend.ops[0] else None
-            model.log.note_implementation(op, choose(tables[op], facts, name).name)
+            names = model.backend.implementations_on(query.device.type) if op == model.backend.ops[0] else ()
+            # laser_attn on an NPU insists on its operators for the calls they take, and on no other
+            insists = any(row.mismatch(facts) is None for row in tables[op] if row.name in names)
+            model.log.note_implementation(op, choose(tables[op], facts, ",".join(names) if insists else None).name)
 
 
 @torch.library.custom_op("ditattn::attend", mutates_args=())

@@ -14,6 +14,7 @@ from ditattn.attention.backends.laser_attn import MIN_LASER_TOKENS, LaserAttenti
 from ditattn.attention.backends.torch_sdpa import TorchSDPABackend
 from ditattn.attention.interface import AttentionBackend, AttentionMetadata, CallRecord
 from ditattn.errors import UnsupportedCall, UnsupportedHeadSize
+from ditattn.ops.dense_attention import LASER_NAMES
 from sparse_calls import SPARSE_BACKENDS, call, draw
 
 DENSE_BACKENDS: list[type[AttentionBackend]] = [TorchSDPABackend, FABackend, LaserAttentionBackend]
@@ -61,8 +62,8 @@ def on_npu(length: int) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("query", "key", "causal", "lengths", "expected"),
     [
-        (4096, 4096, False, None, ("laser", "dense backend")),
-        (MIN_LASER_TOKENS, MIN_LASER_TOKENS, False, None, ("laser", "dense backend")),
+        (4096, 4096, False, None, (",".join(LASER_NAMES), "dense backend")),
+        (MIN_LASER_TOKENS, MIN_LASER_TOKENS, False, None, (",".join(LASER_NAMES), "dense backend")),
         (MIN_LASER_TOKENS - 1, 4096, False, None, ("torch", "SDPA: fewer than 2048 tokens")),
         (4096, 512, False, None, ("torch", "SDPA: query and key lengths differ")),
         (4096, 4096, True, None, ("torch", "SDPA: the operator takes no mask")),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ditattn.attention.interface import KERNEL_HEAD_SIZES, AttentionBackend, AttentionBackendEnum, AttentionImpl, AttentionMetadata
-from ditattn.ops.dense_attention import dense_attention
+from ditattn.ops.dense_attention import LASER_NAMES, dense_attention
 
 __all__ = ["MIN_LASER_TOKENS", "LaserAttentionBackend", "LaserAttentionImpl"]
 
@@ -35,7 +35,7 @@ class LaserAttentionImpl(AttentionImpl):
         )
 
     def _choose(self, query: Tensor, key: Tensor, metadata: AttentionMetadata) -> tuple[str | None, str]:
-        """Implementation for this call, and what the report says about it."""
+        """Implementations for this call, and what the report says about it."""
         if query.device.type != "npu":
             return None, "dense backend"
         if query.shape[1] < MIN_LASER_TOKENS:
@@ -44,9 +44,13 @@ class LaserAttentionImpl(AttentionImpl):
             return "torch", "SDPA: query and key lengths differ"
         if self.causal or metadata.key_lengths is not None:
             return "torch", "SDPA: the operator takes no mask"
-        return "laser", "dense backend"
+        return ",".join(LASER_NAMES), "dense backend"
 
 
 class LaserAttentionBackend(AttentionBackend):
     enum = AttentionBackendEnum.LASER_ATTN
     impl_cls = LaserAttentionImpl
+
+    @classmethod
+    def implementations_on(cls, device_type: str) -> tuple[str, ...]:
+        return LASER_NAMES if device_type == "npu" else ()

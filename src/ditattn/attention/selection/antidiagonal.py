@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ditattn.attention.plan import BLOCK_SIZE, BlockPlan, num_blocks
+from ditattn.ops.block_estimate import STRIDE, block_estimate
 
 __all__ = ["STRIDE", "estimate", "select"]
 
-STRIDE = 8
 # the operator never caps rows with fewer valid blocks than this
 MIN_CAPPED_BLOCKS = 10
 # 64 MiB of fp32 scores at a time
@@ -44,6 +44,8 @@ def select(
 ) -> BlockPlan:
     """Keep the key blocks with the largest estimated mass.
 
+    On an NPU an operator of the installed packages estimates and picks, where one takes the call.
+
     Args:
         query: `[B, S, H, D]`.
         key: `[B, T, G, D]`, H a multiple of G.
@@ -59,11 +61,24 @@ def select(
     Returns:
         BlockPlan over `[B, H]`.
     """
-    mass = estimate(query, key, scale=scale, causal=causal, key_lengths=key_lengths, stride=stride, block_size=block_size)
-    mask = _pick(mass, sparsity, threshold, causal, keep_sink, keep_recent)
-    mask |= protected
+    mask = block_estimate(
+        query,
+        key,
+        scale=scale,
+        sparsity=sparsity,
+        threshold=threshold,
+        causal=causal,
+        forced_columns=keep_sink and keep_recent,
+        key_lengths=key_lengths,
+        stride=stride,
+        block_size=block_size,
+    )
+    if mask is None:
+        mass = estimate(query, key, scale=scale, causal=causal, key_lengths=key_lengths, stride=stride, block_size=block_size)
+        mask = _pick(mass, sparsity, threshold, causal, keep_sink, keep_recent)
+    mask = mask | protected
     if query.shape[1] == key.shape[1]:
-        mask |= protected.unsqueeze(-1)
+        mask = mask | protected.unsqueeze(-1)
     if causal:
         mask = mask.tril()
     return BlockPlan.from_mask(mask, query.shape[1], key.shape[1], block_size)
@@ -156,7 +171,6 @@ def _num_chosen(ranked: Tensor, num_valid: Tensor, sparsity: float, threshold: f
     if threshold < 1:
         cumulative = ranked.clamp(min=0).cumsum(-1)
         wanted = ((cumulative < threshold * cumulative[..., -1:]).sum(-1, keepdim=True) + 1).minimum(num_valid)
-    share = torch.tensor(
-        [max(1, math.floor(round(count * (1 - sparsity), 6))) for count in range(ranked.shape[-1] + 1)], device=ranked.device
-    )
+    shares = [max(1, math.floor(round(count * (1 - sparsity), 6))) for count in range(ranked.shape[-1] + 1)]
+    share = torch.tensor(shares, device="cpu").to(ranked.device)
     return torch.where(num_valid >= MIN_CAPPED_BLOCKS, wanted.minimum(share[num_valid]), wanted)

@@ -61,9 +61,9 @@ def select(
         real = key_lengths.view(-1, 1, 1, 1)
         padded = (start + block_size).clamp(max=key.shape[1]) > real
         mask = _top(scores.masked_fill(padded, -torch.inf), keep) | (padded & (start < real))
-    mask |= protected
+    mask = mask | protected
     if query.shape[1] == key.shape[1]:
-        mask |= protected.unsqueeze(-1)
+        mask = mask | protected.unsqueeze(-1)
     return BlockPlan.from_mask(mask, query.shape[1], key.shape[1], block_size)
 
 

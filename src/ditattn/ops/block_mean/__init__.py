@@ -8,12 +8,24 @@ from torch import Tensor
 from ditattn.attention.plan import BLOCK_SIZE, num_blocks
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.table import CallFacts, Implementation, choose, load
+from ditattn.packages import TRITON
 
 __all__ = ["TABLE", "block_mean"]
 
 _HERE = "ditattn.ops.block_mean"
+_TARGETS = "ditattn.ops.triton_targets"
 
 TABLE: tuple[Implementation, ...] = (
+    Implementation("triton", f"{_HERE}.triton:run", devices=("cuda",), packages=(TRITON,), probe=f"{_TARGETS}:why_not_cuda"),
+    # the same kernel on CPU tensors in triton's interpreter: for checking, never for running
+    Implementation(
+        "triton",
+        f"{_HERE}.triton:run",
+        devices=("cpu",),
+        packages=(TRITON,),
+        probe=f"{_TARGETS}:why_not_interpreted",
+        automatic=False,
+    ),
     Implementation("cpu", f"{_HERE}.cpu:run", devices=("cpu",), probe="ditattn.ops.cpu_library:problem"),
     Implementation("torch", f"{_HERE}.pure_torch:run"),
     Implementation("reference", f"{_HERE}.reference:run", automatic=False),

@@ -11,17 +11,69 @@ from torch import Tensor
 from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.contract import call_facts, check_qkv, checked_scale
-from ditattn.ops.table import CallFacts, Implementation, choose, load
+from ditattn.ops.table import HALF, CallFacts, Implementation, choose, load
+from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON, Package
 
 __all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse"]
 
 _HERE = "ditattn.ops.block_sparse_attention"
 _LIBRARY = "ditattn.ops.cpu_library"
+_TARGETS = "ditattn.ops.triton_targets"
 _HEAD_DIMS = (32, 64, 96, 128)
 _MOST = frozenset({"causal", "key_lengths", "lse", "gqa", "unequal_lengths"})
+_FLEX_HONOURS = frozenset({"gqa", "unequal_lengths"})
 _EVERYTHING = _MOST | {"other_block_size"}
+_MASKED = _MOST - {"causal"}
+_LISTED = frozenset({"gqa", "unequal_lengths"})
+# Ascend's operators in order of preference: true masks per batch element and head first, then index lists, then masks with counts
+_ASCEND: tuple[tuple[str, Package, frozenset[str]], ...] = (
+    ("mask_torch_npu", TORCH_NPU, _MASKED),
+    ("mask_mindiesd", MINDIESD, _MASKED),
+    ("index_attentions", ATTENTIONS, _LISTED),
+    ("index_mindiesd", MINDIESD, _LISTED),
+    ("counted_sgl_kernel_npu", SGL_KERNEL_NPU, _LISTED),
+    ("counted_attentions", ATTENTIONS, _LISTED),
+    ("counted_mindiesd", MINDIESD, _LISTED),
+)
 
 TABLE: tuple[Implementation, ...] = (
+    Implementation(
+        "triton",
+        f"{_HERE}.triton:run",
+        devices=("cuda",),
+        dtypes=HALF,
+        head_dims=_HEAD_DIMS,
+        honours=_MOST,
+        packages=(TRITON,),
+        probe=f"{_TARGETS}:why_not_cuda",
+    ),
+    # the same kernel on CPU tensors in triton's interpreter: for checking, never for running
+    Implementation(
+        "triton",
+        f"{_HERE}.triton:run",
+        devices=("cpu",),
+        dtypes=HALF,
+        head_dims=_HEAD_DIMS,
+        honours=_MOST,
+        packages=(TRITON,),
+        probe=f"{_TARGETS}:why_not_interpreted",
+        automatic=False,
+    ),
+    *(
+        Implementation(
+            name,
+            f"{_HERE}.ascend:{name.upper()}.run",
+            devices=("npu",),
+            dtypes=HALF,
+            head_dims=_HEAD_DIMS,
+            honours=honours,
+            packages=(TORCH_NPU,) if package is TORCH_NPU else (TORCH_NPU, package),
+            machine=f"{_HERE}.ascend:{name.upper()}.operator.wrong_generation",
+            probe=f"{_HERE}.ascend:{name.upper()}.why_not",
+            limits=f"{_HERE}.ascend:{name.upper()}.limits",
+        )
+        for name, package, honours in _ASCEND
+    ),
     Implementation("cpu", f"{_HERE}.cpu:run", devices=("cpu",), head_dims=_HEAD_DIMS, honours=_MOST, probe=f"{_LIBRARY}:problem"),
     Implementation(
         "cpu_fast_fp32",
@@ -35,6 +87,18 @@ TABLE: tuple[Implementation, ...] = (
         computes_in="bfloat16",
     ),
     Implementation("torch", f"{_HERE}.pure_torch:run", honours=_EVERYTHING),
+    Implementation(
+        "flex",
+        f"{_HERE}.flex:run",
+        devices=("cuda",),
+        honours=_FLEX_HONOURS | {"lse"},
+        packages=(TRITON,),
+        probe=f"{_TARGETS}:why_not_cuda",
+        automatic=False,
+    ),
+    Implementation(
+        "flex", f"{_HERE}.flex:run", devices=("cpu",), honours=_FLEX_HONOURS, probe=f"{_HERE}.flex:why_not_compiled", automatic=False
+    ),
     Implementation("reference", f"{_HERE}.reference:run", honours=_EVERYTHING, automatic=False),
 )
 
@@ -59,7 +123,7 @@ def block_sparse_attention(
         scale: factor on the scores, 1 / sqrt(D) when None; applied in fp32.
         causal: within the kept blocks query i sees keys 0..i.
         key_lengths: integer `[B]`; only that many leading keys of each batch element are real.
-        implementation: a name from `TABLE`; None takes the first possible one.
+        implementation: a name from `TABLE`, or several separated by commas in order of preference; None takes the first possible one.
 
     Returns:
         `[B, S, H, D]`, contiguous, in the query's dtype. Rows that see no key are zero.

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ditattn.ops.contract import call_facts, check_qkv, checked_scale
 from ditattn.ops.table import HALF, Implementation, choose, load
-from ditattn.packages import SGL_KERNEL_NPU, TORCH_NPU
+from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU
 
-__all__ = ["TABLE", "dense_attention"]
+__all__ = ["LASER_NAMES", "TABLE", "dense_attention"]
 
 _HERE = "ditattn.ops.dense_attention"
 _SDPA_HONOURS = frozenset({"causal", "key_lengths", "attn_mask", "gqa", "unequal_lengths"})
@@ -23,7 +23,19 @@ _LIBRARY = "ditattn.ops.cpu_library"
 _HEAD_DIMS = (32, 64, 96, 128)
 _FLASH_HONOURS = frozenset({"causal", "gqa", "unequal_lengths"})
 
+# the packages that bring Ascend's Laser operator, in order of preference
+LASER_NAMES = ("laser_sgl_kernel_npu", "laser_attentions", "laser_mindiesd")
+
 TABLE: tuple[Implementation, ...] = (
+    Implementation(
+        "cudnn",
+        f"{_HERE}.pure_torch:run_cudnn",
+        devices=("cuda",),
+        dtypes=HALF,
+        head_dims=(32, 64, 96, 128),
+        honours=frozenset({"unequal_lengths"}),
+        probe=f"{_HERE}.pure_torch:why_not_cudnn",
+    ),
     Implementation(
         "cpu",
         f"{_HERE}.cpu:run",
@@ -57,15 +69,21 @@ TABLE: tuple[Implementation, ...] = (
         packages=(TORCH_NPU,),
         automatic=False,
     ),
-    Implementation(
-        "laser",
-        f"{_HERE}.ascend:run_laser",
-        devices=("npu",),
-        dtypes=HALF,
-        head_dims=(32, 64, 96, 128),
-        honours=frozenset({"gqa"}),
-        packages=(TORCH_NPU, SGL_KERNEL_NPU),
-        automatic=False,
+    *(
+        Implementation(
+            name,
+            f"{_HERE}.ascend:{name.upper()}.run",
+            devices=("npu",),
+            dtypes=HALF,
+            head_dims=(32, 64, 96, 128),
+            honours=frozenset({"gqa"}),
+            packages=(TORCH_NPU, package),
+            machine=f"{_HERE}.ascend:{name.upper()}.operator.wrong_generation",
+            probe=f"{_HERE}.ascend:{name.upper()}.why_not",
+            limits=f"{_HERE}.ascend:{name.upper()}.limits",
+            automatic=False,
+        )
+        for name, package in zip(LASER_NAMES, (SGL_KERNEL_NPU, ATTENTIONS, MINDIESD), strict=True)
     ),
     Implementation("reference", f"{_HERE}.reference:run", honours=_SDPA_HONOURS, automatic=False),
 )
@@ -91,7 +109,7 @@ def dense_attention(
         causal: query i sees keys 0..i (aligned at the start, as torch's SDPA does).
         key_lengths: integer `[B]`; only that many leading keys of each batch element are real. Length 0 yields zeros.
         attn_mask: bool (True is kept) or additive, broadcastable to `[B, H, S, T]`.
-        implementation: a name from `TABLE`; None takes the first possible one.
+        implementation: a name from `TABLE`, or several separated by commas in order of preference; None takes the first possible one.
 
     Returns:
         `[B, S, H, D]`, contiguous, in the query's dtype.

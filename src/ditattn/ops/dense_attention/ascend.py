@@ -1,21 +1,26 @@
-"""Dense attention on Ascend NPUs: the Laser operator of sgl-kernel-npu and the fused operator of torch_npu.
+"""Dense attention on Ascend NPUs: three packages that bring the Laser operator, and the fused operator of torch_npu.
 
-Written from the operators' documentation; never run on hardware. The steps around Laser are pure functions, tested on the CPU against a
-stand-in that follows the operator's documented semantics.
+Written from the operators' documentation and checked against the installed packages' own signatures; never run on hardware. The steps
+around Laser are pure functions, tested on the CPU against a stand-in that follows the operator's documented semantics.
 """
 
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+
+from ditattn.ops.ascend import Operator, to_heads_first
+from ditattn.ops.table import CallFacts
+from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, Package
 
 # The operator takes query and key lengths in multiples of 256 and a head size of 128.
 LASER_LENGTH_MULTIPLE = 256
 LASER_HEAD_DIM = 128
+LASER_MAX_TOKENS = 128 * 1024
 # `pre_tokens` carries the number of zero-padded key columns; this value means none.
 LASER_NO_PADDING = 2**31 - 1
 # bf16 reaches further than fp16. Dividing q, k and v by a power of two keeps them and the operator's fp16 scores, which it stores before
@@ -34,24 +39,47 @@ class LaserInputs(NamedTuple):
     pre_tokens: int
 
 
-def run_laser(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, key_lengths: Tensor | None, attn_mask: Tensor | None
-) -> Tensor:
-    importlib.import_module("attentions")
-    inputs = _la_preprocess_input(query, key, value, scale)
-    _, out = torch.ops.attentions.la(
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        scale_value=inputs.scale,
-        head_num=query.shape[2],
-        input_layout="BNSD",
-        keep_prob=1.0,
-        pre_tokens=inputs.pre_tokens,
-        next_tokens=1,
-        is_highPrecision=True,
-    )
-    return _la_postprocess_output(out, query)
+@dataclass(frozen=True)
+class Laser:
+    """One package's Laser operator. All of them have the same signature."""
+
+    operator: Operator
+
+    def why_not(self) -> str | None:
+        return self.operator.why_not()
+
+    def limits(self, facts: CallFacts) -> str | None:
+        if facts.num_keys is not None and facts.num_keys > LASER_MAX_TOKENS:
+            return f"Laser takes up to {LASER_MAX_TOKENS} tokens, not {facts.num_keys}"
+        return None
+
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, key_lengths: Tensor | None, attn_mask: Tensor | None
+    ) -> Tensor:
+        inputs = _la_preprocess_input(query, key, value, scale)
+        _, out = self.operator.load()(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            scale_value=inputs.scale,
+            head_num=query.shape[2],
+            input_layout="BNSD",
+            keep_prob=1.0,
+            pre_tokens=inputs.pre_tokens,
+            next_tokens=1,
+            is_highPrecision=True,
+        )
+        return _la_postprocess_output(out, query)
+
+
+def _laser(package: Package, namespace: str, name: str) -> Laser:
+    instead = "fa, rain_fusion_attn or block_sparse_attn"
+    return Laser(Operator(package, namespace, (name,), takes="is_highPrecision", generations=("A2", "A3"), instead=instead))
+
+
+LASER_SGL_KERNEL_NPU = _laser(SGL_KERNEL_NPU, "npu", "laser_attn")
+LASER_ATTENTIONS = _laser(ATTENTIONS, "attentions", "la")
+LASER_MINDIESD = _laser(MINDIESD, "mindiesd", "la")
 
 
 def _la_preprocess_input(query: Tensor, key: Tensor, value: Tensor, scale: float) -> LaserInputs:
@@ -64,8 +92,8 @@ def _la_preprocess_input(query: Tensor, key: Tensor, value: Tensor, scale: float
 
 
 def _to_laser(x: Tensor, padding: int, divisor: float) -> Tensor:
-    x = (x if divisor == 1 else x / divisor).to(torch.float16).transpose(1, 2)
-    return pad(x, (0, LASER_HEAD_DIM - x.shape[3], 0, padding)).contiguous()
+    x = (x if divisor == 1 else x / divisor).to(torch.float16)
+    return to_heads_first(x, LASER_HEAD_DIM, x.shape[1] + padding)
 
 
 def _la_postprocess_output(out: Tensor, query: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+CUDNN_MAJORS = (9, 10)
+
 
 def run(
     query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, key_lengths: Tensor | None, attn_mask: Tensor | None
@@ -25,6 +27,31 @@ def run_flash(
     """As `run`, with only torch's own FlashAttention kernel allowed: it raises instead of falling back."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return _sdpa(query, key, value, scale, causal, None)
+
+
+def run_cudnn(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, key_lengths: Tensor | None, attn_mask: Tensor | None
+) -> Tensor:
+    """As `run`, with only cuDNN's kernel allowed: it raises instead of falling back."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _sdpa(query, key, value, scale, causal, None)
+
+
+def why_not_cudnn() -> str | None:
+    """Why cuDNN's attention cannot be had or does not pay on this machine's GPU, or None. Tried once on a small call."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.version.cuda is None or not torch.backends.cudnn.is_available():
+        return "this torch has no cuDNN"
+    major, minor = torch.cuda.get_device_capability()
+    if major not in CUDNN_MAJORS:
+        return f"cuDNN's attention pays on Hopper and data-centre Blackwell (compute capability 9 and 10), this GPU has {major}.{minor}"
+    try:
+        sample = torch.zeros(1, 128, 1, 128, dtype=torch.bfloat16, device="cuda")
+        run_cudnn(sample, sample, sample, 1.0, False, None, None)
+    except RuntimeError as error:
+        return f"cuDNN refused a small call: {str(error).splitlines()[0]}"
+    return None
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Tensor:

@@ -1,0 +1,77 @@
+"""Which key blocks hold the most softmax mass, by an operator that does it in one go: contract and table of implementations.
+
+Unlike the other ops this one has no portable row: where no operator takes a call, `attention.selection.antidiagonal` does it in torch.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from torch import Tensor
+
+from ditattn.attention.plan import BLOCK_SIZE
+from ditattn.ops.contract import call_facts, check_qkv
+from ditattn.ops.table import HALF, CallFacts, Implementation, load
+from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU
+
+__all__ = ["STRIDE", "TABLE", "block_estimate", "serving"]
+
+_HERE = "ditattn.ops.block_estimate"
+STRIDE = 8
+
+TABLE: tuple[Implementation, ...] = tuple(
+    Implementation(
+        name,
+        f"{_HERE}.ascend:{name.upper()}.run",
+        devices=("npu",),
+        dtypes=HALF,
+        head_dims=(32, 64, 96, 128),
+        honours=frozenset({"gqa"}),
+        packages=(TORCH_NPU, package),
+        machine=f"{_HERE}.ascend:{name.upper()}.operator.wrong_generation",
+        probe=f"{_HERE}.ascend:{name.upper()}.why_not",
+        limits=f"{_HERE}.ascend:{name.upper()}.limits",
+    )
+    for name, package in (
+        ("estimate_sgl_kernel_npu", SGL_KERNEL_NPU),
+        ("estimate_attentions", ATTENTIONS),
+        ("estimate_mindiesd", MINDIESD),
+    )
+)
+
+
+def block_estimate(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float,
+    sparsity: float,
+    threshold: float,
+    causal: bool,
+    forced_columns: bool,
+    key_lengths: Tensor | None,
+    stride: int,
+    block_size: int,
+) -> Tensor | None:
+    """The kept blocks, bool `[B, H, M, N]`; None where no operator of this machine takes the call.
+
+    Arguments as in `antidiagonal.select`; `forced_columns` says that the first and the last block of every row are kept, which the
+    operators cannot leave.
+    """
+    check_qkv(query, key, key, key_lengths)
+    facts = call_facts(
+        query,
+        key,
+        causal=causal,
+        key_lengths=key_lengths is not None,
+        free_columns=not forced_columns,
+        other_block_size=(stride, block_size) != (STRIDE, BLOCK_SIZE),
+    )
+    row = serving(facts)
+    return None if row is None else load(row)(query, key, scale, sparsity, threshold)
+
+
+@lru_cache(maxsize=1024)
+def serving(facts: CallFacts) -> Implementation | None:
+    """The first row that takes the call. Decided once per call signature."""
+    return next((row for row in TABLE if row.refusal(facts) is None), None)

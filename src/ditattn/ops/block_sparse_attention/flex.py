@@ -1,0 +1,69 @@
+"""Block-sparse attention through torch's FlexAttention: a second, independent implementation, and a baseline. Compiled on first use.
+
+It needs no kernel of this package on new hardware. Compilation takes seconds per combination of dtype, head size and options (and a C++
+compiler on the CPU), so it runs only when asked for by name.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditattn.attention.plan import BlockPlan
+
+__all__ = ["run", "why_not_compiled"]
+
+
+def run(
+    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float, causal: bool, key_lengths: Tensor | None, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    assert not causal
+    assert key_lengths is None
+    # FlexAttention takes [B, H, S, D] and, on the CPU, no strided last axis
+    q, k, v = ((x if x.stride(3) == 1 else x.contiguous()).transpose(1, 2) for x in (query, key, value))
+    result = _compiled()(
+        q, k, v, block_mask=_block_mask(plan), scale=scale, enable_gqa=query.shape[2] != key.shape[2], return_lse=return_lse
+    )
+    out, lse = result if return_lse else (result, None)
+    return out.transpose(1, 2), lse
+
+
+def _block_mask(plan: BlockPlan) -> Any:
+    """The plan as FlexAttention's block mask: every kept block is a whole one, none needs a mask inside."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    # places past a row's count are not read, but must be block numbers
+    indices = plan.indices.clamp(min=0)
+    # no block needs a mask inside; one tensor given twice breaks torch 2.13's code for the CPU
+    no_counts, no_indices = torch.zeros_like(plan.counts), torch.zeros_like(indices)
+    return BlockMask.from_kv_blocks(
+        no_counts,
+        no_indices,
+        plan.counts,
+        indices,
+        BLOCK_SIZE=plan.block_size,
+        seq_lengths=(plan.query_length, plan.key_length),
+        # only the backward pass would need the transposed lists
+        compute_q_blocks=False,
+    )
+
+
+def why_not_compiled() -> str | None:
+    """Why FlexAttention cannot be compiled for the CPU here, or None."""
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    if any(shutil.which(compiler) for compiler in compilers):
+        return None
+    return f"FlexAttention needs a C++ compiler on the CPU, found none of {', '.join(compilers)}"
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)

@@ -1,0 +1,182 @@
+"""A tiny Wan on npu:0 in every backend: fake tensors, so that the packages' own meta kernels check each call of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import diffusers.models.transformers.transformer_wan  # outside of any device context  # noqa: F401
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ditattn
+from ascend_calls import BLOCK_SPARSE
+from ditattn.attention import sparse
+from ditattn.attention.token_order import TokenOrder, token_order
+from ditattn.ops import block_mean, block_sparse_attention, dense_attention
+from ditattn.ops.block_sparse_attention import TABLE, ascend
+from ditattn.packages import Package
+from ditattn.pipelines import denoising
+from ditattn.platforms.stopwatch import Stopwatch
+from tiny_pipelines.pipeline import HEAD_SIZE
+from tiny_pipelines.wan import transformer
+
+GRID = (5, 16, 16)
+A2, A5 = "Ascend910B2", "Ascend950PR_9579"
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators that ran, outside torch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace not in ("aten", "prim", "prims"):
+            self.names.append(f"{func.namespace}.{func.overloadpacket.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def _through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own operations are opaque to fake tensors; here their insides run."""
+    for operation in (dense_attention, block_sparse_attention, block_mean):
+        monkeypatch.setattr(operation, "_op", operation._op._init_fn)
+    monkeypatch.setattr(denoising, "_attend", denoising._attend._init_fn)
+    # the first event would start the device
+    monkeypatch.setattr(Stopwatch, "measure", lambda self, device: nullcontext())
+    # the order of the tokens is worked out from numbers, on the CPU; fake tensors have none
+    orders = {name: token_order(name, GRID) for name in ("tile", "raster")}
+    monkeypatch.setattr(sparse, "token_order", lambda name, *_: _fake(orders[name]))
+
+
+def _fake(order: TokenOrder) -> TokenOrder:
+    if order.forward is None:
+        return order
+    forward, inverse = (torch.empty(order.length, dtype=torch.int64, device="npu") for _ in range(2))
+    return replace(order, forward=forward, inverse=inverse)
+
+
+@contextmanager
+def fake_wan(backend: str, dtype: torch.dtype, **config: Any) -> Iterator[Callable[[], list[str]]]:
+    """A function that runs one forward in which the backend is past its dense steps, and names the operators."""
+    default = torch.get_default_dtype()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("npu"):
+        torch.set_default_dtype(dtype)
+        try:
+            model = transformer()
+        finally:
+            torch.set_default_dtype(default)
+        frames, rows, columns = GRID
+        inputs = {
+            "hidden_states": torch.randn(2, 16, frames, 2 * rows, 2 * columns, dtype=dtype),
+            "timestep": torch.ones(2, dtype=torch.int64),
+            "encoder_hidden_states": torch.randn(2, 8, model.config.text_dim, dtype=dtype),
+        }
+        with ditattn.install(model, backend, **config):
+
+            def forward() -> list[str]:
+                with torch.no_grad(), ditattn.step(30, 40), Called() as called:
+                    out = model(**inputs, return_dict=False)[0]
+                assert out.device == torch.device("npu:0")
+                assert out.shape == inputs["hidden_states"].shape
+                return called.names
+
+            yield forward
+
+
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch, soc: Callable[[str], None]) -> Callable[..., None]:
+    """A machine with torch_npu and these packages alone."""
+
+    def invent(*packages: str, name: str = A2, cann: tuple[int, int] = (9, 0)) -> None:
+        others = ("sgl_kernel_npu", "attentions", "mindiesd")
+        monkeypatch.setattr(Package, "missing", lambda self: self.module in others and self.module not in packages)
+        monkeypatch.setattr("ditattn.ops.ascend.cann_version", lambda: cann)
+        soc(name)
+
+    return invent
+
+
+@pytest.mark.usefixtures("_through")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["block_sparse_attn", "rain_fusion_attn"])
+def test_sparse_backends_reach_torch_npus_operator(backend: str, dtype: torch.dtype, only: Callable[..., None]) -> None:
+    only()
+    with fake_wan(backend, dtype, sparsity=0.5, min_tokens=0) as forward:
+        names = forward()
+    assert names.count("npu.npu_block_sparse_attention") == 2, "one call per layer"
+
+
+@pytest.mark.usefixtures("_through")
+def test_a5_runs_bf16_through_mindiesd_and_fp16_through_torch_npu(only: Callable[..., None]) -> None:
+    only("mindiesd", name=A5)
+    for dtype, expected in ((torch.bfloat16, "mindiesd.block_sparse_attention"), (torch.float16, "npu.npu_block_sparse_attention")):
+        with fake_wan("rain_fusion_attn", dtype, sparsity=0.5, min_tokens=0) as forward:
+            assert forward().count(expected) == 2
+
+
+@pytest.mark.usefixtures("_through")
+def test_older_cann_takes_index_lists(only: Callable[..., None]) -> None:
+    only("mindiesd", cann=(8, 5))
+    with fake_wan("rain_fusion_attn", torch.bfloat16, sparsity=0.5, min_tokens=0) as forward:
+        assert forward().count("mindiesd.rainfusionattention") == 2
+
+
+@pytest.mark.usefixtures("_through")
+@pytest.mark.parametrize("package", ["attentions", "sgl_kernel_npu"])
+def test_block_sparse_asks_the_estimator_of_the_package(package: str, only: Callable[..., None]) -> None:
+    """Not mindiesd's: in 3.1.0 its shape function divides where it must round, and fails for every call."""
+    only(package)
+    namespace = "npu" if package == "sgl_kernel_npu" else package
+    with fake_wan("block_sparse_attn", torch.bfloat16, sparsity=0.5, min_tokens=0) as forward:
+        assert forward().count(f"{namespace}.sparse_block_estimate") == 2
+
+
+@pytest.mark.usefixtures("_through")
+def test_fa_reaches_the_fused_operator(only: Callable[..., None]) -> None:
+    only()
+    with fake_wan("fa", torch.bfloat16) as forward:
+        assert forward().count("npu.npu_fused_infer_attention_score") == 2
+
+
+@pytest.mark.usefixtures("_through")
+def test_laser_reaches_the_operator_of_mindiesd(only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    only("mindiesd")
+    monkeypatch.setattr("ditattn.attention.backends.laser_attn.MIN_LASER_TOKENS", 1)
+    with fake_wan("laser_attn", torch.bfloat16) as forward:
+        assert forward().count("mindiesd.la") == 2
+
+
+@pytest.mark.usefixtures("_through")
+def test_torch_sdpa_reaches_torch_npus_fused_kernel(only: Callable[..., None]) -> None:
+    only()
+    with fake_wan("torch_sdpa", torch.bfloat16) as forward:
+        assert any(name.startswith("npu.npu_fusion_attention") for name in forward())
+
+
+@pytest.mark.parametrize("backend", ["torch_sdpa", "fa", "laser_attn", "block_sparse_attn", "rain_fusion_attn"])
+def test_every_backend_as_one_operation(backend: str, only: Callable[..., None]) -> None:
+    """As compiled graphs see it: nothing of ours but the opaque operation."""
+    only("mindiesd")
+    config = {"sparsity": 0.5, "min_tokens": 0} if backend.endswith(("sparse_attn", "fusion_attn")) else {}
+    with fake_wan(backend, torch.bfloat16, **config) as forward:
+        ours = {name for name in forward() if name.startswith("ditattn.")}
+    assert ours == {"ditattn.attend"}
+
+
+def test_no_token_is_read_on_the_host(only: Callable[..., None]) -> None:
+    """Fake tensors have no values: an operand that needed one would have failed above. Head sizes that are padded included."""
+    assert HEAD_SIZE not in (64, 128)
+    only()
+    with FakeTensorMode(), torch.device("npu"):
+        q = torch.empty(2, 300, 4, HEAD_SIZE, dtype=torch.bfloat16)
+        plan = ditattn.BlockPlan.from_mask(torch.ones(2, 4, 3, 3, dtype=torch.bool), 300, 300)
+        out, _ = ascend.MASK_TORCH_NPU.run(q, q, q, plan, 0.1, False, None, False)
+    assert out.shape == q.shape
+    assert {name.lower() for name in BLOCK_SPARSE} <= {row.name for row in TABLE}

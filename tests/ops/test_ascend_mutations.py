@@ -1,0 +1,156 @@
+"""Mistakes that were made elsewhere, planted here one at a time: each must be noticed by the checks that the real adapters pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import judge
+from ascend_calls import CASES, LASER_CASES, check_laser, laser_of, run, stand_in_operators
+from cases import Case, build
+from ditattn.attention.plan import BlockPlan
+from ditattn.ops import ascend as shared
+from ditattn.ops.block_sparse_attention import ascend, ascend_operands
+from ditattn.ops.dense_attention import ascend as dense_ascend
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def replaced(module: Any, name: str, change: Callable[[Any], Any]) -> Plant:
+    """`change` is applied to the result of a function."""
+
+    def plant(monkeypatch: pytest.MonkeyPatch) -> None:
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: change(original(*args, **kwargs)))
+
+    return plant
+
+
+def value(module: Any, name: str, other: Any) -> Plant:
+    return lambda monkeypatch: monkeypatch.setattr(module, name, other)
+
+
+def first_elements_mask(plan: BlockPlan) -> BlockPlan:
+    return BlockPlan(plan.indices[:1], plan.counts[:1], plan.query_length, plan.key_length)
+
+
+def first_elements_plan(name: str) -> Plant:
+    """Batch element 0's mask for all."""
+
+    def plant(monkeypatch: pytest.MonkeyPatch) -> None:
+        original = getattr(ascend, name)
+        monkeypatch.setattr(ascend, name, lambda q, k, v, plan, *rest: original(q, k, v, first_elements_mask(plan), *rest))
+
+    return plant
+
+
+def untransposed(x: Tensor, head_dim: int, length: int | None = None) -> Tensor:
+    """The right shape with the wrong numbers in it."""
+    batch, tokens, heads, dim = x.shape
+    return shared.pad(x.reshape(batch, heads, tokens, dim), (0, head_dim - dim, 0, (length or tokens) - tokens)).contiguous()
+
+
+def swapped_heads(x: Tensor, head_dim: int) -> Tensor:
+    return ascend_operands.pad(x.transpose(1, 2), (0, head_dim - x.shape[3])).contiguous().view(-1, x.shape[2], head_dim)
+
+
+BLOCK_SPARSE_MISTAKES: dict[str, tuple[str, Plant]] = {
+    "mask: batch element 0 for all": ("MASK_TORCH_NPU", first_elements_plan("mask_inputs")),
+    "index: batch element 0 for all": ("INDEX_ATTENTIONS", first_elements_plan("index_inputs")),
+    "counted: batch element 0 for all": ("COUNTED_ATTENTIONS", first_elements_plan("counted_inputs")),
+    "mask: heads and tokens swapped": ("MASK_TORCH_NPU", value(ascend_operands, "_packed", swapped_heads)),
+    "index: heads and tokens swapped": ("INDEX_MINDIESD", value(ascend_operands, "_packed", swapped_heads)),
+    "counted: not transposed": ("COUNTED_SGL_KERNEL_NPU", value(ascend_operands, "to_heads_first", untransposed)),
+    "mask: transposed mask": ("MASK_MINDIESD", replaced(ascend, "mask_inputs", lambda i: i._replace(mask=i.mask.mT.contiguous()))),
+    "index: rows of the first element only": (
+        "INDEX_ATTENTIONS",
+        replaced(ascend, "index_inputs", lambda i: i._replace(indices=i.indices[: len(i.indices) // 2])),
+    ),
+    "index: zeros for unused entries": (
+        "INDEX_ATTENTIONS",
+        replaced(ascend, "index_inputs", lambda i: i._replace(indices=i.indices.clamp(min=0))),
+    ),
+    "counted: columns not padded to 32": ("COUNTED_MINDIESD", value(ascend_operands, "COUNTED_MASK_COLUMNS", 1)),
+    "counted: stale counts": ("COUNTED_ATTENTIONS", replaced(ascend, "counted_inputs", lambda i: i._replace(counts=i.counts + 1))),
+    "mask: head size not padded": ("MASK_TORCH_NPU", value(ascend_operands, "padded_head_dim", lambda dim: dim)),
+    "mask: cumulative lengths": (
+        "MASK_TORCH_NPU",
+        replaced(ascend, "mask_inputs", lambda i: i._replace(query_lengths=[i.query_lengths[0], 2 * i.query_lengths[0]])),
+    ),
+    "mask: the softmax mode of another generation": ("MASK_TORCH_NPU", value(ascend, "inner_precise", lambda generation: 4)),
+    "index: fp16 softmax": ("INDEX_ATTENTIONS", value(ascend, "FP32_SOFTMAX", 1)),
+    "mask: empty rows not cleared": ("MASK_TORCH_NPU", value(ascend_operands, "cleared", lambda out, empty, size: out)),
+    "index: empty rows not cleared": ("INDEX_ATTENTIONS", value(ascend, "cleared", lambda out, empty, size: out)),
+    "counted: empty rows not filled": ("COUNTED_ATTENTIONS", value(ascend_operands, "_with_first", lambda keep, empty: keep)),
+}
+
+
+def block_sparse(name: str, scale: float | None = None) -> None:
+    """The batch of 2, a padded head size, and rows without a block, all in one problem."""
+    case = Case("all at once", batch=2, heads=4, key_heads=2, dim=32, query_length=517, key_length=517, plan="uneven", scale=scale)
+    problem = build(case, torch.bfloat16)
+    judge.check_output(run(name, problem)[0], problem)
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in BLOCK_SPARSE_MISTAKES.values()}))
+def test_without_a_mistake_the_check_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_operators(monkeypatch, "A2")
+    block_sparse(name)
+    assert any(case.batch > 1 for case in CASES)
+
+
+@pytest.mark.parametrize("mistake", BLOCK_SPARSE_MISTAKES)
+def test_a_mistake_is_noticed(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_operators(monkeypatch, "A2")
+    name, plant = BLOCK_SPARSE_MISTAKES[mistake]
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError)):
+        block_sparse(name)
+
+
+@pytest.mark.parametrize("name", ["MASK_TORCH_NPU", "INDEX_ATTENTIONS", "COUNTED_ATTENTIONS"])
+def test_a_wrong_scale_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scale of the padded head size instead of the real one."""
+    stand_in_operators(monkeypatch, "A2")
+    original = getattr(ascend, name).run
+    monkeypatch.setattr(type(getattr(ascend, name)), "run", lambda self, q, k, v, p, s, *rest: original(q, k, v, p, 64**-0.5, *rest))
+    with pytest.raises(AssertionError, match="error"):
+        block_sparse(name)
+
+
+def scaled_back_twice(inputs: dense_ascend.LaserInputs) -> dense_ascend.LaserInputs:
+    return inputs._replace(scale=inputs.scale * 256)
+
+
+LASER_MISTAKES: dict[str, Plant] = {
+    "padding not announced": value(dense_ascend, "LASER_LENGTH_MULTIPLE", 1),
+    "padded columns kept": replaced(dense_ascend, "_la_preprocess_input", lambda i: i._replace(pre_tokens=2**31 - 1)),
+    "not transposed": value(dense_ascend, "to_heads_first", untransposed),
+    "wrong scale": replaced(dense_ascend, "_la_preprocess_input", scaled_back_twice),
+    "factor not taken back": replaced(dense_ascend, "_la_postprocess_output", lambda out: out / 256),
+    "bf16 handed over": replaced(dense_ascend, "_to_laser", lambda x: x.bfloat16()),
+}
+
+
+@pytest.mark.parametrize("mistake", [None, *LASER_MISTAKES])
+def test_a_mistake_around_laser_is_noticed(mistake: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_operators(monkeypatch, "A2")
+    problem = build(LASER_CASES[5], torch.bfloat16)
+    if mistake is None:
+        check_laser(laser_of("LASER_MINDIESD", problem), problem)
+        return
+    LASER_MISTAKES[mistake](monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_laser(laser_of("LASER_MINDIESD", problem), problem)
+
+
+@pytest.mark.parametrize("case", LASER_CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_laser(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_operators(monkeypatch, "A3")
+    problem = build(case, dtype)
+    check_laser(laser_of("LASER_SGL_KERNEL_NPU", problem), problem)
