@@ -198,6 +198,23 @@ def test_an_image_pipeline(ditattn, flux_folder, tmp_path, monkeypatch):
     assert "<video src" not in (tmp_path / "x.html").read_text()
 
 
+def test_two_transformers_each_with_its_own_map(ditattn, wan22_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = ditattn(
+        *("compare", "--model-path", wan22_folder, "--prompt", "a", "--height", 64, "--width", 64, "--num-frames", 9),
+        *("--num-inference-steps", 4, "--attention-backend", "rain_fusion_attn", "--output-path", tmp_path, "--output-file-name", "x"),
+        *("--attention-backend-config", "skip_first_steps=0,min_tokens=0,sparsity=0.5"),
+        *("--component-attention-backends", "transformer_2=torch_sdpa"),
+    )
+    assert done.status == 0, done.err
+    setting = json.loads((tmp_path / "x.json").read_text())["settings"][0]
+    steps = {name: {step for step, _, _ in cells} for name, cells in setting["computed_by_step_and_layer"].items()}
+    assert steps["transformer"] | steps["transformer_2"] == {0, 1, 2, 3}
+    assert not steps["transformer"] & steps["transformer_2"]
+    assert {one["component"] for one in setting["probe"]} == {"transformer"}
+    assert "computed share, transformer_2" in (tmp_path / "x.html").read_text()
+
+
 WRONG = {
     "nothing to compare": ([], ["--attention-backend rain_fusion_attn"]),
     "unknown backend": (["--attention-backend", "rain"], ["no attention backend 'rain'"]),

@@ -91,7 +91,7 @@ def test_an_interrupted_tune_keeps_what_it_found_and_goes_on(ditattn, options, t
     kept = (tmp_path / "out" / "tuned.yaml").is_file()
     assert kept is any(one["outcome"]["meets"] for one in before)
     if kept:
-        assert "interrupted: not checked" in (tmp_path / "out" / "tuned.yaml").read_text()
+        assert "not checked on other clips" in (tmp_path / "out" / "tuned.yaml").read_text()
 
     made.clear()
     monkeypatch.setattr(objective, "probe", lambda *_: pytest.fail("the probe was run again"))
@@ -103,6 +103,19 @@ def test_an_interrupted_tune_keeps_what_it_found_and_goes_on(ditattn, options, t
     after = json.loads(state.read_text())["outcomes"]
     assert after[:2] == before
     assert len(after) == 2 + len(made) <= 4
+
+
+def test_a_check_that_is_interrupted_leaves_the_file(ditattn, options, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ditattn.cli.tuning.check", stop)
+    done = ditattn(*options, "--target-psnr", 20, "--budget-runs", 1, "--output-file-name", "tuned.yaml")
+    assert done.status == 130
+    text = (tmp_path / "out" / "tuned.yaml").read_text()
+    assert "# not checked on other clips" in text
+    assert "on the 1 clip it was tuned on" in text
+    assert RainFusionAttentionConfig.from_mapping(yaml.safe_load(text)).sparsity > 0
 
 
 def test_an_impossible_target_is_said_to_be_impossible(ditattn, options, tmp_path):

@@ -20,7 +20,7 @@ from ditattn.comparison.setting import Clip, Setting
 from ditattn.errors import ConfigError
 from ditattn.tuning.candidate import TUNED_KEYS, Candidate, Outcome, Target
 from ditattn.tuning.objective import Objective, check, probe
-from ditattn.tuning.report import Checked, Finding, yaml_text
+from ditattn.tuning.report import Checked, Finding, count_clips, yaml_text
 from ditattn.tuning.search import Search, disagreements
 from ditattn.tuning.sensitivity import PROBED_SPARSITIES, Sensitivity
 from ditattn.tuning.state import TuneState
@@ -65,7 +65,9 @@ def run_tune(settings: TuneSettings, *, debug: bool = False) -> None:
     if best is None:
         _say(f"nothing meets the target ({plan.target.words()}) faster than dense, in {len(state.outcomes)} runs: {_nearest(state)}")
         raise typer.Exit(EXIT_NOTHING_FOUND)
-    _say(f"check on {len(plan.held_out)} clips that nothing was tuned on")
+    # there even if the check is interrupted
+    _write(path, _finding(plan, state, sensitivity, best, None))
+    _say(f"check on {count_clips(len(plan.held_out))} that nothing was tuned on")
     psnr, ssim, found = check(bench.references, objective.setting_of(best), plan.held_out, needs_ssim=plan.target.ssim is not None)
     speed_ups = found.speed_ups(0)
     checked = Checked(len(plan.held_out), psnr, ssim, median(speed_ups), min(speed_ups), plan.target.met_by(psnr, ssim))
@@ -111,7 +113,7 @@ def _facts(bench: Bench, plan: Plan) -> dict[str, Any]:
 
 def _measure_sensitivity(bench: Bench, plan: Plan, state: TuneState, objective: Objective) -> Sensitivity:
     """The dense runs, and the probe unless an earlier run of the same search has made it."""
-    _say(f"dense: {len(plan.clips)} clips" + (f", going on after {len(state.outcomes)} runs" if state.outcomes else ""))
+    _say(f"dense: {count_clips(len(plan.clips))}" + (f", going on after {len(state.outcomes)} runs" if state.outcomes else ""))
     attention_share = objective.prepare(anew=not state.readings)
     if not state.readings:
         _say(f"probe: {len(PROBED_SPARSITIES)} sparsities on every attention call of a dense run")

@@ -11,7 +11,7 @@ import yaml
 from ditattn.comparison.setting import Setting
 from ditattn.tuning.candidate import Candidate, Outcome, Target
 
-__all__ = ["Checked", "Finding", "yaml_text"]
+__all__ = ["Checked", "Finding", "count_clips", "yaml_text"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Checked:
         if not self.meets and self.psnr >= target.psnr:
             verdict = "misses the target in SSIM"
         speed = f"{self.speed_up:.2f}x (worst {self.least_speed_up:.2f}x)"
-        return f"on {self.num_clips} clips it was not tuned on: worst PSNR {self.psnr:.2f} dB{ssim}, {speed}: {verdict}"
+        return f"on {count_clips(self.num_clips)} it was not tuned on: worst PSNR {self.psnr:.2f} dB{ssim}, {speed}: {verdict}"
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Finding:
         lines = [
             f"{self.setting.backend}: {self.best.words()}",
             f"target: {self.target.words()}, on the worst clip",
-            f"on the {clips} clips it was tuned on, after {len(self.outcomes)} runs: {found.words()}",
-            "interrupted: not checked on other clips" if self.checked is None else self.checked.words(self.target),
+            f"on the {count_clips(clips)} it was tuned on, after {len(self.outcomes)} runs: {found.words()}",
+            "not checked on other clips" if self.checked is None else self.checked.words(self.target),
         ]
         if self.checked is not None and not self.checked.is_faster:
             lines.append("there it was not faster than dense: on this machine nothing is gained by it")
@@ -84,6 +84,10 @@ class Finding:
                 f"the probe disagreed with the pixels {count}; it expected less damage of ({expected.words()}) than of ({better.words()})"
             )
         return lines
+
+
+def count_clips(number: int) -> str:
+    return "1 clip" if number == 1 else f"{number} clips"
 
 
 def yaml_text(finding: Finding) -> str:
