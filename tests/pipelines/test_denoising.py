@@ -18,6 +18,9 @@ from ditattn.attention.interface import AttentionBackend, AttentionBackendEnum
 from ditattn.attention.selector import load_backend
 from ditattn.errors import ConfigError, DenseInStrictMode, UnsupportedCall
 from ditattn.models import ModelFamily, TokenLayout
+from ditattn.ops import dense_attention
+from ditattn.ops.contract import call_facts
+from ditattn.ops.table import choose
 from ditattn.pipelines import denoising
 from ditattn.pipelines.denoising import DenoisingStage, Forward, ServedModel, attend, check_layers, running
 from ditattn.pipelines.report import ComponentReport
@@ -338,4 +341,6 @@ def test_the_report_tells_which_implementations_served() -> None:
         with forward_of(stage):
             attend(*qkv())
         assert set(report_of(stage).implementations) == ops
-        assert report_of(stage).implementations["dense_attention"] == "torch"
+        query, key, _ = qkv()
+        best = choose(dense_attention.TABLE, call_facts(query, key)).name
+        assert report_of(stage).implementations["dense_attention"] == ("torch" if name == "torch_sdpa" else best)

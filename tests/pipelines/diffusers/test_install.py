@@ -105,14 +105,18 @@ def test_lower_density_is_further_from_native_but_not_far(wan: TinyPipeline, bac
     assert errors[-1] < 0.1
 
 
-def test_half_precision_at_sparsity_zero_is_native() -> None:
+def test_half_precision_at_sparsity_zero_is_as_exact_as_native() -> None:
     tiny = tiny_pipelines.wan()
+    exact = tiny.run(2)
     tiny.pipe.transformer.to(torch.bfloat16)
     native = tiny.run(2)
     with ditattn.install(tiny.pipe, "rain_fusion_attn", sparsity=0):
         out = tiny.run(2)
-    # the same kernel on the same numbers: nothing is rounded differently
-    torch.testing.assert_close(out, native, rtol=0, atol=1e-5)
+    # another exact kernel may serve here: what rounding makes of this model is then another number of the same size
+    assert (out - exact).norm() <= 1.5 * (native - exact).norm()
+    with ditattn.install(tiny.pipe, "torch_sdpa"):
+        # the same kernel on the same numbers: nothing is rounded differently
+        torch.testing.assert_close(tiny.run(2), native, rtol=0, atol=1e-5)
 
 
 # dense backends and backends per component
@@ -126,7 +130,8 @@ def test_dense_backends_are_native(build: Any, backend: str) -> None:
     with ditattn.install(tiny.pipe, backend) as handle:
         out = tiny.run(2)
     report = handle.report().components["transformer"]
-    torch.testing.assert_close(out, native, rtol=0, atol=1e-5)
+    # laser_attn is whatever exact kernel is fastest here, which may sum in another order; CogVideoX's guidance enlarges that
+    torch.testing.assert_close(out, native, rtol=0, atol=1e-4 if backend == "laser_attn" else 1e-5)
     assert report.dense_reasons == {"dense backend": report.calls}
     assert report.calls > 0
 
