@@ -268,6 +268,8 @@ def test_ctrl_c_while_denoising(small, tmp_path, number, status):
         [sys.executable, "-m", "ditattn.cli", *map(str, small), *steps],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # a shell that starts the tests in the background ignores SIGINT, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert child.stderr is not None
     seen = b""

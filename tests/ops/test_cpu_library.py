@@ -212,7 +212,9 @@ def test_in_a_data_loader_worker() -> None:
 
 
 LONG_CALL = """
-import sys, threading, time, torch
+import signal, sys, threading, time, torch
+# a shell that starts the tests in the background ignores SIGINT, and children inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from ditattn.ops.dense_attention import dense_attention
 x = torch.randn(1, 200_000, 8, 64)
 ticks = 0

@@ -205,7 +205,7 @@ class DenoisingStage:
         if reason is not None:
             self._refuse_if_strict(reason, forward)
             forward.records.append(CallRecord(reason))
-            return dense_attention(query, key, value, scale=scale, causal=is_causal, attn_mask=_broadcastable(attn_mask))
+            return _native(query, key, value, attn_mask, is_causal, scale)
         impl = self._impl(forward.model, layer, query, key, is_causal, scale, metadata.key_lengths is not None)
         if self.strict and isinstance(impl, SparseAttentionImpl):
             assert isinstance(metadata, SparseAttentionMetadata)
@@ -277,6 +277,12 @@ def build_attn_metadata(model: ServedModel, step: Step, layout: TokenLayout | No
     )
 
 
+def _native(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+    """What a call that is not ours to serve would have run without us: torch's SDPA."""
+    mask = _broadcastable(attn_mask)
+    return dense_attention(query, key, value, scale=scale, causal=is_causal, attn_mask=mask, implementation="torch")
+
+
 def _broadcastable(mask: Tensor | None) -> Tensor | None:
     """A `[B, T]` key mask as `[B, 1, 1, T]`; four-dimensional masks as they are."""
     return mask[:, None, None] if mask is not None and mask.ndim == 2 else mask
@@ -319,7 +325,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
     forward = running()
     if forward is None:
         _warn_stray()
-        return dense_attention(query, key, value, scale=scale, causal=is_causal, attn_mask=_broadcastable(attn_mask))
+        return _native(query, key, value, attn_mask, is_causal, scale)
     return forward.stage.attend(forward, query, key, value, attn_mask, is_causal, scale)
 
 

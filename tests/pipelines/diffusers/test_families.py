@@ -24,9 +24,9 @@ from tiny_pipelines.footprint import dispatcher_footprint, footprint
 
 SPARSE_BACKENDS = ("rain_fusion_attn", "block_sparse_attn")
 NUM_STEPS, NUM_LAYERS = 3, 2
-# fp32, latents of order 1. The same kernel on the same numbers is usually bit-identical; the sparse kernel sums in another order, and
-# guidance 6 over three steps makes ten times as much of the difference. Dropping blocks moves these latents by 5e-3 and more.
-SAME_KERNEL_BOUND, OTHER_KERNEL_BOUND = 1e-5, 1e-4
+# fp32, latents of order 1. The native kernel on the same numbers is bit-identical; another exact one sums in another order, and guidance 6
+# over three steps makes ten times as much of the difference. Dropping blocks moves these latents by 5e-3 and more.
+OTHER_KERNEL_BOUND = 1e-4
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def test_sparsity_zero_is_native(name: str, backend: str) -> None:
     tiny, native = built(name)
     with ditattn.install(tiny.pipe, backend, sparsity=0) as handle:
         out = tiny.run(NUM_STEPS)
-    torch.testing.assert_close(out, native, rtol=0, atol=SAME_KERNEL_BOUND)
+    # the fastest exact kernel of the machine serves, which need not be the native one
+    torch.testing.assert_close(out, native, rtol=0, atol=OTHER_KERNEL_BOUND)
     for component, steps in CASES[name].steps.items():
         expected = {"sparsity 0": len(steps) * CASES[name].forwards * NUM_LAYERS}
         assert handle.report().components[component].dense_reasons == expected
