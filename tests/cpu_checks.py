@@ -5,11 +5,14 @@ DITATTN_CPU_ISA=avx2 python tests/cpu_checks.py
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 import judge
 from cases import SPARSE_CASES, Case, build
 from ditattn.ops import cpu_call, cpu_library
+from ditattn.ops.block_mean import block_mean
 from ditattn.ops.block_sparse_attention import block_sparse_attention
 from ditattn.ops.dense_attention import dense_attention
 
@@ -41,7 +44,26 @@ def check_tails() -> None:
         check_case(Case("tail", query_length=130 - length, key_length=length, heads=1, key_heads=1, data=data), torch.bfloat16)
 
 
+def check_fp16() -> int:
+    """Every fp16 number is widened as torch does it; what lies a quarter of the way to a neighbour is rounded to the nearer one."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    halves = bits.view(torch.float16).view(1, -1, 1, 64)
+    wide = block_mean(halves, 1, implementation="cpu")
+    assert torch.equal(wide.nan_to_num(nan=7.0), halves.float().nan_to_num(nan=7.0))
+    finite = halves.flatten()[halves.flatten().isfinite()].sort().values
+    near, far = (x.flatten() for x in torch.stack([finite[:-1], finite[1:]])[:, : len(finite) // 64 * 64 - 64])
+    for first, second in ((near, far), (far, near)):
+        # four keys with equal scores: the result is the mean of their values
+        value = torch.stack([first, first, first, second]).unflatten(1, (-1, 64)).transpose(0, 1).unsqueeze(2).contiguous()
+        out = dense_attention(torch.zeros_like(value[:, :1]), torch.zeros_like(value), value, implementation="cpu")
+        assert torch.equal(out.flatten(), first)
+    return halves.numel() + 2 * near.numel()
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
+    if sys.argv[1:] == ["fp16"]:
+        print(f"{cpu_library.selection().sentence()}: {check_fp16()} fp16 numbers")
+        sys.exit()
     check_tails()
     print(f"{cpu_library.selection().sentence()}: {check_cases()} cases passed")

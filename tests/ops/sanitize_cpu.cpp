@@ -1,4 +1,5 @@
-// Runs the CPU library over many small shapes in buffers of exactly the right size, for the sanitizers. Built by test_cpu_library.py.
+// Runs the CPU library over many small shapes in buffers of exactly the right size, for the sanitizers and for targets without torch. With
+// the argument "compare" the smaller results are compared with sums in double. Built by test_cpu_library.py.
 #include "library.cpp"
 
 #include <cstdio>
@@ -23,6 +24,39 @@ static DitattnTensor of(std::vector<char>& data, int tokens, int heads, int dim)
   return {data.data(), (int64_t)tokens * heads * dim, (int64_t)heads * dim, dim};
 }
 
+static double element(const DitattnTensor& t, int dtype, int64_t token, int head, int d) {
+  const char* p = (const char*)t.data + (token * t.token_stride + head * t.head_stride + d) * size_of(dtype);
+  alignas(64) char wide[W * 4] = {};
+  memcpy(wide, p, size_of(dtype));
+  return load_wide(wide, dtype)[0];
+}
+
+// Largest difference from the definition, over the largest output that values up to 2 can give.
+static double error_of(const DitattnAttention& a) {
+  double worst = 0;
+  for (int h = 0; h < a.heads; h++) for (int i = 0; i < a.query_length; i++) {
+    const int row = i / BLOCK, total = a.counts ? a.counts[h * a.counts_stride[1] + row] : (a.key_length + BLOCK - 1) / BLOCK;
+    const int64_t query = a.order ? a.order[i] : i;
+    std::vector<double> sum(a.head_dim);
+    double weights = 0;
+    for (int n = 0; n < total; n++) {
+      const int block = a.indices ? a.indices[h * a.indices_stride[1] + row * a.indices_stride[2] + n] : n;
+      for (int j = block * BLOCK; j < std::min((block + 1) * BLOCK, a.key_lengths[0]); j++) {
+        if (a.causal && j > i) continue;
+        const int64_t key = a.order ? a.order[j] : j;
+        double score = 0;
+        for (int d = 0; d < a.head_dim; d++) score += element(a.query, a.dtype, query, h, d) * element(a.key, a.dtype, key, 0, d);
+        const double weight = std::exp(score * a.scale);
+        weights += weight;
+        for (int d = 0; d < a.head_dim; d++) sum[d] += weight * element(a.value, a.dtype, key, 0, d);
+      }
+    }
+    for (int d = 0; d < a.head_dim; d++)
+      worst = std::max(worst, std::fabs(element(a.out, a.dtype, query, h, d) - (weights ? sum[d] / weights : 0)) / 2);
+  }
+  return worst;
+}
+
 // A permutation without a pattern.
 static std::vector<int64_t> shuffled(int tokens) {
   std::vector<int64_t> order(tokens);
@@ -30,6 +64,9 @@ static std::vector<int64_t> shuffled(int tokens) {
   for (int i = tokens - 1; i > 0; i--) std::swap(order[i], order[rand() % (i + 1)]);
   return order;
 }
+
+static bool compare = false;
+static int compared = 0;
 
 static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool causal, bool ordered) {
   const int heads = 2, rows = (queries + 127) / 128, blocks = (keys + 127) / 128;
@@ -56,7 +93,12 @@ static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool c
     a.indices = indices.data(), a.counts = counts.data();
     a.indices_stride[1] = rows * blocks, a.indices_stride[2] = blocks, a.counts_stride[1] = rows, a.counts_stride[2] = 1;
   }
-  return ditattn_attention(&a) != DITATTN_OK;
+  if (ditattn_attention(&a) != DITATTN_OK) return 1;
+  if (!compare || (int64_t)queries * keys * dim > 65 * 254 * 64) return 0;
+  compared++;
+  const double allowed = a.compute_bf16 || dtype == DITATTN_BF16 ? 2e-2 : dtype == DITATTN_F16 ? 2e-3 : 2e-6, error = error_of(a);
+  if (error > allowed) printf("D %d dtype %d S %d T %d sparse %d causal %d ordered %d: error %g\n", dim, dtype, queries, keys, sparse, causal, ordered, error);
+  return error > allowed;
 }
 
 static int mean(int dim, int dtype, int tokens, bool ordered) {
@@ -74,7 +116,8 @@ static int mean(int dim, int dtype, int tokens, bool ordered) {
   return ditattn_block_mean(&a) != DITATTN_OK;
 }
 
-int main() {
+int main(int argc, char**) {
+  compare = argc > 1;
   if (ditattn_init()) return 2;
   int runs = 0, bad = 0;
   for (int dtype : {0, 1, 2}) {
@@ -84,6 +127,6 @@ int main() {
       runs++, bad += attend(dim, dtype, tokens, tokens, sparse, false, true);
     for (int dim : {1, 5, 31, 128}) for (int tokens : {1, 127, 128, 300}) for (int ordered : {0, 1}) runs++, bad += mean(dim, dtype, tokens, ordered);
   }
-  printf("%d runs, %d bad\n", runs, bad);
+  printf("%d runs, %d compared, %d bad\n", runs, compared, bad);
   return bad != 0;
 }

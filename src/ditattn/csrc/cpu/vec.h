@@ -44,6 +44,25 @@ INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 
 constexpr int size_of(int dtype) { return dtype == DITATTN_F32 ? 4 : 2; }
 
+// fp16 by integer arithmetic, for targets and compilers without a type for it. No step takes or makes an fp32 denormal, which a process may
+// have told the CPU to flush.
+INLINE vf widen_half(vu half) {
+  const vu magnitude = (half & 0x7fff) << 13, exponent = magnitude & (0x7c00 << 13), moved = magnitude + ((127 - 15) << 23);
+  const vf smallest = (vf)(vu{} + (113 << 23)), denormal = (vf)(moved + (1 << 23)) - smallest;
+  const vu x = exponent == 0 ? (vu)denormal : exponent == (0x7c00 << 13) ? moved + ((128 - 16) << 23) : moved;
+  return (vf)(x | (half & 0x8000) << 16);
+}
+
+INLINE vu narrow_half(vu x) {
+  const vu sign = x & 0x80000000u, magnitude = x ^ sign;
+  const vu huge = magnitude > (255u << 23) ? vu{} + 0x7e00 : vu{} + 0x7c00;
+  // adding 1/2 leaves a denormal's bits, rounded to nearest even, at the low end
+  const vu half = vu{} + (126 << 23), denormal = (vu)((vf)magnitude + (vf)half) - half;
+  const vu normal = (magnitude - ((127 - 15) << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const vu narrow = magnitude >= (143u << 23) ? huge : magnitude < (113u << 23) ? denormal : normal;
+  return narrow | sign >> 16;
+}
+
 // W elements of any dtype, widened.
 INLINE vf load_wide(const char* p, int dtype) {
   if (dtype == DITATTN_F32) return *(const vfu*)p;
@@ -53,11 +72,7 @@ INLINE vf load_wide(const char* p, int dtype) {
 #elif defined(__F16C__)
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
-  _Float16 half[W];
-  memcpy(half, p, sizeof half);
-  vf x;
-  for (int i = 0; i < W; i++) x[i] = (float)half[i];
-  return x;
+  return widen_half(__builtin_convertvector(*(const vh*)p, vu));
 #endif
 }
 
@@ -74,9 +89,7 @@ INLINE void store_narrow(char* p, int dtype, vf x) {
 #elif defined(__F16C__)
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
-    _Float16 half[W];
-    for (int i = 0; i < W; i++) half[i] = (_Float16)x[i];
-    memcpy(p, half, sizeof half);
+    *(vh*)p = __builtin_convertvector(narrow_half((vu)x), vh);
 #endif
   }
 }
