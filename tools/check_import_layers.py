@@ -19,8 +19,8 @@ FLOORS: list[list[str]] = [
     ["ditattn.attention.backends", "ditattn.attention.selector"],
     ["ditattn.attention.sparse", "ditattn.attention.dense"],
     ["ditattn.attention.selection"],
-    ["ditattn.ops", "ditattn.models", "ditattn.platforms", "ditattn.attention.token_order"],
-    ["ditattn.attention.interface"],
+    ["ditattn.ops", "ditattn.models", "ditattn.platforms"],
+    ["ditattn.attention.interface", "ditattn.attention.token_order"],
     ["ditattn.attention.plan", "ditattn.config", "ditattn.packages"],
     ["ditattn.errors", "ditattn._version"],
 ]

@@ -3,6 +3,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <numeric>
 #include <vector>
 
 static std::vector<char> tensor(size_t count, int dtype) {
@@ -22,7 +23,15 @@ static DitattnTensor of(std::vector<char>& data, int tokens, int heads, int dim)
   return {data.data(), (int64_t)tokens * heads * dim, (int64_t)heads * dim, dim};
 }
 
-static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool causal) {
+// A permutation without a pattern.
+static std::vector<int64_t> shuffled(int tokens) {
+  std::vector<int64_t> order(tokens);
+  std::iota(order.begin(), order.end(), 0);
+  for (int i = tokens - 1; i > 0; i--) std::swap(order[i], order[rand() % (i + 1)]);
+  return order;
+}
+
+static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool causal, bool ordered) {
   const int heads = 2, rows = (queries + 127) / 128, blocks = (keys + 127) / 128;
   auto q = tensor((size_t)queries * heads * dim, dtype), k = tensor((size_t)keys * dim, dtype), v = tensor((size_t)keys * dim, dtype);
   auto out = tensor((size_t)queries * heads * dim, dtype);
@@ -41,6 +50,8 @@ static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool c
   a.batch = 1, a.heads = heads, a.key_heads = 1, a.query_length = queries, a.key_length = keys, a.head_dim = dim;
   a.dtype = dtype, a.causal = causal, a.num_threads = 2, a.scale = 0.1f;
   a.compute_bf16 = ditattn_has_bf16() && dtype != DITATTN_F16 && (dtype == DITATTN_BF16 || queries % 2);
+  const std::vector<int64_t> order = shuffled(queries);
+  if (ordered) a.order = order.data();
   if (sparse) {
     a.indices = indices.data(), a.counts = counts.data();
     a.indices_stride[1] = rows * blocks, a.indices_stride[2] = blocks, a.counts_stride[1] = rows, a.counts_stride[2] = 1;
@@ -48,7 +59,7 @@ static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool c
   return ditattn_attention(&a) != DITATTN_OK;
 }
 
-static int mean(int dim, int dtype, int tokens) {
+static int mean(int dim, int dtype, int tokens, bool ordered) {
   const int heads = 3;
   auto x = tensor((size_t)tokens * heads * dim, dtype);
   std::vector<float> out((tokens + 127) / 128 * heads * dim);
@@ -57,6 +68,8 @@ static int mean(int dim, int dtype, int tokens) {
   a.struct_bytes = sizeof a;
   a.input = of(x, tokens, heads, dim);
   a.out = out.data();
+  const std::vector<int64_t> order = shuffled(tokens);
+  if (ordered) a.order = order.data();
   a.batch = 1, a.length = tokens, a.heads = heads, a.head_dim = dim, a.block_size = 128, a.dtype = dtype, a.num_threads = 2;
   return ditattn_block_mean(&a) != DITATTN_OK;
 }
@@ -66,8 +79,10 @@ int main() {
   int runs = 0, bad = 0;
   for (int dtype : {0, 1, 2}) {
     for (int dim : {32, 64, 96, 128}) for (int queries : {1, 63, 65, 129, 190}) for (int keys : {1, 2, 3, 33, 127, 128, 129, 254})
-      for (int mode = 0; mode < 4; mode++, runs++) bad += attend(dim, dtype, queries, keys, mode & 1, mode & 2);
-    for (int dim : {1, 5, 31, 128}) for (int tokens : {1, 127, 128, 300}) runs++, bad += mean(dim, dtype, tokens);
+      for (int mode = 0; mode < 4; mode++, runs++) bad += attend(dim, dtype, queries, keys, mode & 1, mode & 2, false);
+    for (int dim : {32, 64, 96, 128}) for (int tokens : {1, 65, 129, 254}) for (int sparse : {0, 1})
+      runs++, bad += attend(dim, dtype, tokens, tokens, sparse, false, true);
+    for (int dim : {1, 5, 31, 128}) for (int tokens : {1, 127, 128, 300}) for (int ordered : {0, 1}) runs++, bad += mean(dim, dtype, tokens, ordered);
   }
   printf("%d runs, %d bad\n", runs, bad);
   return bad != 0;

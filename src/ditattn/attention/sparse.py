@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ditattn.attention.interface import KERNEL_HEAD_SIZES, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
 from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
-from ditattn.attention.token_order import token_order
+from ditattn.attention.token_order import TokenOrder, token_order
 from ditattn.config import check_skip_and_sparsity
 from ditattn.errors import ConfigError
 from ditattn.ops.block_sparse_attention import block_sparse_attention
@@ -145,7 +145,7 @@ class SparseAttentionMetadataBuilder(AttentionMetadataBuilder):
 
 
 class SparseAttentionImpl(AttentionImpl):
-    """schedule says dense -> dense attention; otherwise order -> plan -> block-sparse attention -> inverse order."""
+    """schedule says dense -> dense attention; otherwise order -> plan -> block-sparse attention in that order."""
 
     supported_head_sizes = KERNEL_HEAD_SIZES
 
@@ -164,18 +164,17 @@ class SparseAttentionImpl(AttentionImpl):
             query.device,
         )
         self._check_order(attn_metadata)
-        query, key, value = order.apply(query), order.apply(key), order.apply(value)
         first_frame = attn_metadata.first_frame_sink and attn_metadata.latent_shape[0] > 1
-        plan = self.plan(query, key, attn_metadata, order.protected_blocks(BLOCK_SIZE, first_frame, query.device))
+        plan = self.plan(query, key, attn_metadata, order, order.protected_blocks(BLOCK_SIZE, first_frame, query.device))
         out = block_sparse_attention(
-            query, key, value, plan, scale=self.softmax_scale, causal=self.causal, key_lengths=attn_metadata.key_lengths
+            query, key, value, plan, scale=self.softmax_scale, causal=self.causal, key_lengths=attn_metadata.key_lengths, order=order
         )
         self._note(None, plan)
-        return order.undo(out)
+        return out
 
     @abstractmethod
-    def plan(self, query: Tensor, key: Tensor, attn_metadata: SparseAttentionMetadata, protected: Tensor) -> BlockPlan:
-        """Which blocks to keep, for tokens already in the order of the metadata. `protected` is bool `[N]`."""
+    def plan(self, query: Tensor, key: Tensor, attn_metadata: SparseAttentionMetadata, order: TokenOrder, protected: Tensor) -> BlockPlan:
+        """Which blocks of `order` to keep; query and key are in the model's order. `protected` is bool `[N]`."""
 
     def why_dense(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> str | None:
         """The reason why this call runs densely, one of `Reason`; None if it runs sparse."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ditattn.attention.plan import num_blocks
-from ditattn.errors import ConfigError
+from ditattn.errors import ConfigError, UnsupportedCall
 
 __all__ = ["TILE", "TokenOrder", "token_order"]
 
@@ -38,6 +38,11 @@ class TokenOrder:
     first_frame: tuple[int, int]
     video: tuple[int, int]
     length: int
+
+    def check_length(self, length: int) -> None:
+        """Raise UnsupportedCall unless the order is one of `length` tokens."""
+        if length != self.length:
+            raise UnsupportedCall(f"the token order is for {self.length} tokens, the call has {length}")
 
     def apply(self, x: Tensor) -> Tensor:
         """`[B, S, ...]` in the model's order -> the new order."""

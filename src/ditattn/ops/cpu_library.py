@@ -54,6 +54,7 @@ class Attention(ctypes.Structure):
         ("indices_stride", c_int64 * 3),
         ("counts_stride", c_int64 * 3),
         ("key_lengths", c_void_p),
+        ("order", c_void_p),
         *((name, c_int32) for name in ("batch", "heads", "key_heads", "query_length", "key_length", "head_dim")),
         *((name, c_int32) for name in ("dtype", "compute_bf16", "causal", "num_threads")),
         ("scale", c_float),
@@ -70,6 +71,7 @@ class BlockMean(ctypes.Structure):
         ("struct_bytes", c_int64),
         ("input", Tensor4),
         ("out", c_void_p),
+        ("order", c_void_p),
         *((name, c_int32) for name in ("batch", "length", "heads", "head_dim", "block_size", "dtype", "num_threads")),
         ("host", POINTER(Host)),
     )

@@ -71,6 +71,8 @@ class Implementation:
             this kind: what the other attributes cannot say.
         automatic: False for rows that run only when asked for by name.
         computes_in: a dtype coarser than the inputs' in which products are formed; only for rows that are not automatic.
+        orders_tokens: the function also takes `order` (and where there is an output of S tokens `inverse`), int64 `[S]`, and applies them
+            itself; for the other rows the op reorders copies.
         preference: "module:function" that measures a call's kind once and returns an `ops.preference.Measurement`: where that prefers
             another row, this one stands back unless it is asked for by name.
         slow_on: device types whose own rows are much faster: a call that they all refuse is served with a warning.
@@ -88,6 +90,7 @@ class Implementation:
     limits: str | None = None
     automatic: bool = True
     computes_in: str | None = None
+    orders_tokens: bool = False
     preference: str | None = None
     slow_on: tuple[str, ...] = ()
 

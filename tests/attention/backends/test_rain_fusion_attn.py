@@ -46,7 +46,7 @@ def test_realised_density_of_real_shapes(grid: tuple[int, int, int], sparsity: f
         current_timestep=20, raw_latent_shape=(1, 4, *grid), patch_size=1, sparsity=sparsity
     )
     order = token_order("tile", grid)
-    plan = RainFusionAttentionImpl(1, 32).plan(order.apply(q), order.apply(k), metadata, order.protected_blocks(128, True, "cpu"))
+    plan = RainFusionAttentionImpl(1, 32).plan(q, k, metadata, order, order.protected_blocks(128, True, "cpu"))
     # one block of slack: the closed form counts whole blocks
     slack = 1 / plan.num_key_blocks
     assert low - slack <= plan.density() <= high + slack

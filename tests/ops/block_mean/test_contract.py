@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import oracle
 from cases import DEVICES, DTYPES, LAYOUTS, MEAN_CASES
+from ditattn.attention.token_order import token_order
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.block_mean import TABLE, block_mean
 from ditattn.ops.table import CallFacts, explain
@@ -53,6 +54,19 @@ def test_lengths_and_blocks(name: str, dtype: torch.dtype, device: str, length: 
 def test_layouts(name: str, dtype: torch.dtype, device: str, layout: str, dim: int) -> None:
     if name in _names(dtype, device, dim):
         _check(name, _tensor(300, dtype, device, layout, dim), 128)
+
+
+@pytest.mark.parametrize(("name", "dtype", "device"), COMBINATIONS)
+@pytest.mark.parametrize("layout", ["padded", "transposed"])
+def test_blocks_of_tokens_in_another_order(name: str, dtype: torch.dtype, device: str, layout: str) -> None:
+    """The same bits as on a reordered copy."""
+    x = _tensor(594, dtype, device, layout)
+    order = token_order("tile", (3, 11, 18), device=device)
+    mean = block_mean(x, order=order, implementation=name)
+    assert torch.equal(mean, block_mean(order.apply(x), implementation=name))
+    assert not torch.equal(mean, block_mean(x, implementation=name))
+    with pytest.raises(UnsupportedCall, match="order is for 594 tokens, the call has 593"):
+        block_mean(x[:, 1:], order=order, implementation=name)
 
 
 @pytest.mark.parametrize(("name", "device"), NAMES)

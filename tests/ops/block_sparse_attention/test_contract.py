@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import judge
 from cases import DEVICES, DTYPES, SPARSE_CASES, Case, build
 from ditattn.attention.plan import BlockPlan
+from ditattn.attention.token_order import TokenOrder, token_order
 from ditattn.errors import UnsupportedCall
+from ditattn.ops import cpu_library
+from ditattn.ops.block_mean import block_mean
 from ditattn.ops.block_sparse_attention import TABLE, block_sparse_attention, block_sparse_attention_with_lse, pure_torch
 from ditattn.ops.dense_attention import dense_attention
 
@@ -83,6 +87,26 @@ def test_same_input_same_bits(name: str, device: str) -> None:
     problem = build(Case("twice", plan="uneven", query_length=517, key_length=517), torch.bfloat16, device)
     first, second = (block_sparse_attention(problem.query, problem.key, problem.value, problem.plan, implementation=name) for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("name", "device", "dtype"), [(*row, dtype) for row in NAMES for dtype in dtypes_of(*row)])
+@pytest.mark.parametrize("layout", ["padded", "transposed"])
+def test_token_order_changes_nothing_but_the_place(name: str, device: str, dtype: torch.dtype, layout: str) -> None:
+    """The same bits as on reordered copies, every token back at its place: whether or not the implementation reorders by itself."""
+    grid = (3, 11, 18)
+    problem = build(Case("ordered", plan="uneven", query_length=594, key_length=594, layout=layout), dtype, device)
+    order = token_order("tile", grid, device=device)
+    with_lse = "lse" in next(row for row in TABLE if row.name == name).honours
+    tensors = (problem.query, problem.key, problem.value)
+    if with_lse:
+        out, lse = block_sparse_attention_with_lse(*tensors, problem.plan, order=order, implementation=name)
+        expected, expected_lse = block_sparse_attention_with_lse(*map(order.apply, tensors), problem.plan, implementation=name)
+        assert torch.equal(lse, expected_lse.index_select(2, order.inverse))
+    else:
+        out = block_sparse_attention(*tensors, problem.plan, order=order, implementation=name)
+        expected = block_sparse_attention(*map(order.apply, tensors), problem.plan, implementation=name)
+    assert torch.equal(out, order.undo(expected))
+    assert not torch.equal(out, expected)
 
 
 @pytest.mark.parametrize(("name", "device"), NAMES)
@@ -167,6 +191,30 @@ def test_plans_that_do_not_fit_say_why(what: str) -> None:
     spoil, text = BAD_PLANS[what]
     with pytest.raises(UnsupportedCall, match=text):
         block_sparse_attention(problem.query, problem.key, problem.value, spoil(problem.plan))
+
+
+def test_orders_that_do_not_fit_say_why() -> None:
+    p = build(PLAIN, torch.float32)
+    tile = token_order("tile", (3, 10, 10))
+    assert tile.length == p.query.shape[1]
+    with pytest.raises(UnsupportedCall, match="order is for 297 tokens, the call has 300"):
+        block_sparse_attention(p.query, p.key, p.value, p.plan, order=token_order("tile", (3, 9, 11)))
+    with pytest.raises(UnsupportedCall, match="causal call takes no token order"):
+        block_sparse_attention(p.query, p.key, p.value, p.plan, order=tile, causal=True)
+
+
+@pytest.mark.skipif(cpu_library.problem() is not None, reason="no compiled kernels")
+@pytest.mark.parametrize("spoil", [lambda x: x.fill_(7), lambda x: x.sub_(1), lambda x: x.add_(1)], ids=["twice", "negative", "too large"])
+def test_the_compiled_kernel_follows_no_broken_order(spoil: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """It would write outside the result, or leave tokens of it unwritten."""
+    p = build(PLAIN, torch.float32)
+    tile = token_order("tile", (3, 10, 10))
+    assert tile.forward is not None
+    broken = TokenOrder(spoil(tile.forward.clone()), tile.inverse, tile.first_frame, tile.video, tile.length)
+    with pytest.raises(UnsupportedCall, match="no permutation"):
+        block_sparse_attention(p.query, p.key, p.value, p.plan, order=broken, implementation="cpu")
+    with pytest.raises(UnsupportedCall, match="no permutation"):
+        block_mean(p.query, order=broken, implementation="cpu")
 
 
 @pytest.mark.parametrize("what", ["mixed dtypes", "nan scale", "float64", "unknown name"])

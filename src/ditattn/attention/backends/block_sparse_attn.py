@@ -11,6 +11,7 @@ from ditattn.attention.interface import AttentionBackend, AttentionBackendEnum
 from ditattn.attention.plan import BlockPlan
 from ditattn.attention.selection import antidiagonal
 from ditattn.attention.sparse import SparseAttentionImpl, SparseAttentionMetadata, SparseAttentionMetadataBuilder, block_frame_stride
+from ditattn.attention.token_order import TokenOrder
 from ditattn.config import BlockSparseAttentionConfig
 
 __all__ = ["BlockSparseAttentionBackend", "BlockSparseAttentionImpl", "BlockSparseAttentionMetadata", "BlockSparseAttentionMetadataBuilder"]
@@ -40,11 +41,11 @@ class BlockSparseAttentionMetadataBuilder(SparseAttentionMetadataBuilder):
 class BlockSparseAttentionImpl(SparseAttentionImpl):
     """Causal attention is possible in raster order."""
 
-    def plan(self, query: Tensor, key: Tensor, attn_metadata: SparseAttentionMetadata, protected: Tensor) -> BlockPlan:
+    def plan(self, query: Tensor, key: Tensor, attn_metadata: SparseAttentionMetadata, order: TokenOrder, protected: Tensor) -> BlockPlan:
         assert isinstance(attn_metadata, BlockSparseAttentionMetadata)
         return antidiagonal.select(
-            query,
-            key,
+            order.apply(query),
+            order.apply(key),
             scale=self.softmax_scale,
             sparsity=attn_metadata.sparsity,
             protected=protected,

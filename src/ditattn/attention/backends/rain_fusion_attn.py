@@ -14,6 +14,7 @@ from ditattn.attention.interface import AttentionBackend, AttentionBackendEnum
 from ditattn.attention.plan import BlockPlan
 from ditattn.attention.selection import mean_pool
 from ditattn.attention.sparse import SparseAttentionImpl, SparseAttentionMetadata, SparseAttentionMetadataBuilder
+from ditattn.attention.token_order import TokenOrder
 from ditattn.config import RainFusionAttentionConfig
 from ditattn.errors import UnsupportedCall
 
@@ -45,7 +46,7 @@ class RainFusionAttentionImpl(SparseAttentionImpl):
             raise UnsupportedCall("rain_fusion_attn does not support causal attention; block_sparse_attn does")
         super().__init__(num_heads, head_size, softmax_scale, causal, *args, **kwargs)
 
-    def plan(self, query: Tensor, key: Tensor, attn_metadata: SparseAttentionMetadata, protected: Tensor) -> BlockPlan:
+    def plan(self, query: Tensor, key: Tensor, attn_metadata: SparseAttentionMetadata, order: TokenOrder, protected: Tensor) -> BlockPlan:
         return mean_pool.select(
             query,
             key,
@@ -53,6 +54,7 @@ class RainFusionAttentionImpl(SparseAttentionImpl):
             sparsity=attn_metadata.sparsity,
             protected=protected,
             key_lengths=attn_metadata.key_lengths,
+            order=order,
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ditattn.attention.plan import BLOCK_SIZE, BlockPlan, num_blocks
+from ditattn.attention.token_order import TokenOrder
 from ditattn.ops.block_mean import block_mean
 
 __all__ = ["num_kept", "select"]
@@ -27,6 +28,7 @@ def select(
     sparsity: float,
     protected: Tensor,
     key_lengths: Tensor | None = None,
+    order: TokenOrder | None = None,
     block_size: int = BLOCK_SIZE,
 ) -> BlockPlan:
     """Keep, for each query block of each batch element and head, the key blocks with the highest pooled score.
@@ -36,20 +38,21 @@ def select(
     so that NaN inputs reach the output as they do in dense attention.
 
     Args:
-        query: `[B, S, H, D]`.
+        query: `[B, S, H, D]`, in the model's order.
         key: `[B, T, G, D]`, H a multiple of G.
         scale: factor on the scores.
         sparsity: asked share of key blocks to drop; every row keeps exactly `num_kept(N, sparsity)` blocks, and the protected ones.
         protected: bool `[N]`, N = number of key blocks; kept as columns and, where S = T, as whole rows.
         key_lengths: integer `[B]`, real keys of each batch element. Blocks that hold padding leave the ranking; the one that also holds
             real keys is kept.
+        order: the order in which tokens make blocks; everything that speaks of blocks or of leading keys means this order.
 
     Returns:
         BlockPlan over `[B, H]`.
 
     Source: RainFusion2.0, arXiv 2512.24086 (steps 2 to 5).
     """
-    q, k = block_mean(query, block_size), block_mean(key, block_size)
+    q, k = block_mean(query, block_size, order=order), block_mean(key, block_size, order=order)
     k = k.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
     scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * scale
     keep = num_kept(num_blocks(key.shape[1], block_size), sparsity)

@@ -15,10 +15,15 @@
 
 namespace {
 
+// Consecutive tokens of one head, or in another order: then token r of them is token order[r] of the tensor.
 struct Rows {
   char* data;
   int64_t stride;  // bytes
   int dtype;
+  const int64_t* order;
+
+  int64_t token(int r) const { return order ? order[r] : r; }
+  char* at(int r) const { return data + token(r) * stride; }
 };
 
 // A key block as one query block sees it.
@@ -32,7 +37,7 @@ struct Visit {
 
 struct Unit {
   Rows query, out;
-  float* lse;          // of the first row, or null
+  float* lse;          // of token 0 of `out`, or null
   int rows;            // 1..128
   bool negate;         // the scale was negative: use -query
   float scale;         // magnitude
@@ -44,7 +49,7 @@ template <class Kernel> class Attention {
  public:
   explicit Attention(DitattnAttention& a)
       : a_(a), query_blocks_(blocks(a.query_length)), key_blocks_(blocks(a.key_length)),
-        in_place_(Kernel::in_place(a.dtype, a.key)), key_slots_(in_place_ ? 1 : key_blocks_) {}
+        in_place_(!a.order && Kernel::in_place(a.dtype, a.key)), key_slots_(in_place_ ? 1 : key_blocks_) {}
 
   int run() {
     const int64_t key_heads = (int64_t)a_.batch * a_.key_heads, units = (int64_t)a_.batch * a_.heads * query_blocks_;
@@ -52,7 +57,7 @@ template <class Kernel> class Attention {
     if (!keys.get() || !values.get()) return DITATTN_NO_MEMORY;
     keys_ = keys.get();
     values_ = values.get();
-    order_rows();
+    schedule_rows();
     Team team(a_.host);
     const auto start = Clock::now();
     team.run(a_.num_threads, key_heads * key_blocks_, [&](auto next) { for (int64_t w; (w = next()) >= 0;) pack(w / key_blocks_, w % key_blocks_); });
@@ -73,7 +78,9 @@ template <class Kernel> class Attention {
 
   Rows rows(const DitattnTensor& t, int64_t b, int64_t h, int64_t token) const {
     const int size = size_of(a_.dtype);
-    return {(char*)t.data + (b * t.batch_stride + token * t.token_stride + h * t.head_stride) * size, t.token_stride * size, a_.dtype};
+    const int64_t first = a_.order ? 0 : token;
+    char* data = (char*)t.data + (b * t.batch_stride + first * t.token_stride + h * t.head_stride) * size;
+    return {data, t.token_stride * size, a_.dtype, a_.order ? a_.order + token : nullptr};
   }
 
   int key_length(int b) const { return a_.key_lengths ? std::min(a_.key_lengths[b], a_.key_length) : a_.key_length; }
@@ -94,11 +101,11 @@ template <class Kernel> class Attention {
   }
 
   // Within a head the long rows come first: the last units of the call are short, and no thread waits long for another.
-  void order_rows() {
+  void schedule_rows() {
     const int64_t heads = (int64_t)a_.batch * a_.heads;
-    order_.resize(heads * query_blocks_);
+    schedule_.resize(heads * query_blocks_);
     for (int64_t bh = 0; bh < heads; bh++) {
-      const auto first = order_.begin() + bh * query_blocks_;
+      const auto first = schedule_.begin() + bh * query_blocks_;
       for (int i = 0; i < query_blocks_; i++) first[i] = i;
       const int b = bh / a_.heads, h = bh % a_.heads;
       auto work = [&](int row) { return a_.causal ? std::min(row + 1, count(b, h, row)) : count(b, h, row); };
@@ -125,11 +132,11 @@ template <class Kernel> class Attention {
 
   void attend(int64_t w, Visit* visits, char* scratch) {
     const int64_t bh = w / query_blocks_;
-    const int b = bh / a_.heads, h = bh % a_.heads, row = order_[w];
+    const int b = bh / a_.heads, h = bh % a_.heads, row = schedule_[w];
     Unit unit;
     unit.query = rows(a_.query, b, h, (int64_t)row * BLOCK);
     unit.out = rows(a_.out, b, h, (int64_t)row * BLOCK);
-    unit.lse = a_.lse ? a_.lse + bh * a_.query_length + (int64_t)row * BLOCK : nullptr;
+    unit.lse = a_.lse ? a_.lse + bh * a_.query_length + (a_.order ? 0 : (int64_t)row * BLOCK) : nullptr;
     unit.rows = std::min(BLOCK, a_.query_length - row * BLOCK);
     unit.negate = a_.scale < 0;
     unit.scale = std::fabs(a_.scale);
@@ -141,8 +148,8 @@ template <class Kernel> class Attention {
 
   void write_nothing(const Unit& unit) const {
     for (int r = 0; r < unit.rows; r++) {
-      memset(unit.out.data + r * unit.out.stride, 0, (size_t)a_.head_dim * size_of(a_.dtype));
-      if (unit.lse) unit.lse[r] = -INFINITY;
+      memset(unit.out.at(r), 0, (size_t)a_.head_dim * size_of(a_.dtype));
+      if (unit.lse) unit.lse[unit.out.token(r)] = -INFINITY;
     }
   }
 
@@ -151,7 +158,7 @@ template <class Kernel> class Attention {
   const bool in_place_;
   const int64_t key_slots_;  // packed key blocks per head: all of them, or the short last one
   char *keys_ = nullptr, *values_ = nullptr;
-  std::vector<int32_t> order_;
+  std::vector<int32_t> schedule_;
 };
 
 }  // namespace

@@ -14,7 +14,7 @@ INLINE __m512i load_bf16x32(const char* p, int dtype) {
 
 // Elements d .. d+31 of row r as bf16; zero beyond the last row.
 INLINE __m512i row_bf16(Rows rows, int r, int d, int num_rows) {
-  return r < num_rows ? load_bf16x32(rows.data + r * rows.stride + d * size_of(rows.dtype), rows.dtype) : _mm512_setzero_si512();
+  return r < num_rows ? load_bf16x32(rows.at(r) + d * size_of(rows.dtype), rows.dtype) : _mm512_setzero_si512();
 }
 
 // 16 x 16 units of Q^T: elements d .. d+31 (as 16 pairs) by the 16 query rows from `row` on; missing rows are zero lanes.

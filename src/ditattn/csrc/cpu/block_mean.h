@@ -1,4 +1,4 @@
-// Means of blocks of consecutive tokens, fp32 sums, one pass over the input in the order it lies in memory.
+// Means of blocks of tokens, fp32 sums, one pass over the input.
 #pragma once
 #include "attention.h"
 
@@ -28,10 +28,12 @@ int block_mean(const DitattnBlockMean& a) {
       const int tokens = std::min<int64_t>(a.block_size, a.length - first);
       float* out = a.out + w * width;
       std::fill(out, out + width, 0.f);
-      const char* base = (const char*)a.input.data + (b * a.input.batch_stride + first * a.input.token_stride) * size;
-      for (int h = 0; h < (dense_heads ? 1 : a.heads); h++) for (int t = 0; t < tokens; t++)
-        add_row(out + (int64_t)h * a.head_dim, base + (t * a.input.token_stride + h * a.input.head_stride) * size, a.dtype,
+      const char* base = (const char*)a.input.data + b * a.input.batch_stride * size;
+      for (int h = 0; h < (dense_heads ? 1 : a.heads); h++) for (int t = 0; t < tokens; t++) {
+        const int64_t token = a.order ? a.order[first + t] : first + t;
+        add_row(out + (int64_t)h * a.head_dim, base + (token * a.input.token_stride + h * a.input.head_stride) * size, a.dtype,
                 dense_heads ? (int)width : a.head_dim);
+      }
       for (int64_t i = 0; i < width; i++) out[i] /= (float)tokens;
     }
   });

@@ -23,13 +23,13 @@ template <int D> struct F32Kernel {
 
   static void pack_key(Rows key, int kv, char* out) {
     for (int r = 0; r < BLOCK; r++) for (int d = 0; d < D; d += W)
-      *(vf*)(out + r * KEY_STRIDE + d * 4) = r < kv ? load_wide(key.data + r * key.stride + d * size_of(key.dtype), key.dtype) : vf{};
+      *(vf*)(out + r * KEY_STRIDE + d * 4) = r < kv ? load_wide(key.at(r) + d * size_of(key.dtype), key.dtype) : vf{};
   }
 
   // -> [D / 4][128][4]: four elements of one key are broadcast one after the other.
   static void pack_value(Rows value, int kv, char* out) {
     for (int r = 0; r < BLOCK; r++) for (int d = 0; d < D; d += W) {
-      const vf x = r < kv ? load_wide(value.data + r * value.stride + d * size_of(value.dtype), value.dtype) : vf{};
+      const vf x = r < kv ? load_wide(value.at(r) + d * size_of(value.dtype), value.dtype) : vf{};
       UNROLL for (int i = 0; i < W; i += MR) memcpy(out + (((d + i) / MR) * BLOCK + r) * MR * 4, (const float*)&x + i, MR * 4);
     }
   }
@@ -40,7 +40,7 @@ template <int D> struct F32Kernel {
       vf r[W];
       for (int i = 0; i < W; i++) {
         const int row = first_row + j * W + i;
-        r[i] = row < unit.rows ? load_wide(unit.query.data + row * unit.query.stride + d * size_of(unit.query.dtype), unit.query.dtype) : vf{};
+        r[i] = row < unit.rows ? load_wide(unit.query.at(row) + d * size_of(unit.query.dtype), unit.query.dtype) : vf{};
         if (unit.negate) r[i] = -r[i];
       }
       transpose(r);

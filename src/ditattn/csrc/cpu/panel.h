@@ -71,10 +71,10 @@ template <int D> void write_panel(const float* O, Layout layout, const Softmax& 
       UNROLL for (int i = 0; i < W; i++) r[i] = *(const vf*)(O + at(layout, d + i, j)) * inverse;
       transpose(r);
       for (int i = 0; i < W && j * W + i < rows; i++)
-        store_narrow(unit.out.data + (first_row + j * W + i) * unit.out.stride + (int64_t)d * size, unit.out.dtype, r[i]);
+        store_narrow(unit.out.at(first_row + j * W + i) + (int64_t)d * size, unit.out.dtype, r[i]);
     }
   }
-  if (unit.lse) for (int i = 0; i < rows; i++) unit.lse[first_row + i] = s.max[i] * unit.scale + std::log(s.sum[i]);
+  if (unit.lse) for (int i = 0; i < rows; i++) unit.lse[unit.out.token(first_row + i)] = s.max[i] * unit.scale + std::log(s.sum[i]);
 }
 
 }  // namespace

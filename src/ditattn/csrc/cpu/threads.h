@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <new>
 #include <sys/mman.h>
 #include <system_error>
 #include <thread>
@@ -58,24 +59,52 @@ class Team {
   std::atomic<int> status_{DITATTN_OK};
 };
 
-// Cache-line aligned memory, freed on leaving.
+// Cache-line aligned memory. Up to two middle-sized pieces are kept for the next call: touching fresh memory costs as much as packing into it.
+// They are handed over by exchanging pointers, so that no lock can be left closed in a forked child.
 class Memory {
-  static constexpr size_t HUGE_PAGE = 2 << 20;
+  static constexpr size_t HUGE_PAGE = 2 << 20, LEAST_KEPT = 1 << 20, MOST_KEPT = 32 << 20;
+  struct alignas(64) Piece { size_t bytes; };
 
  public:
-  explicit Memory(size_t bytes) {
-    if (posix_memalign(&data_, bytes >= HUGE_PAGE ? HUGE_PAGE : 64, bytes + 64)) data_ = nullptr;
-#if defined(MADV_HUGEPAGE)
-    // touching fresh memory in small pages costs as much as packing into it
-    else if (bytes >= HUGE_PAGE) madvise(data_, bytes, MADV_HUGEPAGE);
-#endif
+  explicit Memory(size_t bytes) : piece_(bytes < LEAST_KEPT ? nullptr : take_kept(bytes)) {
+    if (!piece_) piece_ = make(bytes);
   }
-  ~Memory() { free(data_); }
+  ~Memory() {
+    if (piece_ && piece_->bytes >= LEAST_KEPT && piece_->bytes <= MOST_KEPT) for (auto& place : kept()) {
+      Piece* none = nullptr;
+      if (place.compare_exchange_strong(none, piece_)) return;
+    }
+    free(piece_);
+  }
   Memory(const Memory&) = delete;
-  char* get() const { return (char*)data_; }
+  char* get() const { return (char*)(piece_ ? piece_ + 1 : nullptr); }
 
  private:
-  void* data_ = nullptr;
+  static std::atomic<Piece*> (&kept())[2] {
+    static std::atomic<Piece*> places[2];
+    return places;
+  }
+
+  static Piece* make(size_t bytes) {
+    const size_t all = sizeof(Piece) + bytes + 64;
+    void* data;
+    if (posix_memalign(&data, all >= HUGE_PAGE ? HUGE_PAGE : 64, all)) return nullptr;
+#if defined(MADV_HUGEPAGE)
+    if (all >= HUGE_PAGE) madvise(data, all, MADV_HUGEPAGE);
+#endif
+    return new (data) Piece{bytes};
+  }
+
+  // A kept piece that is large enough; smaller ones are given back, larger ones will take their place.
+  static Piece* take_kept(size_t bytes) {
+    for (auto& place : kept()) if (Piece* piece = place.exchange(nullptr)) {
+      if (piece->bytes >= bytes) return piece;
+      free(piece);
+    }
+    return nullptr;
+  }
+
+  Piece* piece_;
 };
 
 }  // namespace

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ditattn.attention.plan import BLOCK_SIZE, num_blocks
+from ditattn.attention.token_order import TokenOrder
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.table import CallFacts, Implementation, choose, load
 from ditattn.packages import TRITON
@@ -16,7 +17,14 @@ _HERE = "ditattn.ops.block_mean"
 _TARGETS = "ditattn.ops.triton_targets"
 
 TABLE: tuple[Implementation, ...] = (
-    Implementation("triton", f"{_HERE}.triton:run", devices=("cuda",), packages=(TRITON,), probe=f"{_TARGETS}:why_not_cuda"),
+    Implementation(
+        "triton",
+        f"{_HERE}.triton:run",
+        devices=("cuda",),
+        packages=(TRITON,),
+        probe=f"{_TARGETS}:why_not_cuda",
+        orders_tokens=True,
+    ),
     # the same kernel on CPU tensors in triton's interpreter: for checking, never for running
     Implementation(
         "triton",
@@ -25,44 +33,55 @@ TABLE: tuple[Implementation, ...] = (
         packages=(TRITON,),
         probe=f"{_TARGETS}:why_not_interpreted",
         automatic=False,
+        orders_tokens=True,
     ),
-    Implementation("cpu", f"{_HERE}.cpu:run", devices=("cpu",), probe="ditattn.ops.cpu_library:problem"),
+    Implementation("cpu", f"{_HERE}.cpu:run", devices=("cpu",), probe="ditattn.ops.cpu_library:problem", orders_tokens=True),
     Implementation("torch", f"{_HERE}.pure_torch:run"),
     Implementation("reference", f"{_HERE}.reference:run", automatic=False),
 )
 
 
-def block_mean(x: Tensor, block_size: int = BLOCK_SIZE, *, implementation: str | None = None) -> Tensor:
+def block_mean(x: Tensor, block_size: int = BLOCK_SIZE, *, order: TokenOrder | None = None, implementation: str | None = None) -> Tensor:
     """Mean over blocks of `block_size` consecutive tokens; the tail block is the mean of its real tokens.
 
     Args:
         x: `[B, S, H, D]`, any strides.
         block_size: tokens per block.
+        order: blocks are made of the tokens in this order; None leaves them where they are.
         implementation: a name from `TABLE`; None takes the first possible one.
 
     Returns:
         fp32 `[B, ceil(S / block_size), H, D]`.
 
     Raises:
-        UnsupportedCall: x is not four-dimensional, is empty, or no implementation takes it.
+        UnsupportedCall: x is not four-dimensional, is empty, has another length than the order, or no implementation takes it.
     """
     if x.ndim != 4 or 0 in x.shape or block_size < 1:
         raise UnsupportedCall(f"block_mean needs a non-empty [B, S, H, D] and a positive block size, not {list(x.shape)} and {block_size}")
+    if order is not None:
+        order.check_length(x.shape[1])
     # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
     name = implementation or ""
     if not torch.compiler.is_compiling():
         name = choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation).name
-    out: Tensor = _op(x, block_size, name)
+    out: Tensor = _op(x, block_size, name, None if order is None else order.forward)
     return out
 
 
 @torch.library.custom_op("ditattn::block_mean", mutates_args=())
-def _op(x: Tensor, block_size: int, implementation: str) -> Tensor:
-    run = load(choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation or None))
-    out: Tensor = run(x, block_size)
+def _op(x: Tensor, block_size: int, implementation: str, order: Tensor | None = None) -> Tensor:
+    row = choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation or None)
+    run = load(row)
+    out: Tensor
+    if order is None:
+        out = run(x, block_size)
+    elif row.orders_tokens:
+        out = run(x, block_size, order=order)
+    else:
+        out = run(x.index_select(1, order), block_size)
     return out.contiguous()
 
 
 @_op.register_fake
-def _(x: Tensor, block_size: int, implementation: str) -> Tensor:
+def _(x: Tensor, block_size: int, implementation: str, order: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], num_blocks(x.shape[1], block_size), *x.shape[2:], dtype=torch.float32)

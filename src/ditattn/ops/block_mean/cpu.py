@@ -7,5 +7,5 @@ from torch import Tensor
 from ditattn.ops import cpu_call
 
 
-def run(x: Tensor, block_size: int) -> Tensor:
-    return cpu_call.block_mean(x, block_size)
+def run(x: Tensor, block_size: int, order: Tensor | None = None) -> Tensor:
+    return cpu_call.block_mean(x, block_size, order)

@@ -1,4 +1,4 @@
-"""Block means in Triton: every token is read once and summed in fp32.
+"""Block means in Triton: every token is read once, in the order asked for, and summed in fp32.
 
 This module imports triton; it is loaded when its row of the table is taken.
 """
@@ -16,7 +16,7 @@ __all__ = ["mean_kernel", "run"]
 STEP = 64
 
 
-def run(x: Tensor, block_size: int) -> Tensor:
+def run(x: Tensor, block_size: int, order: Tensor | None = None) -> Tensor:
     batch, length, heads, dim = x.shape
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         # the interpreter knows bf16 only as integers
@@ -26,7 +26,18 @@ def run(x: Tensor, block_size: int) -> Tensor:
     # heads run fastest: they lie side by side in memory
     with torch.cuda.device_of(x):
         mean_kernel[(heads, rows, batch)](
-            x, out, *x.stride(), length, rows, heads, dim, BLOCK=block_size, STEP=STEP, PADDED_DIM=triton.next_power_of_2(dim), num_warps=4
+            x,
+            out,
+            order,
+            *x.stride(),
+            length,
+            rows,
+            heads,
+            dim,
+            BLOCK=block_size,
+            STEP=STEP,
+            PADDED_DIM=triton.next_power_of_2(dim),
+            num_warps=4,
         )
     return out
 
@@ -35,6 +46,7 @@ def run(x: Tensor, block_size: int) -> Tensor:
 def mean_kernel(
     x,
     out,
+    order,
     stride_b,
     stride_s,
     stride_h,
@@ -47,7 +59,7 @@ def mean_kernel(
     STEP: tl.constexpr,
     PADDED_DIM: tl.constexpr,
 ):
-    """One block of one head. Strides are in elements."""
+    """One block of one head. Strides are in elements; `order` int64 `[S]` or None."""
     h, m, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dims = tl.arange(0, PADDED_DIM)
     base = x + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
@@ -57,7 +69,10 @@ def mean_kernel(
     total = tl.zeros([PADDED_DIM], dtype=tl.float32)
     for start in tl.static_range(0, BLOCK, STEP):
         tokens = first + start + tl.arange(0, STEP)
-        pointers = base + tokens.to(tl.int64)[:, None] * stride_s + dims[None, :] * stride_d
+        places = tokens.to(tl.int64)
+        if order is not None:
+            places = tl.load(order + tokens, mask=tokens < last, other=0)
+        pointers = base + places[:, None] * stride_s + dims[None, :] * stride_d
         part = tl.load(pointers, mask=(tokens < last)[:, None] & (dims < head_dim)[None, :], other=0.0)
         total += tl.sum(part.to(tl.float32), 0)
     row = (b.to(tl.int64) * num_rows + m) * num_heads + h

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
+from ditattn.attention.token_order import TokenOrder
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.contract import call_facts, check_qkv, checked_scale
 from ditattn.ops.table import HALF, CallFacts, Implementation, choose_to_run, load
@@ -74,7 +75,15 @@ TABLE: tuple[Implementation, ...] = (
         )
         for name, package, honours in _ASCEND
     ),
-    Implementation("cpu", f"{_HERE}.cpu:run", devices=("cpu",), head_dims=_HEAD_DIMS, honours=_MOST, probe=f"{_LIBRARY}:problem"),
+    Implementation(
+        "cpu",
+        f"{_HERE}.cpu:run",
+        devices=("cpu",),
+        head_dims=_HEAD_DIMS,
+        honours=_MOST,
+        probe=f"{_LIBRARY}:problem",
+        orders_tokens=True,
+    ),
     Implementation(
         "cpu_fast_fp32",
         f"{_HERE}.cpu:run_fast_fp32",
@@ -85,6 +94,7 @@ TABLE: tuple[Implementation, ...] = (
         probe=f"{_LIBRARY}:bf16_problem",
         automatic=False,
         computes_in="bfloat16",
+        orders_tokens=True,
     ),
     Implementation("torch", f"{_HERE}.pure_torch:run", honours=_EVERYTHING, slow_on=("npu",)),
     Implementation(
@@ -112,6 +122,7 @@ def block_sparse_attention(
     scale: float | None = None,
     causal: bool = False,
     key_lengths: Tensor | None = None,
+    order: TokenOrder | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """Exact attention over the kept blocks of `plan`.
@@ -123,16 +134,19 @@ def block_sparse_attention(
         scale: factor on the scores, 1 / sqrt(D) when None; applied in fp32.
         causal: within the kept blocks query i sees keys 0..i.
         key_lengths: integer `[B]`; only that many leading keys of each batch element are real.
+        order: the order of the tokens that the plan and `key_lengths` speak of, where it is not that of the tensors: query, key, value and
+            the result stay as they are, and the implementation reads and writes them in this order, or copies them. Needs S = T.
         implementation: a name from `TABLE`, or several separated by commas in order of preference; None takes the first possible one.
 
     Returns:
         `[B, S, H, D]`, contiguous, in the query's dtype. Rows that see no key are zero.
 
     Raises:
-        UnsupportedCall: tensors and plan do not fit together, the scale is not finite, or no implementation takes the call.
+        UnsupportedCall: tensors, plan and order do not fit together, the call is causal in another order, the scale is not finite, or no
+            implementation takes the call.
         BackendUnavailable: the named implementation cannot run here.
     """
-    return _call(query, key, value, plan, scale, causal, key_lengths, False, implementation)[0]
+    return _call(query, key, value, plan, scale, causal, key_lengths, order, False, implementation)[0]
 
 
 def block_sparse_attention_with_lse(
@@ -144,10 +158,11 @@ def block_sparse_attention_with_lse(
     scale: float | None = None,
     causal: bool = False,
     key_lengths: Tensor | None = None,
+    order: TokenOrder | None = None,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `block_sparse_attention`; also the natural log-sum-exp of the scaled scores, fp32 `[B, H, S]`, -inf where no key is seen."""
-    return _call(query, key, value, plan, scale, causal, key_lengths, True, implementation)
+    return _call(query, key, value, plan, scale, causal, key_lengths, order, True, implementation)
 
 
 def _call(
@@ -158,18 +173,32 @@ def _call(
     scale: float | None,
     causal: bool,
     key_lengths: Tensor | None,
+    order: TokenOrder | None,
     return_lse: bool,
     implementation: str | None,
 ) -> tuple[Tensor, Tensor]:
     check_qkv(query, key, value, key_lengths)
     _check_plan(query, key, plan)
+    forward, inverse = _ordering(query, key, causal, order)
     # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
     name = implementation or ""
     if not torch.compiler.is_compiling():
         name = choose_to_run(TABLE, _facts(query, key, causal, key_lengths, return_lse, plan.block_size), implementation).name
     scale = checked_scale(scale, query.shape[3])
-    out, lse = _op(query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, name)
+    out, lse = _op(
+        query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, name, forward, inverse
+    )
     return out, lse
+
+
+def _ordering(query: Tensor, key: Tensor, causal: bool, order: TokenOrder | None) -> tuple[Tensor | None, Tensor | None]:
+    if order is None or order.forward is None:
+        return None, None
+    if causal:
+        raise UnsupportedCall("a causal call takes no token order: the tokens before a token would not be its past")
+    order.check_length(query.shape[1])
+    order.check_length(key.shape[1])
+    return order.forward, order.inverse
 
 
 def _facts(query: Tensor, key: Tensor, causal: bool, key_lengths: Tensor | None, return_lse: bool, block_size: int) -> CallFacts:
@@ -206,11 +235,21 @@ def _op(
     key_lengths: Tensor | None,
     return_lse: bool,
     implementation: str,
+    order: Tensor | None = None,
+    inverse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     facts = _facts(query, key, causal, key_lengths, return_lse, block_size)
-    run = load(choose_to_run(TABLE, facts, implementation or None))
-    plan = BlockPlan(indices, counts, query.shape[1], key.shape[1], block_size)
-    out, lse = run(query, key, value, plan, scale, causal, key_lengths, return_lse)
+    row = choose_to_run(TABLE, facts, implementation or None)
+    run = load(row)
+    options = (BlockPlan(indices, counts, query.shape[1], key.shape[1], block_size), scale, causal, key_lengths, return_lse)
+    if order is None:
+        out, lse = run(query, key, value, *options)
+    elif row.orders_tokens:
+        out, lse = run(query, key, value, *options, order=order, inverse=inverse)
+    else:
+        assert inverse is not None
+        out, lse = run(*(x.index_select(1, order) for x in (query, key, value)), *options)
+        out, lse = out.index_select(1, inverse), (lse.index_select(2, inverse) if return_lse else None)
     return out.contiguous(), (lse if return_lse else query.new_empty(0, dtype=torch.float32))
 
 
@@ -227,6 +266,8 @@ def _(
     key_lengths: Tensor | None,
     return_lse: bool,
     implementation: str,
+    order: Tensor | None = None,
+    inverse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = query.shape
     lse_shape = (batch, heads, length) if return_lse else (0,)
