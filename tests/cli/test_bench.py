@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
-from ditattn.measurement import questions
+from ditattn.measurement import cpu_attention, questions, timing
 from ditattn.measurement.timing import machine
 from ditattn.ops import cpu_library
 
@@ -23,8 +24,10 @@ TITLES = (
 )
 FRESH = """
 import sys
+from functools import partial
 from ditattn.cli import main
-from ditattn.measurement import questions
+from ditattn.measurement import cpu_attention, questions, timing
+cpu_attention.interleaved = partial(timing.interleaved, shortest_s=0)
 questions.FULL = questions.Sizes(256, (256, 512), None)
 main(sys.argv[1:])
 """
@@ -33,6 +36,8 @@ needs_kernel = pytest.mark.skipif(cpu_library.problem() is not None, reason=f"no
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
+    # a call is not repeated until it has run for a while
+    monkeypatch.setattr(cpu_attention, "interleaved", partial(timing.interleaved, shortest_s=0))
     monkeypatch.setattr(questions, "FULL", questions.Sizes(256, (256, 512), (3, 16, 16)))
     monkeypatch.setattr(questions, "QUICK", questions.Sizes(128, (128, 256), None))
 
@@ -89,6 +94,7 @@ def test_without_kernels_it_says_why_and_measures_nothing():
     ]
 
 
+@pytest.mark.slow
 def test_the_kernels_that_the_environment_names_are_measured():
     done = fresh("avx2")
     if "ditattn: error: nothing was measured" in done.stderr:
