@@ -1,4 +1,4 @@
-"""Attention on this CPU: the compiled kernel against torch and its peers.
+"""Attention on this CPU: the compiled kernel against torch and its peers. `ditattn bench` with --record.
 
     python -m benchmarks.cpu_attention            about ten minutes; --quick: two
     python -m benchmarks.cpu_attention --json     one line for machines instead of tables
@@ -11,31 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from ditattn.measurement.cpu_attention import Measured, measure_growth, measure_shape, measure_video, render, render_machine
-from ditattn.measurement.timing import machine
+from ditattn.measurement import questions
 
 RESULTS = Path(__file__).parent / "results/cpu_attention.jsonl"
-
-# wan2.1-1.3b-480p-81f
-VIDEO = (21, 30, 52)
-
-
-def measure(rounds: int, quick: bool, flex: bool) -> Iterator[Measured]:
-    """The questions one by one, as they are answered."""
-    length = 4096 if quick else 8192
-    for dtype in (torch.bfloat16, torch.float32):
-        for head_dim in (128, 64):
-            yield measure_shape(length, 4, head_dim, dtype, rounds, flex and head_dim == 128)
-    yield measure_shape(length, 4, 128, torch.float16, rounds)
-    lengths = (2048, 4096, 8192, 16384) if quick else (2048, 4096, 8192, 16384, 32768, 65536)
-    yield measure_growth(lengths, 1, 128, torch.bfloat16, rounds)
-    if not quick:
-        yield measure_video(VIDEO, 12, 128, torch.bfloat16, max(3, rounds // 2))
 
 
 def main() -> None:
@@ -46,15 +27,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of tables")
     parser.add_argument("--record", action="store_true", help="append the JSON line to benchmarks/results")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    report = []
-    if not options.json:
-        print(render_machine(), flush=True)
-    for measured in measure(options.rounds, options.quick, not options.no_flex):
-        report.append(measured)
-        if not options.json:
-            print(render(measured), flush=True)
-    line = json.dumps({"machine": machine(), "rounds": options.rounds, "seed": 0, "report": [m.as_dict() for m in report]})
+    tell = (lambda text: None) if options.json else partial(print, flush=True)
+    answers = questions.ask(questions.QUICK if options.quick else questions.FULL, options.rounds, not options.no_flex, tell)
+    line = json.dumps(answers.as_dict())
     if options.json:
         print(line)
     if options.record:

@@ -1,4 +1,4 @@
-"""Block-sparse attention on an NVIDIA GPU against FlexAttention on the same plans and against dense kernels.
+"""Block-sparse attention on an NVIDIA GPU against FlexAttention and FlashAttention-4 on the same plans and against dense kernels.
 
     python -m benchmarks.cuda_attention
 
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.cuda_peers import PEERS, prepare
 from ditattn.attention.backends.rain_fusion_attn import RainFusionAttentionBackend
 from ditattn.attention.plan import BlockPlan, num_blocks
 from ditattn.attention.selection.mean_pool import num_kept
@@ -36,11 +37,13 @@ from ditattn.platforms.stopwatch import Stopwatch
 
 RESULTS = Path(__file__).parent / "results" / "cuda_attention.jsonl"
 SPARSITIES = (0.5, 0.75, 0.9)
-SPARSE_ARMS = ("triton", "flex")
+SPARSE_ARMS = ("triton", "flex", *PEERS)
 DENSE_ARMS = ("cudnn", "flash")
 # of the whole run; below the eight minutes that one command may take
 BUDGET_S = 420
 MAX_RELATIVE_ERROR = 2e-2
+# what kernels raise that cannot run, ours and others'
+REFUSALS = (DitattnError, RuntimeError, ValueError, TypeError, AssertionError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def describe_machine() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "triton": _version("triton"),
+        "flash-attn-4": _version("flash-attn-4"),
     }
 
 
@@ -177,8 +181,8 @@ def check_arms(device: str, arms: tuple[str, ...] = (*SPARSE_ARMS, *DENSE_ARMS))
         )
         try:
             error = ((call().float() - exact).norm() / exact.norm()).item()
-        except (DitattnError, RuntimeError) as problem:
-            refused[arm] = str(problem).splitlines()[0]
+        except REFUSALS as problem:
+            refused[arm] = _first_line(problem)
             continue
         if not error < MAX_RELATIVE_ERROR:
             refused[arm] = f"wrong: relative error {error:.1e}"
@@ -189,6 +193,8 @@ def _call(arm: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None) -> 
     if arm in DENSE_ARMS:
         return partial(dense_attention, q, k, v, implementation=arm)
     assert plan is not None
+    if arm in PEERS:
+        return prepare(arm, q, k, v, plan)
     return partial(block_sparse_attention, q, k, v, plan, implementation=arm)
 
 
@@ -246,9 +252,13 @@ def _warm_up(row: Row, call: Callable[[], Tensor], q: Tensor) -> str | None:
             torch.cuda.synchronize()
             size = q.numel() * q.element_size()
             row.peak_over_qkv_out = round((torch.cuda.max_memory_allocated() - before - size) / (4 * size), 3)
-    except (DitattnError, RuntimeError) as problem:
-        return str(problem).splitlines()[0]
+    except REFUSALS as problem:
+        return _first_line(problem)
     return None
+
+
+def _first_line(problem: Exception) -> str:
+    return (str(problem) or type(problem).__name__).splitlines()[0]
 
 
 def print_table(rows: list[Row]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from ditattn.attention.interface import AttentionBackendEnum
 from ditattn.attention.selector import load_backend
+from ditattn.ops import block_estimate, cpu_library, preference
 from ditattn.ops.table import CallFacts, choose
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU
 from ditattn.platforms import PLATFORMS, get_platform
@@ -24,7 +25,8 @@ def listing(ditattn):
 
 
 def table(operation):
-    return importlib.import_module(f"ditattn.ops.{operation}").TABLE
+    module = importlib.import_module(f"ditattn.ops.{operation}")
+    return module.TABLE + getattr(module, "ELSEWHERE", ())
 
 
 def expected_keys():
@@ -84,6 +86,36 @@ def test_every_backend_serves_on_the_cpu(listing):
     serving = {row["backend"] for row in listing["backends"] if row["device"] == "cpu" and row["serves"]}
     assert serving == {str(name) for name in AttentionBackendEnum}
     assert [device["reason"] for device in listing["devices"] if device["device"] == "cpu"] == [None]
+
+
+@pytest.mark.skipif(cpu_library.problem() is not None, reason=f"no CPU kernels: {cpu_library.problem()}")
+@pytest.mark.parametrize("preferred", ["cpu", "torch"])
+def test_the_measured_choice_is_shown_with_its_numbers(ditattn, monkeypatch, preferred):
+    facts = CallFacts("cpu", torch.bfloat16, 64)
+    measured = preference.Measurement("this kind", "cpu", 1.5, "torch", 2.5, preferred)
+    monkeypatch.setitem(preference._MEASURED, facts, measured)
+    rows = json.loads(ditattn("backends", "--json", "--device", "cpu").out)["backends"]
+    for backend in ("laser_attn", "block_sparse_attn", "rain_fusion_attn"):
+        dense = {row["implementation"]: row for row in rows if (row["backend"], row["operation"]) == (backend, "dense_attention")}
+        assert dense["cpu"]["note"] == f"measured here for this kind: cpu 1.50 ms, torch 2.50 ms, so {preferred}"
+        assert (dense["cpu"]["serves"], dense["torch"]["serves"]) == (preferred == "cpu", preferred == "torch")
+        assert dense["cpu"]["available"]
+    # where a backend insists on an implementation, or nothing was measured, there is nothing to say
+    assert {row["implementation"] for row in rows if row["note"]} == {"cpu"}
+    assert {row["operation"] for row in rows if row["note"]} == {"dense_attention"}
+    text = ditattn("backends", "--device", "cpu").out
+    number = next(line.split(") ")[0] for line in text.splitlines() if line.endswith(measured.sentence()))
+    line = next(line.split() for line in text.splitlines() if line.startswith("cpu") and f"{number})" in line)
+    assert line[1:] == ["laser_attn", "dense_attention", "serves" if preferred == "cpu" else "ready", f"{number})", "cpu"]
+
+
+def test_the_estimate_of_block_sparse_attn_is_listed_with_what_does_it_elsewhere(listing):
+    rows = [row for row in listing["backends"] if row["operation"] == "block_estimate"]
+    assert {row["backend"] for row in rows} == {"block_sparse_attn"}
+    for device in PLATFORMS:
+        names = [row["implementation"] for row in rows if row["device"] == device]
+        assert names == [row.name for row in block_estimate.TABLE] + ["torch"]
+    assert [row["implementation"] for row in rows if row["device"] == "cpu" and row["serves"]] == ["torch"]
 
 
 def test_the_table_for_people_loses_no_row_and_no_reason(ditattn, listing):

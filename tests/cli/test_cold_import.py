@@ -55,7 +55,17 @@ def test_importing_ours_costs_little_beside_torch():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["generate", "--help"], ["compare", "--help"], ["tune", "--help"], ["backends", "--help"], []]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["generate", "--help"],
+        ["compare", "--help"],
+        ["tune", "--help"],
+        ["backends", "--help"],
+        ["bench", "--help"],
+        [],
+    ],
 )
 def test_help_needs_no_torch(arguments):
     done = fresh(

@@ -40,12 +40,13 @@ def stub_folder() -> Path:
 def _forgetful() -> Iterator[None]:
     """A table's choices are cached per call signature, and the machines of these tests change."""
     from ditattn.ops.block_estimate import serving
-    from ditattn.ops.table import choose
+    from ditattn.ops.table import _warn_once, choose, choose_to_run
 
-    for cached in (choose, serving):
+    caches = (choose, choose_to_run, serving, _warn_once)
+    for cached in caches:
         cached.cache_clear()
     yield
-    for cached in (choose, serving):
+    for cached in caches:
         cached.cache_clear()
 
 

@@ -23,6 +23,7 @@ def test_with_an_npu(stub_folder: Path) -> None:
     assert found["devices"] == [{"device": "npu", "name": "Ascend910_9382 (A3)", "reason": None}]
     serving = {(row["backend"], row["operation"]): row["implementation"] for row in found["backends"] if row["serves"]}
     assert serving["rain_fusion_attn", "block_sparse_attention"] == "mask_torch_npu"
+    assert serving["block_sparse_attn", "block_estimate"] == "estimate_mindiesd"
     assert serving["laser_attn", "dense_attention"] == "laser_mindiesd"
     assert serving["fa", "dense_attention"] == "flash"
     explained = {row["implementation"]: row["reason"] for row in found["backends"] if not row["available"]}

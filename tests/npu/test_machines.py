@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from ditattn.attention.interface import AttentionBackendEnum as B
 from ditattn.errors import BackendUnavailable, UnsupportedCall
 from ditattn.ops import block_sparse_attention, dense_attention
 from ditattn.ops.block_sparse_attention import ascend
-from ditattn.ops.table import CallFacts, choose, explain
+from ditattn.ops.table import CallFacts, choose, choose_to_run, explain
 from ditattn.packages import Package
 from ditattn.platforms import get_platform
 from ditattn.platforms.npu import generation_of
@@ -81,6 +82,28 @@ def test_sparse(machine, name, packages, dtype, head_dim, facts, expected) -> No
 def test_sparse_with_cann_8(machine, name, packages, dtype, head_dim, facts, expected) -> None:
     machine(name, packages, cann=(8, 5))
     assert choose(block_sparse_attention.TABLE, CallFacts("npu", dtype, head_dim, **facts)).name == expected
+
+
+@pytest.mark.parametrize(("name", "packages", "dtype", "head_dim", "facts", "expected"), SPARSE)
+def test_plain_torch_is_warned_of_and_nothing_else(machine, caplog, name, packages, dtype, head_dim, facts, expected) -> None:
+    machine(name, packages)
+    with caplog.at_level(logging.WARNING, "ditattn"):
+        for num_keys in (8192, 32760):
+            choose_to_run(block_sparse_attention.TABLE, CallFacts("npu", dtype, head_dim, **facts, num_keys=num_keys))
+    assert len(caplog.records) == (expected == "torch")
+
+
+def test_the_warning_names_every_reason(machine, caplog) -> None:
+    machine(A5, ("attentions",))
+    with caplog.at_level(logging.WARNING, "ditattn"):
+        choose_to_run(block_sparse_attention.TABLE, CallFacts("npu", BF16, 128))
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith(
+        "block_sparse_attention runs as 'torch', which is slow on npu (npu, bfloat16, head size 128). mask_torch_npu: "
+    )
+    assert "load the model in float16" in message
+    assert "mask_mindiesd: package 'mindiesd' is missing" in message
+    assert "index_attentions, index_mindiesd, counted_sgl_kernel_npu, counted_attentions, counted_mindiesd: the operator runs on" in message
 
 
 @pytest.mark.parametrize(("name", "packages", "expected"), LASER)

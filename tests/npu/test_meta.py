@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -119,6 +120,25 @@ def test_a5_runs_bf16_through_mindiesd_and_fp16_through_torch_npu(only: Callable
     for dtype, expected in ((torch.bfloat16, "mindiesd.block_sparse_attention"), (torch.float16, "npu.npu_block_sparse_attention")):
         with fake_wan("rain_fusion_attn", dtype, sparsity=0.5, min_tokens=0) as forward:
             assert forward().count(expected) == 2
+
+
+@pytest.mark.usefixtures("_through")
+@pytest.mark.parametrize(("min_tokens", "warnings"), [(0, 1), (10**6, 0)], ids=["sparse", "dense"])
+def test_sparse_calls_without_an_operator_are_warned_of_once(
+    only: Callable[..., None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, min_tokens: int, warnings: int
+) -> None:
+    """No operator takes float32. A backend that runs densely has nothing to warn of."""
+    only()
+    # plain torch reads the plan, and fake plans hold nothing
+    monkeypatch.setattr(block_sparse_attention, "load", lambda row: lambda query, *_: (torch.empty_like(query), None))
+    with (
+        caplog.at_level(logging.WARNING, "ditattn"),
+        fake_wan("rain_fusion_attn", torch.float32, sparsity=0.5, min_tokens=min_tokens) as run,
+    ):
+        run()
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == warnings
+    assert all("takes bfloat16, float16, not float32" in message for message in messages)
 
 
 @pytest.mark.usefixtures("_through")

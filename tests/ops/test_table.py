@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from ditattn.errors import BackendUnavailable, UnsupportedCall
-from ditattn.ops.table import CallFacts, Implementation, Package, choose, explain, load
+from ditattn.ops import block_sparse_attention
+from ditattn.ops.table import CallFacts, Implementation, Package, _warn_once, choose, choose_to_run, explain, load
 
 ABSENT = Package("package_that_nobody_has", "the fast road", "pip install package_that_nobody_has")
 FACTS = CallFacts("cpu", torch.float32, 64)
@@ -130,3 +134,52 @@ def test_a_measurement_may_make_a_row_stand_back_and_is_shown() -> None:
 def test_a_row_never_stands_back_for_one_that_cannot_run() -> None:
     table = (row("own", preference=f"{__name__}:prefers_portable"), row("portable", dtypes=("float16",)))
     assert choose(table, FACTS).name == "own"
+
+
+NPU_ROWS = (row("own", devices=("npu",), head_dims=(64,)), row("other", devices=("npu",), head_dims=(64,)), row("gpu", devices=("cuda",)))
+WITH_SLOW = (*NPU_ROWS, row("portable", slow_on=("npu",)))
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What is warned of; nothing was before."""
+    choose_to_run.cache_clear()
+    _warn_once.cache_clear()
+    caplog.set_level(logging.WARNING, "ditattn")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_a_row_that_is_slow_there_is_named_once_per_kind_of_call(warnings: Callable[[], list[str]]) -> None:
+    for num_keys in (100, 200):
+        assert choose_to_run(WITH_SLOW, CallFacts("npu", torch.float32, 80, num_keys=num_keys)).name == "portable"
+    assert len(warnings()) == 1
+    assert "slow on npu (npu, float32, head size 80). own, other: takes head sizes 64, not 80" in warnings()[0]
+    choose_to_run(WITH_SLOW, CallFacts("npu", torch.float16, 80))
+    assert len(warnings()) == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "head_dim", "name"),
+    [("npu", 64, None), ("cpu", 80, None), ("cuda", 80, None), ("npu", 80, "portable"), ("npu", 80, "own,portable")],
+    ids=["a fast row serves", "cpu", "cuda", "by name", "second name"],
+)
+def test_no_warning_where_nothing_is_slow_or_it_was_asked_for(
+    warnings: Callable[[], list[str]], device: str, head_dim: int, name: str | None
+) -> None:
+    choose_to_run(WITH_SLOW, CallFacts(device, torch.float32, head_dim), name)
+    assert warnings() == []
+
+
+def test_the_choice_for_a_report_does_not_warn(warnings: Callable[[], list[str]]) -> None:
+    assert choose(WITH_SLOW, CallFacts("npu", torch.float32, 80)).name == "portable"
+    assert warnings() == []
+
+
+@pytest.mark.parametrize(("device", "count"), [("npu", 1), ("cpu", 0), ("cuda", 0)])
+def test_plain_torch_for_a_sparse_call_is_slow_on_npus_only(warnings: Callable[[], list[str]], device: str, count: int) -> None:
+    row = choose_to_run(block_sparse_attention.TABLE, CallFacts(device, torch.float32, 80))
+    assert row.name == "torch"
+    assert len(warnings()) == count
+    assert all(message.startswith("block_sparse_attention runs as 'torch', which is slow on npu") for message in warnings())
+    if count:
+        assert all(name in warnings()[0] for name in ("mask_torch_npu", "index_attentions", "counted_mindiesd"))

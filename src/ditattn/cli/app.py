@@ -11,6 +11,7 @@ import typer
 
 from ditattn._version import __version__
 from ditattn.cli.backends import backends
+from ditattn.cli.bench import bench
 from ditattn.cli.compare import compare
 from ditattn.cli.failures import EXIT_INTERRUPTED, report_failure
 from ditattn.cli.generate import generate
@@ -46,6 +47,7 @@ app.command("generate")(generate)
 app.command("compare")(compare)
 app.command("tune")(tune)
 app.command("backends")(backends)
+app.command("bench")(bench)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -13,7 +13,7 @@ from ditattn.attention.interface import AttentionBackend, AttentionBackendEnum
 from ditattn.attention.selector import load_backend
 from ditattn.cli.machine import ANY_HEAD_SIZE, why_no_device
 from ditattn.errors import ConfigError
-from ditattn.ops.table import CallFacts, Implementation, explain
+from ditattn.ops.table import CallFacts, Implementation, Verdict, explain
 from ditattn.packages import Package
 from ditattn.platforms import PLATFORMS, Platform, get_platform
 from ditattn.platforms.interface import BACKEND_PATHS
@@ -35,6 +35,7 @@ class Row:
         serves: it is what runs when the backend is named.
         reason: why it cannot run; None if it can.
         install: commands that install what is missing; None if no command is known to help.
+        note: what a self-measurement found that decides whether this one or another exact one is taken; None where nothing is measured.
     """
 
     device: str
@@ -47,6 +48,7 @@ class Row:
     serves: bool
     reason: str | None
     install: str | None
+    note: str | None
 
 
 def devices(only: str | None = None) -> list[dict[str, Any]]:
@@ -87,12 +89,14 @@ def _rows(platform: Platform, backend: type[AttentionBackend]) -> Iterator[Row]:
     for operation in backend.ops:
         named = backend.implementations_on(device_type) if operation == backend.ops[0] else ()
         served = False
-        for implementation, own_reason in _verdicts(operation, device_type):
+        for verdict in _verdicts(operation, device_type):
+            implementation = verdict.implementation
             if named and implementation.name not in named:
                 # a backend that insists on implementations is never computed by another
                 continue
-            reason = _joined(refused, own_reason)
-            serves = reason is None and not served and (bool(named) or implementation.automatic)
+            reason = _joined(refused, verdict.reason)
+            taken = bool(named) or (implementation.automatic and not verdict.stands_back)
+            serves = reason is None and not served and taken
             served = served or serves
             yield Row(
                 device=device_type,
@@ -105,18 +109,19 @@ def _rows(platform: Platform, backend: type[AttentionBackend]) -> Iterator[Row]:
                 serves=serves,
                 reason=reason,
                 install=_install(platform, name, implementation) if reason else None,
+                note=None if named or reason else verdict.note,
             )
 
 
-def _verdicts(operation: str, device_type: str) -> list[tuple[Implementation, str | None]]:
-    """The rows of an operation's table with their refusals; of several with one name the one that is for this device."""
-    table: tuple[Implementation, ...] = importlib.import_module(f"ditattn.ops.{operation}").TABLE
-    verdicts = explain(table, CallFacts(device_type, DTYPE, ANY_HEAD_SIZE))
-    best: dict[str, tuple[Implementation, str | None]] = {}
-    for verdict in verdicts:
+def _verdicts(operation: str, device_type: str) -> list[Verdict]:
+    """The rows of an operation's table as judged; of several with one name the one that is for this device."""
+    module = importlib.import_module(f"ditattn.ops.{operation}")
+    table: tuple[Implementation, ...] = (*module.TABLE, *getattr(module, "ELSEWHERE", ()))
+    best: dict[str, Verdict] = {}
+    for verdict in explain(table, CallFacts(device_type, DTYPE, ANY_HEAD_SIZE)):
         row = verdict.implementation
-        if row.name not in best or (device_type in row.devices and device_type not in best[row.name][0].devices):
-            best[row.name] = (row, verdict.reason)
+        if row.name not in best or (device_type in row.devices and device_type not in best[row.name].implementation.devices):
+            best[row.name] = verdict
     return list(best.values())
 
 

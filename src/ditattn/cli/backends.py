@@ -23,7 +23,7 @@ def backends(as_json: AsJson = False, device: OnlyDevice = None, debug: Debug = 
     """List every attention backend and what computes it on this machine: ready or not, why not, and what installs what is missing.
 
     "serves" marks the implementation that runs when you name the backend (for bfloat16 and head size 64); a "ready" one can run too.
-    Numbers lead to the reasons below the table.
+    Numbers lead to the reasons below the table, and to what was measured here where a measurement chooses between exact kernels.
     """
     from ditattn.cli.availability import availability, devices
 
@@ -42,7 +42,8 @@ def _print_table(facts: list[dict[str, Any]], rows: list[Row]) -> None:
     if not console.is_terminal:
         # a pipe has no width: one row, one line
         console = Console(width=2000)
-    notes = {reason: number + 1 for number, reason in enumerate(dict.fromkeys(row.reason for row in rows if row.reason))}
+    sentences = dict.fromkeys(sentence for row in rows if (sentence := row.reason or row.note))
+    notes = {sentence: number for number, sentence in enumerate(sentences, 1)}
     with console.capture() as capture:
         for fact in facts:
             state = Text("none: ", "red").append(fact["reason"], "default") if fact["reason"] else Text(fact["name"], "green")
@@ -51,8 +52,8 @@ def _print_table(facts: list[dict[str, Any]], rows: list[Row]) -> None:
         console.print(_table(rows, notes))
         if notes:
             console.print()
-        for reason, number in notes.items():
-            console.print(Text(f"({number}) {reason}"))
+        for sentence, number in notes.items():
+            console.print(Text(f"({number}) {sentence}"))
     typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
@@ -63,10 +64,12 @@ def _table(rows: list[Row], notes: dict[str, int]) -> Table:
 
     merged: dict[tuple[str, str, str, str], list[str]] = {}
     for row in rows:
-        state = "serves" if row.serves else "ready" if row.reason is None else f"no ({notes[row.reason]})"
+        word = "serves" if row.serves else "ready" if row.reason is None else "no"
+        sentence = row.reason or row.note
+        state = f"{word} ({notes[sentence]})" if sentence else word
         merged.setdefault((row.device, row.backend, row.operation, state), []).append(row.implementation)
     table = Table("device", "backend", "operation", "state", "by", box=None, pad_edge=False)
     style = {"serves": "bold green", "ready": "green"}
     for (device, backend, operation, state), names in merged.items():
-        table.add_row(device, backend, operation, Text(state, style.get(state, "red")), ", ".join(names))
+        table.add_row(device, backend, operation, Text(state, style.get(state.split()[0], "red")), ", ".join(names))
     return table

@@ -7,6 +7,7 @@ nothing is imported except to see whether a needed package exists, and a row's m
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
@@ -18,7 +19,9 @@ import torch
 from ditattn.errors import BackendUnavailable, UnsupportedCall
 from ditattn.packages import Package
 
-__all__ = ["CallFacts", "Implementation", "Verdict", "choose", "explain", "load"]
+__all__ = ["CallFacts", "Implementation", "Verdict", "choose", "choose_to_run", "explain", "load"]
+
+logger = logging.getLogger("ditattn")
 
 HALF = ("bfloat16", "float16")
 FLOATS = ("float32", *HALF)
@@ -72,6 +75,7 @@ class Implementation:
             itself; for the other rows the op reorders copies.
         preference: "module:function" that measures a call's kind once and returns an `ops.preference.Measurement`: where that prefers
             another row, this one stands back unless it is asked for by name.
+        slow_on: device types whose own rows are much faster: a call that they all refuse is served with a warning.
     """
 
     name: str
@@ -88,6 +92,12 @@ class Implementation:
     computes_in: str | None = None
     orders_tokens: bool = False
     preference: str | None = None
+    slow_on: tuple[str, ...] = ()
+
+    @property
+    def operation(self) -> str:
+        """The op's name: the folder of the target's module."""
+        return self.target.partition(":")[0].rpartition(".")[0].rpartition(".")[2]
 
     def runs_on(self, device: str) -> bool:
         return not self.devices or device in self.devices
@@ -176,6 +186,30 @@ def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | None
             return verdict.implementation
     reasons = "; ".join(f"{v.implementation.name}: {v.reason}" for v in verdicts if v.reason)
     raise UnsupportedCall(f"no implementation takes this call ({facts.sentence()}). {reasons}")
+
+
+@lru_cache(maxsize=1024)
+def choose_to_run(table: tuple[Implementation, ...], facts: CallFacts, name: str | None = None) -> Implementation:
+    """As `choose`, for a call that is about to run: warns of a row that is slow there and was not asked for, with the others' reasons."""
+    row = choose(table, facts, name)
+    if name is None and facts.device in row.slow_on:
+        _warn_once(_why_slow(table, facts, row))
+    return row
+
+
+def _why_slow(table: Sequence[Implementation], facts: CallFacts, row: Implementation) -> str:
+    faster = [other for other in table if facts.device in other.devices and other.automatic]
+    reasons: dict[str, list[str]] = {}
+    for other in faster:
+        reasons.setdefault(str(other.refusal(facts)), []).append(other.name)
+    listed = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+    return f"{row.operation} runs as '{row.name}', which is slow on {facts.device} ({facts.sentence()}). {listed}"
+
+
+@cache
+def _warn_once(message: str) -> None:
+    # without sizes in it the message is the same for all calls of a kind
+    logger.warning("%s", message)
 
 
 def _named(table: tuple[Implementation, ...], facts: CallFacts, names: Sequence[str]) -> Implementation:

@@ -22,6 +22,8 @@ from ditattn.pipelines.diffusers.install import denoisers
 from tiny_pipelines import TinyPipeline
 from tiny_pipelines.footprint import dispatcher_footprint, footprint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPARSE_BACKENDS = ("rain_fusion_attn", "block_sparse_attn")
 NUM_STEPS, NUM_LAYERS = 3, 2
 # fp32, latents of order 1. The native kernel on the same numbers is bit-identical; another exact one sums in another order, and guidance 6
@@ -64,15 +66,6 @@ CASES = {
 }
 
 every_family = pytest.mark.parametrize("name", CASES)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # matrices this small only lose by more
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

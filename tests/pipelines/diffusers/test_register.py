@@ -14,15 +14,9 @@ from ditattn.errors import DenseInStrictMode, UnknownKey, UnsupportedModel
 from tiny_pipelines import TinyPipeline
 from tiny_pipelines.footprint import dispatcher_footprint, footprint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPARSE = {"sparsity": 0.6, "skip_first_steps": 1, "min_tokens": 0}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -67,4 +67,4 @@ class BlockSparseAttentionBackend(AttentionBackend):
     metadata_cls = BlockSparseAttentionMetadata
     builder_cls = BlockSparseAttentionMetadataBuilder
     config_cls = BlockSparseAttentionConfig
-    ops = ("block_sparse_attention", "dense_attention")
+    ops = ("block_sparse_attention", "block_estimate", "dense_attention")

@@ -1,6 +1,6 @@
 """Which key blocks hold the most softmax mass, by an operator that does it in one go: contract and table of implementations.
 
-Unlike the other ops this one has no portable row: where no operator takes a call, `attention.selection.antidiagonal` does it in torch.
+Unlike the other ops this one chooses no portable row: where no operator takes a call, `attention.selection.antidiagonal` does it in torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ditattn.ops.contract import call_facts, check_qkv
 from ditattn.ops.table import HALF, CallFacts, Implementation, load
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU
 
-__all__ = ["STRIDE", "TABLE", "block_estimate", "serving"]
+__all__ = ["ELSEWHERE", "STRIDE", "TABLE", "block_estimate", "serving"]
 
 _HERE = "ditattn.ops.block_estimate"
 STRIDE = 8
@@ -37,6 +37,15 @@ TABLE: tuple[Implementation, ...] = tuple(
         ("estimate_attentions", ATTENTIONS),
         ("estimate_mindiesd", MINDIESD),
     )
+)
+
+# what a listing adds: never chosen here, since the selection itself goes on where this op returns None
+ELSEWHERE = (
+    Implementation(
+        "torch",
+        "ditattn.attention.selection.antidiagonal:estimate",
+        honours=frozenset({"causal", "key_lengths", "gqa", "unequal_lengths", "free_columns", "other_block_size"}),
+    ),
 )
 
 

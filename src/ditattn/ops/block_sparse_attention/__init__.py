@@ -12,7 +12,7 @@ from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
 from ditattn.attention.token_order import TokenOrder
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.contract import call_facts, check_qkv, checked_scale
-from ditattn.ops.table import HALF, CallFacts, Implementation, choose, load
+from ditattn.ops.table import HALF, CallFacts, Implementation, choose_to_run, load
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON, Package
 
 __all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse"]
@@ -96,7 +96,7 @@ TABLE: tuple[Implementation, ...] = (
         computes_in="bfloat16",
         orders_tokens=True,
     ),
-    Implementation("torch", f"{_HERE}.pure_torch:run", honours=_EVERYTHING),
+    Implementation("torch", f"{_HERE}.pure_torch:run", honours=_EVERYTHING, slow_on=("npu",)),
     Implementation(
         "flex",
         f"{_HERE}.flex:run",
@@ -183,7 +183,7 @@ def _call(
     # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
     name = implementation or ""
     if not torch.compiler.is_compiling():
-        name = choose(TABLE, _facts(query, key, causal, key_lengths, return_lse, plan.block_size), implementation).name
+        name = choose_to_run(TABLE, _facts(query, key, causal, key_lengths, return_lse, plan.block_size), implementation).name
     scale = checked_scale(scale, query.shape[3])
     out, lse = _op(
         query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, name, forward, inverse
@@ -239,7 +239,7 @@ def _op(
     inverse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     facts = _facts(query, key, causal, key_lengths, return_lse, block_size)
-    row = choose(TABLE, facts, implementation or None)
+    row = choose_to_run(TABLE, facts, implementation or None)
     run = load(row)
     options = (BlockPlan(indices, counts, query.shape[1], key.shape[1], block_size), scale, causal, key_lengths, return_lse)
     if order is None:

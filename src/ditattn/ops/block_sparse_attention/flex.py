@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ditattn.attention.plan import BlockPlan
 
-__all__ = ["run", "why_not_compiled"]
+__all__ = ["block_mask", "run", "why_not_compiled"]
 
 
 def run(
@@ -28,14 +28,18 @@ def run(
     # FlexAttention takes [B, H, S, D] and, on the CPU, no strided last axis
     q, k, v = ((x if x.stride(3) == 1 else x.contiguous()).transpose(1, 2) for x in (query, key, value))
     result = _compiled()(
-        q, k, v, block_mask=_block_mask(plan), scale=scale, enable_gqa=query.shape[2] != key.shape[2], return_lse=return_lse
+        q, k, v, block_mask=block_mask(plan), scale=scale, enable_gqa=query.shape[2] != key.shape[2], return_lse=return_lse
     )
     out, lse = result if return_lse else (result, None)
     return out.transpose(1, 2), lse
 
 
-def _block_mask(plan: BlockPlan) -> Any:
-    """The plan as FlexAttention's block mask: every kept block is a whole one, none needs a mask inside."""
+def block_mask(plan: BlockPlan, mask_mod: Callable[..., Tensor] | None = None) -> Any:
+    """The plan as FlexAttention's `BlockMask`: every kept block is a whole one, none needs a mask inside.
+
+    Args:
+        mask_mod: noted in the result, and never evaluated; some back ends look whether there is one.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
     # places past a row's count are not read, but must be block numbers
@@ -51,6 +55,7 @@ def _block_mask(plan: BlockPlan) -> Any:
         seq_lengths=(plan.query_length, plan.key_length),
         # only the backward pass would need the transposed lists
         compute_q_blocks=False,
+        mask_mod=mask_mod,
     )
 
 
