@@ -41,7 +41,7 @@ def _make_linear(net: Any, num_in: int, num_out: int, matrix: torch.Tensor, bias
 
 def _principal_axes(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean [12], axes [12, 12] (rows by falling variance) and variances [12] of the 2x2 pixel blocks of first frames."""
-    clips = [world.place(scene, rng) for scene in world.training_scenes()]
+    clips = [world.place(scene, rng, wraps=True) for scene in world.training_scenes()]
     video, _ = world.render(clips, torch.zeros(1))
     blocks = patchify(video, 2).permute(1, 0, 2, 3, 4).flatten(1)
     variance, axes = torch.linalg.eigh(torch.cov(blocks))

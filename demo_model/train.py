@@ -1,10 +1,11 @@
 """Train transformer and text encoder together by flow matching, on the CPU, in stages of growing clips.
 
-    python -m demo_model.train --out DIR [--stages 1500x16x1,3000x4x5,1000x1x17]
+    python -m demo_model.train --out DIR [--stages 1500x16x1w,1860x4x5w,400x16x1,1200x4x5,1500x1x17]
 
-A stage is steps x clips x frames. The state (DIR/state.pt) is written every `--save-minutes` and at the end; started again with the same
---out, training goes on from there and draws what it would have drawn. Averaged weights go to DIR/pipeline, a folder that the stock
-`WanPipeline` loads; the loss goes to DIR/log.jsonl.
+A stage is steps x clips x frames; with a w the shapes may be anywhere and wrap round the edges, without it they stay inside the
+picture. The state (DIR/state.pt) is written every `--save-minutes` and at the end; started again with the same --out, training goes
+on from there and draws what it would have drawn. Averaged weights go to DIR/pipeline, a folder that the stock `WanPipeline` loads;
+the loss goes to DIR/log.jsonl.
 """
 
 import argparse
@@ -45,6 +46,7 @@ class Stage:
     steps: int
     clips: int
     frames: int
+    wraps: bool = False
 
     @property
     def shift(self) -> float:
@@ -53,8 +55,8 @@ class Stage:
 
 
 def parse_stages(text: str) -> list[Stage]:
-    """'1500x16x1,500x1x17' to stages."""
-    return [Stage(*map(int, part.split("x"))) for part in text.split(",")]
+    """'1500x16x1w,500x1x17' to stages."""
+    return [Stage(*map(int, part.removesuffix("w").split("x")), wraps=part.endswith("w")) for part in text.split(",")]
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def draw_batch(stage: Stage, rng: random.Random, tokenizer: Any, latent_map: Lat
     strides = [s for s in (1, 2, 4) if (stage.frames - 1) * s < world.CLIP_FRAMES]
     # mostly every frame, as the pipeline draws them
     frames = torch.arange(stage.frames) * rng.choices(strides, weights=[1 / s for s in strides])[0]
-    video, mask = world.render([world.place(scene, rng) for scene in scenes], frames)
+    video, mask = world.render([world.place(scene, rng, stage.wraps) for scene in scenes], frames)
     captions = ["" if rng.random() < CAPTION_DROP else world.caption(scene, big=rng.random() < 0.5) for scene in scenes]
     tokens = tokenizer(captions, padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt")
     return Batch(latent_map.encode(video), object_weights(mask, object_factor), tokens.input_ids, tokens.attention_mask, frames)
@@ -203,8 +205,8 @@ def run(trainer: Trainer, stages: Sequence[Stage], folder: Path, decay_steps: in
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stages", type=parse_stages, default="1500x16x1,3000x4x5,1000x1x17")
-    parser.add_argument("--decay-steps", type=int, default=3000, help="length of the falling learning rate at the end")
+    parser.add_argument("--stages", type=parse_stages, default="1500x16x1w,1860x4x5w,400x16x1,1200x4x5,1500x1x17")
+    parser.add_argument("--decay-steps", type=int, default=2500, help="length of the falling learning rate at the end")
     parser.add_argument(
         "--object-factor", type=float, default=3.0, help="weight of the loss on and beside the object, without noise; fades with noise"
     )

@@ -1,4 +1,4 @@
-"""A toy world of captioned clips: one big shape glides over a plain background, leaves at one edge and enters at the other.
+"""A toy world of captioned clips: one big shape glides over a plain background, whole in every frame.
 
 A `Scene` is what a caption says; `place` adds where the shape starts; `render` draws it at any frame times, so a training
 batch can take frames 0, 4 and 8 of a clip without drawing those between.
@@ -16,6 +16,8 @@ SIZE_PX = 64
 RADIUS_PX = 18.0
 RADIUS_JITTER_PX = 0.5
 SPEED_PX = 1.0
+# the widest shape reaches this far from its centre, to the side
+REACH_PX = 21.6
 COLORS = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
@@ -81,9 +83,17 @@ def caption(scene: Scene, big: bool = True) -> str:
     return f"a {size}{scene.color} {scene.shape} moves {scene.direction} on a {scene.background} background"
 
 
-def place(scene: Scene, rng: random.Random) -> Clip:
-    """Choose radius and start; every place is equally likely, since rotary attention knows no absolute position."""
-    start = (rng.uniform(0, SIZE_PX), rng.uniform(0, SIZE_PX))
+def place(scene: Scene, rng: random.Random, wraps: bool = False) -> Clip:
+    """Choose radius and start so that the shape stays inside the picture for `CLIP_FRAMES` frames.
+
+    With `wraps` every start is equally likely: shapes leave at one edge and enter at the other.
+    """
+    travels = [0.0 if wraps else step * SPEED_PX * (CLIP_FRAMES - 1) for step in DIRECTIONS[scene.direction]]
+    reach = 0.0 if wraps else REACH_PX
+    start = (
+        rng.uniform(reach - min(0, travels[0]), SIZE_PX - reach - max(0, travels[0])),
+        rng.uniform(reach - min(0, travels[1]), SIZE_PX - reach - max(0, travels[1])),
+    )
     return Clip(scene, start, RADIUS_PX + rng.uniform(-RADIUS_JITTER_PX, RADIUS_JITTER_PX))
 
 

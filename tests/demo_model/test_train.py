@@ -89,7 +89,8 @@ def test_sigmas_lie_in_range_and_shift_towards_noise(shift):
 
 
 def test_stages_follow_each_other():
-    stages = parse_stages("3x16x1,2x1x17")
+    stages = parse_stages("3x16x1w,2x1x17")
+    assert [stage.wraps for stage in stages] == [True, False]
     assert [stage_at(stages, step) for step in (0, 2, 3, 4, 5)] == [stages[0], stages[0], stages[1], stages[1], None]
 
 

@@ -54,9 +54,17 @@ def test_frames_do_not_depend_on_which_others_are_drawn():
     assert torch.equal(some, every[:, :, [0, 4, 16]])
 
 
+def test_the_object_stays_inside_for_a_whole_clip():
+    clips = [world.place(scene, random.Random(seed)) for seed, scene in enumerate(world.all_scenes())]
+    mask = world.render(clips, torch.arange(world.CLIP_FRAMES))[1]
+    # a corner of the widest triangle may touch a pixel of the border
+    assert max(float(edge.max()) for edge in (mask[..., 0, :], mask[..., -1, :], mask[..., 0], mask[..., -1])) < 0.5
+    assert mask[..., 32, 32].mean() > 0.9
+
+
 def test_the_object_keeps_its_area_round_the_edges():
     scenes = [scene for scene in world.all_scenes() if (scene.color, scene.background) == ("red", "blue")]
-    clips = [world.place(scene, random.Random(seed)) for seed, scene in enumerate(scenes)]
+    clips = [world.place(scene, random.Random(seed), wraps=True) for seed, scene in enumerate(scenes)]
     areas = world.render(clips, torch.arange(0, 64, 5))[1].sum((1, 3, 4))
     assert (areas / areas[:, :1] - 1).abs().max() < 0.02
 
