@@ -53,18 +53,19 @@ INLINE __m256i pair_rows(__m256 even, __m256 odd) {
   return _mm256_permutexvar_epi16(_mm256_load_si256((const __m256i*)order), (__m256i)_mm256_cvtne2ps_pbh(odd, even));
 }
 
-template <int D> struct Bf16Kernel {
-  static constexpr int UNITS = D / 2, VALUE_UNITS = BLOCK / 2, PANELS = BLOCK / PQ;
+template <int HEAD_DIM> struct Bf16Kernel {
+  typedef unit_t Number;
+  static constexpr int D = HEAD_DIM, D_UNITS = D / 2, KEY_UNITS = BLOCK / 2, PANELS = BLOCK / PQ;
   static constexpr int64_t KEY_STRIDE = D * 2, KEY_BYTES = BLOCK * KEY_STRIDE, VALUE_BYTES = BLOCK * D * 2;
   struct Panel {
-    alignas(64) unit_t Q[UNITS * PQ];
+    alignas(64) unit_t Q[D_UNITS * PQ];
     alignas(64) float O[D * PQ];
     Softmax softmax;
   };
   struct Scratch {
     Panel panels[PANELS];
     alignas(64) float S[BLOCK * PQ];
-    alignas(64) unit_t P[VALUE_UNITS * PQ];
+    alignas(64) unit_t P[KEY_UNITS * PQ];
   };
   static constexpr size_t SCRATCH_BYTES = sizeof(Scratch);
   struct Thread { ~Thread() {} };  // nothing to set up
@@ -79,55 +80,39 @@ template <int D> struct Bf16Kernel {
 
   // -> [D / 4][64 pairs of keys][4]: four elements of one pair of keys are broadcast one after the other.
   static void pack_value(Rows value, int kv, char* out) {
-    for (int s = 0; s < VALUE_UNITS; s++) for (int d = 0; d < D; d += 32) {
+    for (int s = 0; s < KEY_UNITS; s++) for (int d = 0; d < D; d += 32) {
       const __m512i even = row_bf16(value, 2 * s, d, kv), odd = row_bf16(value, 2 * s + 1, d, kv);
       // 128-bit lane t holds the pairs of elements d + 8t .. d + 8t + 3 (low) and + 4 .. + 7 (high)
       const __m512i halves[2] = {_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd)};
-      UNROLL for (int i = 0; i < 8; i++) memcpy(out + (((d / MR + i) * VALUE_UNITS) + s) * 16, (const char*)&halves[i % 2] + i / 2 * 16, 16);
+      UNROLL for (int i = 0; i < 8; i++) memcpy(out + (((d / MR + i) * KEY_UNITS) + s) * 16, (const char*)&halves[i % 2] + i / 2 * 16, 16);
     }
   }
 
   static void pack_query(const Unit& unit, int first_row, unit_t* out) {
-    for (int j = 0; j < NV; j++) for (int u = 0; u < UNITS; u += 16) {
+    for (int j = 0; j < NV; j++) for (int u = 0; u < D_UNITS; u += 16) {
       vf r[16];
       transposed_query(unit, first_row + 16 * j, 2 * u, r);
       UNROLL for (int i = 0; i < 16; i++) *(vf*)(out + (u + i) * PQ + 16 * j) = r[i];
     }
   }
 
-  // c[4][PQ] = A . B in units. A: four rows with stride lda, step along the sum; B: [steps][PQ].
-  INLINE void tile(__m512 c[MR][NV], const unit_t* A, int64_t lda, int64_t step, const unit_t* B, int steps) {
-    UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++) c[i][j] = _mm512_setzero_ps();
+  INLINE void tile(vf c[MR][NV], const unit_t* A, int64_t lda, int64_t step, const unit_t* B, int steps) {
+    UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++) c[i][j] = vf{};
 #pragma GCC unroll 2
     for (int k = 0; k < steps; k++) {
       __m512bh b[NV];
       UNROLL for (int j = 0; j < NV; j++) b[j] = (__m512bh)_mm512_load_si512(B + k * PQ + 16 * j);
       UNROLL for (int i = 0; i < MR; i++) {
         const __m512bh a = (__m512bh)_mm512_set1_epi32((int)A[i * lda + k * step]);
-        UNROLL for (int j = 0; j < NV; j++) c[i][j] = _mm512_dpbf16_ps(c[i][j], a, b[j]);
+        UNROLL for (int j = 0; j < NV; j++) c[i][j] = (vf)_mm512_dpbf16_ps((__m512)c[i][j], a, b[j]);
       }
     }
-  }
-
-  // S^T of `rows` keys (a multiple of 4) and each lane's maximum.
-  static __attribute__((noinline)) void scores(const Visit& visit, const unit_t* Q, float* S, float* block_max, int rows) {
-    const unit_t* K = (const unit_t*)visit.key;
-    const int64_t stride = visit.key_stride / 4;
-    __m512 best[NV];
-    UNROLL for (int j = 0; j < NV; j++) best[j] = _mm512_set1_ps(-FLT_MAX);
-    for (int r = 0; r < rows; r += MR) {
-      __m512 c[MR][NV];
-      tile(c, K + r * stride, stride, 1, Q, UNITS);
-      UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++) {
-        _mm512_store_ps(S + (r + i) * PQ + 16 * j, c[i][j]);
-        best[j] = _mm512_max_ps(c[i][j], best[j]);
-      }
-    }
-    UNROLL for (int j = 0; j < NV; j++) _mm512_store_ps(block_max + 16 * j, best[j]);
   }
 
   // P = 2^((S - max) * scale) in pairs of keys, and the row sums of the unrounded weights.
-  static __attribute__((noinline)) void weights(const float* S, unit_t* P, Softmax& s, float scale_log2e, int rows) {
+  static __attribute__((noinline)) const unit_t* weights(Scratch& t, Softmax& s, float scale_log2e, int rows) {
+    const float* S = t.S;
+    unit_t* P = t.P;
     const __m512 scale = _mm512_set1_ps(scale_log2e);
     __m512 sum[NV], offset[NV];
     UNROLL for (int j = 0; j < NV; j++) {
@@ -141,46 +126,10 @@ template <int D> struct Bf16Kernel {
       _mm512_store_si512(P + r / 2 * PQ + 16 * j, pair_rows(even, odd));
     }
     UNROLL for (int j = 0; j < NV; j++) _mm512_store_ps(s.sum + 16 * j, _mm512_add_ps(_mm512_load_ps(s.sum + 16 * j), sum[j]));
+    return P;
   }
 
-  // O^T = O^T * alpha + V^T . P^T, the block summed on its own first.
-  static __attribute__((noinline)) void accumulate(const unit_t* V, const unit_t* P, float* O, const float* alpha, bool first, int pairs) {
-    for (int d = 0; d < D; d += MR) {
-      __m512 c[MR][NV];
-      tile(c, V + d * VALUE_UNITS, 1, MR, P, pairs);
-      UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++) {
-        float* o = O + (d + i) * PQ + 16 * j;
-        _mm512_store_ps(o, first ? c[i][j] : _mm512_fmadd_ps(_mm512_load_ps(o), _mm512_load_ps(alpha + 16 * j), c[i][j]));
-      }
-    }
-  }
-
-  static void attend(const Unit& unit, char* memory) {
-    Scratch& t = *(Scratch*)memory;
-    const float scale_log2e = unit.scale * LOG2E;
-    const int panels = (unit.rows + PQ - 1) / PQ;
-    for (int p = 0; p < panels; p++) {
-      pack_query(unit, p * PQ, t.panels[p].Q);
-      t.panels[p].softmax.reset();
-    }
-    for (int n = 0; n < unit.num_visits; n++) {
-      const Visit& visit = unit.visits[n];
-      const int rows = (visit.kv + MR - 1) / MR * MR;
-      for (int p = 0; p < panels; p++) {
-        Panel& panel = t.panels[p];
-        alignas(64) float block_max[PQ], alpha[PQ];
-        scores(visit, panel.Q, t.S, block_max, rows);
-        if (visit.diagonal || visit.kv < rows) {
-          mask_scores(t.S, ROWS_OF_PANEL, visit.kv, visit.diagonal, p * PQ, rows);
-          find_maximum(t.S, block_max, rows);
-        }
-        panel.softmax.grow(block_max, alpha, scale_log2e);
-        weights(t.S, t.P, panel.softmax, scale_log2e, rows);
-        accumulate((const unit_t*)visit.value, t.P, panel.O, alpha, n == 0, rows / 2);
-      }
-    }
-    for (int p = 0; p < panels; p++) write_panel<D>(t.panels[p].O, ROWS_OF_PANEL, t.panels[p].softmax, unit, p * PQ);
-  }
+  static void attend(const Unit& unit, char* scratch) { Panels<Bf16Kernel>::attend(unit, *(Scratch*)scratch); }
 };
 
 }  // namespace

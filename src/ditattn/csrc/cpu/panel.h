@@ -77,4 +77,69 @@ template <int D> void write_panel(const float* O, Layout layout, const Softmax& 
   if (unit.lse) for (int i = 0; i < rows; i++) unit.lse[unit.out.token(first_row + i)] = s.max[i] * unit.scale + std::log(s.sum[i]);
 }
 
+// What the kernels of the vector units share: one visit after the other, each against every panel of the query block. A kernel K provides
+//   D, Number                  head size; what its operands are made of: units of 32 bits
+//   D_UNITS, KEY_UNITS         units in a row of keys, and in a column of a block's values
+//   Panel, Scratch             with Q, O, softmax; with panels, S, and the weights
+//   pack_query, weights        query rows -> Q; S -> weights and their sums, returns where the weights lie
+//   tile                       c[4][PQ] = A . B. A: four rows with stride lda, step along the sum; B: [units][PQ]
+template <class K> struct Panels {
+  using Number = typename K::Number;
+
+  // S^T of `rows` keys (a multiple of 4) and each lane's maximum.
+  static __attribute__((noinline)) void scores(const Visit& visit, const Number* Q, float* S, float* block_max, int rows) {
+    const Number* keys = (const Number*)visit.key;
+    const int64_t stride = visit.key_stride / 4;
+    vf best[NV];
+    UNROLL for (int j = 0; j < NV; j++) best[j] = splat(-FLT_MAX);
+    for (int r = 0; r < rows; r += MR) {
+      vf c[MR][NV];
+      K::tile(c, keys + r * stride, stride, 1, Q, K::D_UNITS);
+      UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++) {
+        ((vf*)(S + (r + i) * PQ))[j] = c[i][j];
+        best[j] = vmax(c[i][j], best[j]);
+      }
+    }
+    UNROLL for (int j = 0; j < NV; j++) ((vf*)block_max)[j] = best[j];
+  }
+
+  // O^T = O^T * alpha + V^T . P^T. The block is summed on its own and then added: a smaller fp32 error over many blocks.
+  static __attribute__((noinline)) void accumulate(const Number* V, const Number* P, float* O, const float* alpha, bool first, int units) {
+    for (int d = 0; d < K::D; d += MR) {
+      vf c[MR][NV];
+      K::tile(c, V + d * K::KEY_UNITS, 1, MR, P, units);
+      UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++) {
+        vf* o = (vf*)(O + (d + i) * PQ) + j;
+        *o = first ? c[i][j] : *o * ((const vf*)alpha)[j] + c[i][j];
+      }
+    }
+  }
+
+  static void attend(const Unit& unit, typename K::Scratch& t) {
+    const float scale_log2e = unit.scale * LOG2E;
+    const int panels = (unit.rows + PQ - 1) / PQ;
+    for (int p = 0; p < panels; p++) {
+      K::pack_query(unit, p * PQ, t.panels[p].Q);
+      t.panels[p].softmax.reset();
+    }
+    for (int n = 0; n < unit.num_visits; n++) {
+      const Visit& visit = unit.visits[n];
+      const int rows = (visit.kv + MR - 1) / MR * MR;
+      for (int p = 0; p < panels; p++) {
+        auto& panel = t.panels[p];
+        alignas(64) float block_max[PQ], alpha[PQ];
+        scores(visit, panel.Q, t.S, block_max, rows);
+        if (visit.diagonal || visit.kv < rows) {
+          mask_scores(t.S, ROWS_OF_PANEL, visit.kv, visit.diagonal, p * PQ, rows);
+          find_maximum(t.S, block_max, rows);
+        }
+        panel.softmax.grow(block_max, alpha, scale_log2e);
+        const Number* P = K::weights(t, panel.softmax, scale_log2e, rows);
+        accumulate((const Number*)visit.value, P, panel.O, alpha, n == 0, rows * K::KEY_UNITS / BLOCK);
+      }
+    }
+    for (int p = 0; p < panels; p++) write_panel<K::D>(t.panels[p].O, ROWS_OF_PANEL, t.panels[p].softmax, unit, p * PQ);
+  }
+};
+
 }  // namespace
