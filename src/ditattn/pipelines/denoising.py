@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ditattn.attention.interface import AttentionBackend, AttentionImpl, AttentionMetadata, CallRecord
+from ditattn.attention.plan_memory import Evaluation
 from ditattn.attention.sparse import EXPECTED_REASONS, SparseAttentionImpl, SparseAttentionMetadata
 from ditattn.config import AttentionConfig, SparseAttentionConfig, parse_layers, resolve_steps
 from ditattn.errors import ConfigError, DenseInStrictMode, UnsupportedCall
@@ -25,10 +26,11 @@ from ditattn.ops import dense_attention as dense_op
 from ditattn.ops.contract import call_facts
 from ditattn.ops.dense_attention import dense_attention
 from ditattn.ops.table import choose
+from ditattn.pipelines.evaluations import EvaluationCounter
 from ditattn.pipelines.report import AttentionReport, ComponentLog
 from ditattn.pipelines.step_clock import Step, StepClock
 
-__all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "build_attn_metadata", "running"]
+__all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "build_attn_metadata", "evaluated", "running"]
 
 logger = logging.getLogger("ditattn")
 
@@ -73,7 +75,7 @@ class Forward:
     stage: DenoisingStage
     model: ServedModel
     step: Step
-    branch: str | None
+    evaluation: Evaluation
     layout: TokenLayout | None
     metadata: AttentionMetadata
     layer: int | None = None
@@ -125,17 +127,22 @@ class DenoisingStage:
         self.not_served: dict[str, str] = {}
         self.probe: Probe | None = None
         self._metadata: dict[str, tuple[tuple[Any, ...], AttentionMetadata]] = {}
+        self._evaluations = EvaluationCounter()
 
     def enter(self, model: ServedModel, arguments: Mapping[str, Any], cache_context: Any = None, branch: str | None = None) -> Forward:
         """A forward of `model` begins in this thread. `arguments` are the forward's arguments by name."""
         others = [other for other in getattr(_local, "stack", []) if other.model is not model]
         if len(others) < len(getattr(_local, "stack", [])):
             # KeyboardInterrupt ended a forward without a word, since torch calls no hook then: another run begins
-            self.clock.reset()
+            self._end_run()
         step = self.clock.read(cache_context, branch, arguments.get("timestep"))
         model.log.step_sources[step.source] += 1
+        if self._evaluations.goes_back(step.index):
+            self._forget_plans()
+        evaluation = self._evaluations.read(model.name, step.index, branch)
         layout = _layout(model, arguments)
-        forward = Forward(self, model, step, branch, layout, self._build_attn_metadata(model, step, layout))
+        metadata = evaluated(self._build_attn_metadata(model, step, layout), evaluation)
+        forward = Forward(self, model, step, evaluation, layout, metadata)
         _local.stack = [*others, forward]
         return forward
 
@@ -148,8 +155,18 @@ class DenoisingStage:
     def reset(self) -> None:
         """The run ended: the next forward is step 0."""
         _local.stack = [other for other in getattr(_local, "stack", []) if other.stage is not self]
+        self._end_run()
+
+    def _end_run(self) -> None:
         self.clock.reset()
         self._metadata.clear()
+        self._forget_plans()
+
+    def _forget_plans(self) -> None:
+        self._evaluations.end_run()
+        for model in self.models:
+            for impl in model.impls.values():
+                impl.end_run()
 
     def report(self) -> AttentionReport:
         """What ran so far."""
@@ -275,6 +292,13 @@ def build_attn_metadata(model: ServedModel, step: Step, layout: TokenLayout | No
         skip_layers=parse_layers(config.skip_layers),
         **fields,
     )
+
+
+def evaluated(metadata: AttentionMetadata, evaluation: Evaluation) -> AttentionMetadata:
+    """The metadata of a step as one forward of it needs it: where plans are reused, with its run and branch."""
+    if isinstance(metadata, SparseAttentionMetadata) and metadata.reuse.reuses:
+        return replace(metadata, evaluation=evaluation)
+    return metadata
 
 
 def _native(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
