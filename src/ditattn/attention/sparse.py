@@ -44,7 +44,7 @@ class NotReused:
     """Why a call that could have reused a plan by its configuration made one of its own. The words users read in reports."""
 
     STEP_UNKNOWN = "step unknown"
-    PADDED_KEYS = "padded keys"
+    UNKNOWN_PADDING = "key lengths known to the device only"
 
 
 # conditions a user asked for; everything else makes strict=True raise
@@ -203,9 +203,10 @@ class SparseAttentionImpl(AttentionImpl):
         step, policy = metadata.current_timestep, metadata.reuse
         if not policy.reuses:
             return CallRecord(None, self._new_plan(query, key, metadata, order))
-        if step is None or metadata.key_lengths is not None:
-            # whether two steps or branches pad alike is known to the device only, and asking it would wait for it in every layer
-            why = NotReused.STEP_UNKNOWN if step is None else NotReused.PADDED_KEYS
+        unknown_padding = metadata.key_lengths is not None and metadata.known_key_lengths is None
+        if step is None or unknown_padding:
+            # asking the device whether two steps or branches pad alike would wait for it in every layer
+            why = NotReused.STEP_UNKNOWN if step is None else NotReused.UNKNOWN_PADDING
             return CallRecord(None, self._new_plan(query, key, metadata, order), not_reused=why)
         facts = _plan_facts(query, key, metadata)
         kept = self._plans.find(step, metadata.evaluation, facts, policy)
@@ -248,7 +249,7 @@ class SparseAttentionImpl(AttentionImpl):
 
 def _plan_facts(query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> object:
     """What a plan depends on besides the values of its tokens; the metadata brings the fields that a backend adds."""
-    timeless = replace(metadata, current_timestep=None, evaluation=Evaluation())
+    timeless = replace(metadata, current_timestep=None, key_lengths=None, evaluation=Evaluation())
     return (timeless, query.shape, key.shape, query.dtype, query.device)
 
 

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class Forward:
     layer: int | None = None
     num_calls: int = 0
     records: list[CallRecord] = field(default_factory=list)
-    key_lengths: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    paddings: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
 
 class Probe(Protocol):
@@ -217,8 +217,8 @@ class DenoisingStage:
         metadata = forward.metadata
         reason = NOT_SELF_ATTENTION if layer is None else None
         if attn_mask is not None and reason is None:
-            key_lengths, reason = _key_lengths(forward, attn_mask, key)
-            metadata = metadata if key_lengths is None else replace(metadata, key_lengths=key_lengths)
+            padding, reason = _key_padding(forward, attn_mask, key)
+            metadata = metadata if padding is None else replace(metadata, **padding._asdict())
         if reason is not None:
             self._refuse_if_strict(reason, forward)
             forward.records.append(CallRecord(reason))
@@ -312,25 +312,32 @@ def _broadcastable(mask: Tensor | None) -> Tensor | None:
     return mask[:, None, None] if mask is not None and mask.ndim == 2 else mask
 
 
-def _key_lengths(forward: Forward, mask: Tensor, key: Tensor) -> tuple[Tensor | None, str | None]:
-    """(key lengths `[B]`, None) if `mask` pads the end of the keys, (None, None) if it hides nothing, else (None, reason)."""
+class KeyPadding(NamedTuple):
+    """How many leading keys of each batch element are real: integer `[B]`, and as the host read it."""
+
+    key_lengths: Tensor
+    known_key_lengths: tuple[int, ...]
+
+
+def _key_padding(forward: Forward, mask: Tensor, key: Tensor) -> tuple[KeyPadding | None, str | None]:
+    """(padding, None) if `mask` pads the end of the keys, (None, None) if it hides nothing, else (None, reason)."""
     mask4 = _broadcastable(mask)
     assert mask4 is not None
     if mask4.dtype != torch.bool or mask4.ndim != 4 or mask4.shape[1:3] != (1, 1) or mask4.shape[3] != key.shape[1]:
         return None, OTHER_MASK
-    if mask not in forward.key_lengths:
+    if mask not in forward.paddings:
         # models pass one mask to all layers: the synchronisation below happens once per forward
-        forward.key_lengths[mask] = _read_padding(mask4[:, 0, 0], key.shape[0])
-    found: tuple[Tensor | None, str | None] = forward.key_lengths[mask]
+        forward.paddings[mask] = _read_padding(mask4[:, 0, 0], key.shape[0])
+    found: tuple[KeyPadding | None, str | None] = forward.paddings[mask]
     return found
 
 
-def _read_padding(keep: Tensor, batch: int) -> tuple[Tensor | None, str | None]:
+def _read_padding(keep: Tensor, batch: int) -> tuple[KeyPadding | None, str | None]:
     if bool((keep[:, 1:] & ~keep[:, :-1]).any()):
         return None, MASK_WITH_GAPS
-    if bool(keep.all()):
-        return None, None
-    return keep.sum(-1).expand(batch).contiguous(), None
+    lengths = keep.sum(-1).expand(batch).contiguous()
+    known = tuple(lengths.tolist())
+    return (None if min(known) == keep.shape[1] else KeyPadding(lengths, known)), None
 
 
 def _note_implementations(model: ServedModel, query: Tensor, key: Tensor, causal: bool, padded: bool) -> None:

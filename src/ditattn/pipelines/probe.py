@@ -150,7 +150,8 @@ class SparseProbe:
         cached = self._metadata.get((number, model.name))
         if cached is None or cached[0] != key:
             cached = self._metadata[number, model.name] = (key, build_attn_metadata(model, *key))
-        return replace(evaluated(cached[1], call.forward.evaluation), key_lengths=call.metadata.key_lengths)
+        metadata, seen = evaluated(cached[1], call.forward.evaluation), call.metadata
+        return replace(metadata, key_lengths=seen.key_lengths, known_key_lengths=seen.known_key_lengths)
 
     def _impl_of(self, number: int, model: ServedModel, call: _Call) -> AttentionImpl:
         twin = call.impl

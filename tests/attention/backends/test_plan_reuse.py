@@ -38,8 +38,7 @@ class Layer:
 
     def __call__(self, qkv: list[Tensor], step: int | None, evaluation: Evaluation = COND, **changes: Any) -> tuple[Tensor, CallRecord]:
         facts = {**self.settings, "raw_latent_shape": (1, 4, *GRID), "current_timestep": step, "evaluation": evaluation, **changes}
-        lengths = facts.pop("key_lengths", None)
-        metadata = self.backend.get_builder_cls()().build(**facts, key_lengths=lengths)
+        metadata = self.backend.get_builder_cls()().build(**facts)
         out = self.impl.forward(*qkv, metadata)
         return out, self.records[-1]
 
@@ -114,17 +113,33 @@ def test_other_tensors_make_a_plan(backend: type[AttentionBackend], other: list[
 
 
 @backends
-def test_padded_keys_and_unknown_steps_make_a_plan_and_say_so(backend: type[AttentionBackend], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_that_the_host_does_not_know_and_unknown_steps_make_a_plan_and_say_so(
+    backend: type[AttentionBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer = Layer(backend, monkeypatch, plan_refresh_steps=9, share_plan_between_branches=True)
     lengths = torch.tensor([LENGTH - 9])
     for step in (0, 1):
-        assert layer(inputs(), step, key_lengths=lengths)[1].not_reused == "padded keys"
+        assert layer(inputs(), step, key_lengths=lengths)[1].not_reused == "key lengths known to the device only"
     for evaluation in (COND, UNCOND):
         assert layer(inputs(), None, evaluation)[1].not_reused == "step unknown"
     assert layer.made == 4
     # a padded call leaves nothing behind for a whole one
     assert not layer(inputs(), 2)[1].reused
     assert layer(inputs(), 3)[1].not_reused is None
+
+
+@backends
+def test_padding_that_the_host_knows_serves_where_it_is_the_same(backend: type[AttentionBackend], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer(backend, monkeypatch, plan_refresh_steps=9, share_plan_between_branches=True)
+
+    def padded(length: int) -> dict[str, Any]:
+        return {"key_lengths": torch.tensor([length]), "known_key_lengths": (length,)}
+
+    first = layer(inputs(), 0, **padded(LENGTH - 9))[1]
+    assert layer(inputs(), 0, UNCOND, **padded(LENGTH - 9))[1].plan is first.plan
+    assert layer(inputs(), 1, **padded(LENGTH - 9))[1].plan is first.plan
+    for changed in (padded(LENGTH - 300), {}):
+        assert not layer(inputs(), 1, UNCOND, **changed)[1].reused
 
 
 @backends
