@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -52,14 +52,14 @@ CASES = (
 )
 
 
-def pairs(names: Iterable[str]) -> list[Any]:
-    """Every case that the implementations take, as pytest parameters (name, case)."""
+def pairs(names: Iterable[str], *, equal_lengths: bool = False) -> list[Any]:
+    """Every case that the implementations take, as pytest parameters (name, case); on demand only those with as many queries as keys."""
     rows = {row.name.upper(): row for row in TABLE}
     return [
         pytest.param(name, case, id=f"{name.lower()}-{case}")
         for name in names
         for case in CASES
-        if case.key_lengths is None or "key_lengths" in rows[name].honours
+        if (case.key_lengths is None or "key_lengths" in rows[name].honours) and (not equal_lengths or case.query_length == case.key_length)
     ]
 
 
@@ -79,6 +79,23 @@ def run(name: str, problem: Problem, return_lse: bool = False) -> tuple[Tensor, 
     q, k, v = problem.query, problem.key, problem.value
     out, lse = getattr(ascend, name).run(q, k, v, problem.plan, scale, False, problem.key_lengths, return_lse)
     return out.contiguous(), lse
+
+
+STORED: dict[str, Callable[[Tensor], Tensor]] = {
+    "tokens first": Tensor.contiguous,
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "with gaps": lambda x: torch.nn.functional.pad(x, (0, 3, 1, 0), value=torch.nan)[:, :, 1:, : x.shape[3]],
+}
+
+
+def run_ordered(name: str, problem: Problem, stored: str, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
+    """As `run`, on tensors whose tokens stand in another order than the problem's; the result is brought back into the problem's."""
+    scale = problem.query.shape[3] ** -0.5 if problem.scale is None else problem.scale
+    order = torch.randperm(problem.query.shape[1], generator=torch.Generator().manual_seed(3))
+    inverse = order.argsort()
+    q, k, v = (STORED[stored](x[:, inverse]) for x in (problem.query, problem.key, problem.value))
+    out, lse = getattr(ascend, name).run(q, k, v, problem.plan, scale, False, problem.key_lengths, return_lse, order=order, inverse=inverse)
+    return out[:, order], None if lse is None else lse[:, :, order]
 
 
 def laser_of(name: str, problem: Problem) -> Tensor:

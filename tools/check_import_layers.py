@@ -20,7 +20,7 @@ FLOORS: list[list[str]] = [
     ["ditattn.attention.sparse", "ditattn.attention.dense"],
     ["ditattn.attention.selection"],
     ["ditattn.ops", "ditattn.models", "ditattn.platforms"],
-    ["ditattn.attention.interface", "ditattn.attention.token_order"],
+    ["ditattn.attention.interface", "ditattn.attention.token_order", "ditattn.attention.plan_memory"],
     ["ditattn.attention.plan", "ditattn.config", "ditattn.packages"],
     ["ditattn.errors", "ditattn._version"],
 ]

@@ -76,6 +76,8 @@ class SparseAttentionConfig(AttentionConfig):
         min_tokens: sequences shorter than this run densely.
         token_order: "tile" (8x8 tiles of a frame stay together) or "raster" (the model's own order).
         first_frame_sink: keep the blocks of a video's first frame, as query rows and as key columns.
+        plan_refresh_steps: a layer picks its blocks anew every so many steps; 1 is every step.
+        share_plan_between_branches: with classifier-free guidance, the blocks that the first branch of a step picked serve the others.
     """
 
     sparsity: float = Field(0.2, ge=0, lt=1)
@@ -85,6 +87,8 @@ class SparseAttentionConfig(AttentionConfig):
     min_tokens: int = Field(4096, ge=0)
     token_order: TokenOrderName = "raster"
     first_frame_sink: bool = True
+    plan_refresh_steps: int = Field(1, ge=1)
+    share_plan_between_branches: bool = False
 
     @field_validator("skip_first_steps", "skip_last_steps", mode="before")
     @classmethod

@@ -46,7 +46,9 @@ def test_every_backend_has_a_page_with_its_keys_and_defaults(backend: AttentionB
     documented = {cells[0].strip("`"): cells[2] for cells in rows(text, "## Configuration")}
     assert list(documented) == list(fields)
     for name, field in fields.items():
-        default = {"": "(none)", True: "true", False: "false"}.get(field.default, str(field.default)) if name != "threshold" else "1.0"
+        default = (
+            {"": "(none)", "True": "true", "False": "false"}.get(str(field.default), str(field.default)) if name != "threshold" else "1.0"
+        )
         assert documented[name] == (default if name not in ("skip_last_steps",) else "0"), name
 
 

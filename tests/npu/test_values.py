@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import judge
-from ascend_calls import BLOCK_SPARSE, CASES, LASER, LASER_CASES, check_laser, laser_of, pairs, run
+from ascend_calls import BLOCK_SPARSE, CASES, LASER, LASER_CASES, check_laser, laser_of, pairs, run, run_ordered
 from cases import Case, build
 
 
@@ -16,6 +16,12 @@ from cases import Case, build
 def test_block_sparse(name: str, case: Case) -> None:
     problem = build(case, torch.bfloat16)
     judge.check_output(run(name, problem)[0], problem)
+
+
+@pytest.mark.parametrize(("name", "case"), pairs(BLOCK_SPARSE, equal_lengths=True))
+def test_block_sparse_in_another_order(name: str, case: Case) -> None:
+    problem = build(case, torch.bfloat16)
+    judge.check_output(run_ordered(name, problem, "tokens first")[0], problem)
 
 
 @pytest.mark.parametrize("name", ["MASK_TORCH_NPU", "MASK_MINDIESD"])

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import judge
-from ascend_calls import CASES, LASER_CASES, check_laser, laser_of, run, stand_in_operators
+from ascend_calls import CASES, LASER_CASES, STORED, check_laser, laser_of, run, run_ordered, stand_in_operators
 from cases import Case, build
 from ditattn.attention.plan import BlockPlan
 from ditattn.ops import ascend as shared
-from ditattn.ops.block_sparse_attention import ascend, ascend_operands
+from ditattn.ops.block_sparse_attention import ascend, ascend_layout, ascend_operands
 from ditattn.ops.dense_attention import ascend as dense_ascend
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -55,16 +55,20 @@ def untransposed(x: Tensor, head_dim: int, length: int | None = None) -> Tensor:
 
 
 def swapped_heads(x: Tensor, head_dim: int) -> Tensor:
-    return ascend_operands.pad(x.transpose(1, 2), (0, head_dim - x.shape[3])).contiguous().view(-1, x.shape[2], head_dim)
+    return ascend_layout.pad(x.transpose(1, 2), (0, head_dim - x.shape[3])).contiguous().view(-1, x.shape[2], head_dim)
+
+
+def uncleared(out: Tensor, *rest: Any) -> Tensor:
+    return out
 
 
 BLOCK_SPARSE_MISTAKES: dict[str, tuple[str, Plant]] = {
     "mask: batch element 0 for all": ("MASK_TORCH_NPU", first_elements_plan("mask_inputs")),
     "index: batch element 0 for all": ("INDEX_ATTENTIONS", first_elements_plan("index_inputs")),
     "counted: batch element 0 for all": ("COUNTED_ATTENTIONS", first_elements_plan("counted_inputs")),
-    "mask: heads and tokens swapped": ("MASK_TORCH_NPU", value(ascend_operands, "_packed", swapped_heads)),
-    "index: heads and tokens swapped": ("INDEX_MINDIESD", value(ascend_operands, "_packed", swapped_heads)),
-    "counted: not transposed": ("COUNTED_SGL_KERNEL_NPU", value(ascend_operands, "to_heads_first", untransposed)),
+    "mask: heads and tokens swapped": ("MASK_TORCH_NPU", value(ascend_layout, "_packed", swapped_heads)),
+    "index: heads and tokens swapped": ("INDEX_MINDIESD", value(ascend_layout, "_packed", swapped_heads)),
+    "counted: not transposed": ("COUNTED_SGL_KERNEL_NPU", value(ascend_layout, "to_heads_first", untransposed)),
     "mask: transposed mask": ("MASK_MINDIESD", replaced(ascend, "mask_inputs", lambda i: i._replace(mask=i.mask.mT.contiguous()))),
     "index: rows of the first element only": (
         "INDEX_ATTENTIONS",
@@ -83,8 +87,8 @@ BLOCK_SPARSE_MISTAKES: dict[str, tuple[str, Plant]] = {
     ),
     "mask: the softmax mode of another generation": ("MASK_TORCH_NPU", value(ascend, "inner_precise", lambda generation: 4)),
     "index: fp16 softmax": ("INDEX_ATTENTIONS", value(ascend, "FP32_SOFTMAX", 1)),
-    "mask: empty rows not cleared": ("MASK_TORCH_NPU", value(ascend_operands, "cleared", lambda out, empty, size: out)),
-    "index: empty rows not cleared": ("INDEX_ATTENTIONS", value(ascend, "cleared", lambda out, empty, size: out)),
+    "mask: empty rows not cleared": ("MASK_TORCH_NPU", value(ascend_operands, "cleared", uncleared)),
+    "index: empty rows not cleared": ("INDEX_ATTENTIONS", value(ascend_operands, "cleared", uncleared)),
     "counted: empty rows not filled": ("COUNTED_ATTENTIONS", value(ascend_operands, "_with_first", lambda keep, empty: keep)),
 }
 
@@ -110,6 +114,71 @@ def test_a_mistake_is_noticed(mistake: str, monkeypatch: pytest.MonkeyPatch) -> 
     plant(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError)):
         block_sparse(name)
+
+
+def ordered_sparse(name: str, stored: str) -> None:
+    key_lengths = (517, 400) if name.startswith("MASK") and stored == "heads first" else None
+    case = Case("ordered", batch=2, heads=4, key_heads=2, query_length=517, key_length=517, plan="uneven", key_lengths=key_lengths)
+    problem = build(case, torch.bfloat16)
+    judge.check_output(run_ordered(name, problem, stored)[0], problem)
+
+
+def only_the_query(original: Any) -> Any:
+    """The order is applied to the first of the three tensors alone."""
+
+    def operands(tensors: tuple[Tensor, ...], layout: str, order: Any) -> Any:
+        return (x for number in range(3) for x in original(tensors[number : number + 1], layout, None if number else order))
+
+    return operands
+
+
+def without_inverse(original: Any) -> Any:
+    return lambda out, layout, like, inverse: original(out, layout, like, None).contiguous()
+
+
+def order_instead_of_inverse(original: Any) -> Any:
+    return lambda out, layout, like, inverse: original(out, layout, like, inverse.argsort())
+
+
+def first_element_for_all(original: Any) -> Any:
+    """Row numbers of batch element 0 in every batch element; a call that needs none would not notice."""
+    return lambda order, batch, heads, *rest, **options: original(order, batch, heads, *rest, **options) % (order.shape[0] * heads)
+
+
+def heads_beside_each_other(original: Any) -> Any:
+    """Rows of the other layout than the one in memory."""
+    return lambda order, batch, heads, *, from_heads_first: original(order, batch, heads, from_heads_first=not from_heads_first)
+
+
+ORDER_MISTAKES: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
+    "order of the query only": (ascend_operands, "_operands", only_the_query),
+    "no inverse": (ascend_operands, "restored", without_inverse),
+    "order instead of its inverse": (ascend_operands, "restored", order_instead_of_inverse),
+    "rows of batch element 0 for all": (ascend_layout, "_rows", first_element_for_all),
+    "rows of the other layout": (ascend_layout, "_rows", heads_beside_each_other),
+}
+WITH_ROWS = ("COUNTED_ATTENTIONS",)
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("name", ["MASK_TORCH_NPU", "INDEX_ATTENTIONS", "COUNTED_ATTENTIONS"])
+@pytest.mark.parametrize("mistake", [None, *ORDER_MISTAKES])
+def test_a_mistake_with_the_order_is_noticed(mistake: str | None, name: str, stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_operators(monkeypatch, "A2")
+    ordered_sparse(name, stored)
+    if mistake is None:
+        return
+    module, function, change = ORDER_MISTAKES[mistake]
+    needed, changed = [], change(getattr(module, function))
+    monkeypatch.setattr(module, function, lambda *args, **kwargs: needed.append(1) or changed(*args, **kwargs))
+    try:
+        ordered_sparse(name, stored)
+    except (AssertionError, RuntimeError, IndexError):
+        return
+    # packed tokens that lie packed need no row numbers
+    assert not needed, "the mistake was not noticed"
+    assert function == "_rows"
+    assert name not in WITH_ROWS
 
 
 @pytest.mark.parametrize("name", ["MASK_TORCH_NPU", "INDEX_ATTENTIONS", "COUNTED_ATTENTIONS"])

@@ -90,6 +90,17 @@ def test_the_summary_names_every_component(log: ComponentLog) -> None:
     assert AttentionReport({}, {}).summary() == "attention: no component was served"
 
 
+def test_reused_plans_are_counted_beside_the_sparse_calls(log: ComponentLog) -> None:
+    log.add(2, 0, CallRecord(None, plan(3), reused=True))
+    log.add(2, 0, CallRecord(None, plan(3), not_reused="padded keys"))
+    report = log.report()
+    assert (report.sparse, report.reused_plans, report.not_reused_reasons) == (5, 1, {"padded keys": 1})
+    assert report.density == pytest.approx((0.25 + 0.5 + 3 * 0.75) / 5)
+    assert "(asked sparsity 0.5; 1 with a reused plan; no reuse of plans: padded keys: 1)" in report.sentence()
+    read = json.loads(json.dumps(AttentionReport({"transformer": report}, {}).as_dict()))["components"]["transformer"]
+    assert (read["reused_plans"], read["not_reused_reasons"]) == (1, {"padded keys": 1})
+
+
 def test_it_survives_json(log: ComponentLog) -> None:
     report = AttentionReport({"transformer": log.report()}, {})
     read = json.loads(json.dumps(report.as_dict()))

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ditattn.attention.interface import AttentionImpl, AttentionMetadata
+from ditattn.attention.interface import AttentionImpl, AttentionMetadata, CallRecord
 from ditattn.ops.dense_attention import dense_attention
 
 __all__ = ["DENSE_BACKEND", "DenseAttentionImpl"]
@@ -26,7 +26,7 @@ class DenseAttentionImpl(AttentionImpl):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> Tensor:
         implementation, reason = self.choose(query, key, attn_metadata)
-        self._note(reason)
+        self._note(CallRecord(reason))
         return dense_attention(
             query,
             key,

@@ -73,10 +73,12 @@ class AttentionMetadata:
     Attributes:
         current_timestep: index of the denoising step, 0 first (not sigma, not t); None if unknown.
         key_lengths: integer `[B]`: only that many leading key tokens of each batch element are real; None means all.
+        known_key_lengths: the same numbers, where the host has read them anyway; None where only the device knows.
     """
 
     current_timestep: int | None = None
     key_lengths: Tensor | None = None
+    known_key_lengths: tuple[int, ...] | None = None
 
 
 class AttentionMetadataBuilder(ABC):
@@ -104,10 +106,14 @@ class CallRecord:
     Attributes:
         reason: why it ran densely; None if it ran sparse.
         plan: the plan that ran; None if it ran densely.
+        reused: the plan was made by an earlier call.
+        not_reused: why the call made a plan of its own although the configuration lets plans serve longer; None where it need not be said.
     """
 
     reason: str | None
     plan: BlockPlan | None = None
+    reused: bool = False
+    not_reused: str | None = None
 
 
 class AttentionImpl(ABC):
@@ -155,9 +161,12 @@ class AttentionImpl(ABC):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> Tensor:
         """query `[B, S, H, D]`, key and value `[B, T, G, D]` -> `[B, S, H, D]` in the query's dtype."""
 
-    def _note(self, reason: str | None, plan: BlockPlan | None = None) -> None:
+    def end_run(self) -> None:  # noqa: B027
+        """A run ended: forget what was kept from its steps. Most implementations keep nothing."""
+
+    def _note(self, record: CallRecord) -> None:
         if self._observer is not None:
-            self._observer(CallRecord(reason, plan))
+            self._observer(record)
 
 
 class AttentionBackend(ABC):

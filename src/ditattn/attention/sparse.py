@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ditattn.attention.interface import KERNEL_HEAD_SIZES, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+from ditattn.attention.interface import KERNEL_HEAD_SIZES, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, CallRecord
 from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
+from ditattn.attention.plan_memory import Evaluation, PlanMemory, ReusePolicy
 from ditattn.attention.token_order import TokenOrder, token_order
 from ditattn.config import check_skip_and_sparsity
 from ditattn.errors import ConfigError
@@ -39,6 +40,13 @@ class Reason:
     TOKEN_COUNT = "token count does not match the grid"
 
 
+class NotReused:
+    """Why a call that could have reused a plan by its configuration made one of its own. The words users read in reports."""
+
+    STEP_UNKNOWN = "step unknown"
+    UNKNOWN_PADDING = "key lengths known to the device only"
+
+
 # conditions a user asked for; everything else makes strict=True raise
 EXPECTED_REASONS = frozenset({Reason.SPARSITY_ZERO, Reason.FIRST_STEPS, Reason.LAST_STEPS, Reason.SKIPPED_LAYER, Reason.SHORT})
 
@@ -58,6 +66,9 @@ class SparseAttentionMetadata(AttentionMetadata):
         num_prefix_tokens, num_suffix_tokens: text or condition tokens before and after the video tokens.
         token_order: "tile" or "raster".
         first_frame_sink: keep the first frame's blocks whole.
+        plan_refresh_steps: the plan of step s serves the layer's calls of steps s .. s + plan_refresh_steps - 1.
+        share_plan_between_branches: a plan also serves the other branches of classifier-free guidance.
+        evaluation: run and branch of the forward; looked at only where plans are reused.
     """
 
     skip_first_steps: int | None = 10
@@ -71,6 +82,14 @@ class SparseAttentionMetadata(AttentionMetadata):
     num_suffix_tokens: int = 0
     token_order: str = "raster"
     first_frame_sink: bool = True
+    plan_refresh_steps: int = 1
+    share_plan_between_branches: bool = False
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    @property
+    def reuse(self) -> ReusePolicy:
+        """How long plans serve."""
+        return ReusePolicy(self.plan_refresh_steps, self.share_plan_between_branches)
 
     @property
     def num_tokens(self) -> int | None:
@@ -145,15 +164,22 @@ class SparseAttentionMetadataBuilder(AttentionMetadataBuilder):
 
 
 class SparseAttentionImpl(AttentionImpl):
-    """schedule says dense -> dense attention; otherwise order -> plan -> block-sparse attention in that order."""
+    """schedule says dense -> dense attention; otherwise order -> plan, made or kept -> block-sparse attention in that order."""
 
     supported_head_sizes = KERNEL_HEAD_SIZES
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._plans = PlanMemory()
+
+    def end_run(self) -> None:
+        self._plans.forget()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> Tensor:
         assert isinstance(attn_metadata, SparseAttentionMetadata)
         reason = self.why_dense(query, key, attn_metadata)
         if reason is not None:
-            self._note(reason)
+            self._note(CallRecord(reason))
             return dense_attention(query, key, value, scale=self.softmax_scale, causal=self.causal, key_lengths=attn_metadata.key_lengths)
         assert attn_metadata.latent_shape is not None
         order = token_order(
@@ -164,13 +190,36 @@ class SparseAttentionImpl(AttentionImpl):
             query.device,
         )
         self._check_order(attn_metadata)
-        first_frame = attn_metadata.first_frame_sink and attn_metadata.latent_shape[0] > 1
-        plan = self.plan(query, key, attn_metadata, order, order.protected_blocks(BLOCK_SIZE, first_frame, query.device))
+        record = self._planned(query, key, attn_metadata, order)
+        assert record.plan is not None
         out = block_sparse_attention(
-            query, key, value, plan, scale=self.softmax_scale, causal=self.causal, key_lengths=attn_metadata.key_lengths, order=order
+            query, key, value, record.plan, scale=self.softmax_scale, causal=self.causal, key_lengths=attn_metadata.key_lengths, order=order
         )
-        self._note(None, plan)
+        self._note(record)
         return out
+
+    def _planned(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata, order: TokenOrder) -> CallRecord:
+        """The call with its plan: a kept one where the metadata lets one serve, else a new one."""
+        step, policy = metadata.current_timestep, metadata.reuse
+        if not policy.reuses:
+            return CallRecord(None, self._new_plan(query, key, metadata, order))
+        unknown_padding = metadata.key_lengths is not None and metadata.known_key_lengths is None
+        if step is None or unknown_padding:
+            # asking the device whether two steps or branches pad alike would wait for it in every layer
+            why = NotReused.STEP_UNKNOWN if step is None else NotReused.UNKNOWN_PADDING
+            return CallRecord(None, self._new_plan(query, key, metadata, order), not_reused=why)
+        facts = _plan_facts(query, key, metadata)
+        kept = self._plans.find(step, metadata.evaluation, facts, policy)
+        if kept is not None:
+            return CallRecord(None, kept, reused=True)
+        plan = self._new_plan(query, key, metadata, order)
+        self._plans.keep(plan, step, metadata.evaluation, facts, policy)
+        return CallRecord(None, plan)
+
+    def _new_plan(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata, order: TokenOrder) -> BlockPlan:
+        assert metadata.latent_shape is not None
+        first_frame = metadata.first_frame_sink and metadata.latent_shape[0] > 1
+        return self.plan(query, key, metadata, order, order.protected_blocks(BLOCK_SIZE, first_frame, query.device))
 
     @abstractmethod
     def plan(self, query: Tensor, key: Tensor, attn_metadata: SparseAttentionMetadata, order: TokenOrder, protected: Tensor) -> BlockPlan:
@@ -196,6 +245,12 @@ class SparseAttentionImpl(AttentionImpl):
     def _check_order(self, metadata: SparseAttentionMetadata) -> None:
         if self.causal and metadata.token_order != "raster":
             raise ConfigError("causal attention needs token_order='raster': in tile order the tokens before a token are not its past")
+
+
+def _plan_facts(query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> object:
+    """What a plan depends on besides the values of its tokens; the metadata brings the fields that a backend adds."""
+    timeless = replace(metadata, current_timestep=None, key_lengths=None, evaluation=Evaluation())
+    return (timeless, query.shape, key.shape, query.dtype, query.device)
 
 
 def _why_not_this_step(metadata: SparseAttentionMetadata) -> str | None:

@@ -74,7 +74,8 @@ AttentionBackendConfig = Annotated[
         rich_help_panel=ATTENTION,
         show_default=False,
         help="Settings of the backend: k=v,k=v (sparsity=0.5), JSON text, or a .json or .yaml file. "
-        "Keys of the sparse ones: sparsity, skip_first_steps, skip_last_steps, skip_layers, min_tokens, token_order, first_frame_sink.",
+        "Keys of the sparse ones: sparsity, skip_first_steps, skip_last_steps, skip_layers, min_tokens, token_order, first_frame_sink, "
+        "plan_refresh_steps, share_plan_between_branches.",
     ),
 ]
 ComponentAttentionBackends = Annotated[

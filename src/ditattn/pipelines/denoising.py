@@ -9,13 +9,14 @@ import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ditattn.attention.interface import AttentionBackend, AttentionImpl, AttentionMetadata, CallRecord
+from ditattn.attention.plan_memory import Evaluation
 from ditattn.attention.sparse import EXPECTED_REASONS, SparseAttentionImpl, SparseAttentionMetadata
 from ditattn.config import AttentionConfig, SparseAttentionConfig, parse_layers, resolve_steps
 from ditattn.errors import ConfigError, DenseInStrictMode, UnsupportedCall
@@ -25,10 +26,11 @@ from ditattn.ops import dense_attention as dense_op
 from ditattn.ops.contract import call_facts
 from ditattn.ops.dense_attention import dense_attention
 from ditattn.ops.table import choose
+from ditattn.pipelines.evaluations import EvaluationCounter
 from ditattn.pipelines.report import AttentionReport, ComponentLog
 from ditattn.pipelines.step_clock import Step, StepClock
 
-__all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "build_attn_metadata", "running"]
+__all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "build_attn_metadata", "evaluated", "running"]
 
 logger = logging.getLogger("ditattn")
 
@@ -73,13 +75,13 @@ class Forward:
     stage: DenoisingStage
     model: ServedModel
     step: Step
-    branch: str | None
+    evaluation: Evaluation
     layout: TokenLayout | None
     metadata: AttentionMetadata
     layer: int | None = None
     num_calls: int = 0
     records: list[CallRecord] = field(default_factory=list)
-    key_lengths: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    paddings: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
 
 class Probe(Protocol):
@@ -125,17 +127,22 @@ class DenoisingStage:
         self.not_served: dict[str, str] = {}
         self.probe: Probe | None = None
         self._metadata: dict[str, tuple[tuple[Any, ...], AttentionMetadata]] = {}
+        self._evaluations = EvaluationCounter()
 
     def enter(self, model: ServedModel, arguments: Mapping[str, Any], cache_context: Any = None, branch: str | None = None) -> Forward:
         """A forward of `model` begins in this thread. `arguments` are the forward's arguments by name."""
         others = [other for other in getattr(_local, "stack", []) if other.model is not model]
         if len(others) < len(getattr(_local, "stack", [])):
             # KeyboardInterrupt ended a forward without a word, since torch calls no hook then: another run begins
-            self.clock.reset()
+            self._end_run()
         step = self.clock.read(cache_context, branch, arguments.get("timestep"))
         model.log.step_sources[step.source] += 1
+        if self._evaluations.goes_back(step.index):
+            self._forget_plans()
+        evaluation = self._evaluations.read(model.name, step.index, branch)
         layout = _layout(model, arguments)
-        forward = Forward(self, model, step, branch, layout, self._build_attn_metadata(model, step, layout))
+        metadata = evaluated(self._build_attn_metadata(model, step, layout), evaluation)
+        forward = Forward(self, model, step, evaluation, layout, metadata)
         _local.stack = [*others, forward]
         return forward
 
@@ -148,8 +155,18 @@ class DenoisingStage:
     def reset(self) -> None:
         """The run ended: the next forward is step 0."""
         _local.stack = [other for other in getattr(_local, "stack", []) if other.stage is not self]
+        self._end_run()
+
+    def _end_run(self) -> None:
         self.clock.reset()
         self._metadata.clear()
+        self._forget_plans()
+
+    def _forget_plans(self) -> None:
+        self._evaluations.end_run()
+        for model in self.models:
+            for impl in model.impls.values():
+                impl.end_run()
 
     def report(self) -> AttentionReport:
         """What ran so far."""
@@ -200,8 +217,8 @@ class DenoisingStage:
         metadata = forward.metadata
         reason = NOT_SELF_ATTENTION if layer is None else None
         if attn_mask is not None and reason is None:
-            key_lengths, reason = _key_lengths(forward, attn_mask, key)
-            metadata = metadata if key_lengths is None else replace(metadata, key_lengths=key_lengths)
+            padding, reason = _key_padding(forward, attn_mask, key)
+            metadata = metadata if padding is None else replace(metadata, **padding._asdict())
         if reason is not None:
             self._refuse_if_strict(reason, forward)
             forward.records.append(CallRecord(reason))
@@ -277,6 +294,13 @@ def build_attn_metadata(model: ServedModel, step: Step, layout: TokenLayout | No
     )
 
 
+def evaluated(metadata: AttentionMetadata, evaluation: Evaluation) -> AttentionMetadata:
+    """The metadata of a step as one forward of it needs it: where plans are reused, with its run and branch."""
+    if isinstance(metadata, SparseAttentionMetadata) and metadata.reuse.reuses:
+        return replace(metadata, evaluation=evaluation)
+    return metadata
+
+
 def _native(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
     """What a call that is not ours to serve would have run without us: torch's SDPA."""
     mask = _broadcastable(attn_mask)
@@ -288,25 +312,32 @@ def _broadcastable(mask: Tensor | None) -> Tensor | None:
     return mask[:, None, None] if mask is not None and mask.ndim == 2 else mask
 
 
-def _key_lengths(forward: Forward, mask: Tensor, key: Tensor) -> tuple[Tensor | None, str | None]:
-    """(key lengths `[B]`, None) if `mask` pads the end of the keys, (None, None) if it hides nothing, else (None, reason)."""
+class KeyPadding(NamedTuple):
+    """How many leading keys of each batch element are real: integer `[B]`, and as the host read it."""
+
+    key_lengths: Tensor
+    known_key_lengths: tuple[int, ...]
+
+
+def _key_padding(forward: Forward, mask: Tensor, key: Tensor) -> tuple[KeyPadding | None, str | None]:
+    """(padding, None) if `mask` pads the end of the keys, (None, None) if it hides nothing, else (None, reason)."""
     mask4 = _broadcastable(mask)
     assert mask4 is not None
     if mask4.dtype != torch.bool or mask4.ndim != 4 or mask4.shape[1:3] != (1, 1) or mask4.shape[3] != key.shape[1]:
         return None, OTHER_MASK
-    if mask not in forward.key_lengths:
+    if mask not in forward.paddings:
         # models pass one mask to all layers: the synchronisation below happens once per forward
-        forward.key_lengths[mask] = _read_padding(mask4[:, 0, 0], key.shape[0])
-    found: tuple[Tensor | None, str | None] = forward.key_lengths[mask]
+        forward.paddings[mask] = _read_padding(mask4[:, 0, 0], key.shape[0])
+    found: tuple[KeyPadding | None, str | None] = forward.paddings[mask]
     return found
 
 
-def _read_padding(keep: Tensor, batch: int) -> tuple[Tensor | None, str | None]:
+def _read_padding(keep: Tensor, batch: int) -> tuple[KeyPadding | None, str | None]:
     if bool((keep[:, 1:] & ~keep[:, :-1]).any()):
         return None, MASK_WITH_GAPS
-    if bool(keep.all()):
-        return None, None
-    return keep.sum(-1).expand(batch).contiguous(), None
+    lengths = keep.sum(-1).expand(batch).contiguous()
+    known = tuple(lengths.tolist())
+    return (None if min(known) == keep.shape[1] else KeyPadding(lengths, known)), None
 
 
 def _note_implementations(model: ServedModel, query: Tensor, key: Tensor, causal: bool, padded: bool) -> None:

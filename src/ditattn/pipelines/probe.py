@@ -18,7 +18,7 @@ from ditattn.attention.interface import AttentionImpl, AttentionMetadata, CallRe
 from ditattn.attention.plan import BlockPlan
 from ditattn.attention.sparse import SparseAttentionMetadata
 from ditattn.attention.token_order import token_order
-from ditattn.pipelines.denoising import Forward, ServedModel, build_attn_metadata
+from ditattn.pipelines.denoising import Forward, ServedModel, build_attn_metadata, evaluated
 
 __all__ = ["CellReading", "SparseProbe", "dropped_mass"]
 
@@ -150,7 +150,8 @@ class SparseProbe:
         cached = self._metadata.get((number, model.name))
         if cached is None or cached[0] != key:
             cached = self._metadata[number, model.name] = (key, build_attn_metadata(model, *key))
-        return replace(cached[1], key_lengths=call.metadata.key_lengths)
+        metadata, seen = evaluated(cached[1], call.forward.evaluation), call.metadata
+        return replace(metadata, key_lengths=seen.key_lengths, known_key_lengths=seen.known_key_lengths)
 
     def _impl_of(self, number: int, model: ServedModel, call: _Call) -> AttentionImpl:
         twin = call.impl

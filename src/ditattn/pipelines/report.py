@@ -53,6 +53,8 @@ class ComponentLog:
     config: dict[str, Any]
     cells: dict[tuple[int | None, int | None], Cell] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
+    reused: int = 0
+    not_reused: Counter[str] = field(default_factory=Counter)
     step_sources: Counter[str] = field(default_factory=Counter)
     implementations: dict[str, str] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
@@ -62,6 +64,9 @@ class ComponentLog:
         self.cells.setdefault((step, layer), Cell()).add(record)
         if record.reason is not None:
             self.reasons[record.reason] += 1
+        self.reused += record.reused
+        if record.not_reused is not None:
+            self.not_reused[record.not_reused] += 1
 
     def note_implementation(self, op: str, name: str) -> None:
         """An implementation of an op serves some of the calls."""
@@ -77,6 +82,8 @@ class ComponentLog:
             calls=sparse + dense,
             sparse=sparse,
             dense=dense,
+            reused_plans=self.reused,
+            not_reused_reasons=dict(self.not_reused.most_common()),
             dense_reasons=dict(self.reasons.most_common()),
             density=_mean_density(list(self.cells.values())),
             density_by_step={step: _mean_density(self._of(0, step)) for step in self._keys(0)},
@@ -111,6 +118,8 @@ class ComponentReport:
     Attributes:
         backend, config: what was asked.
         calls, sparse, dense: numbers of self-attention calls.
+        reused_plans: sparse calls whose plan an earlier call had made (`plan_refresh_steps`, `share_plan_between_branches`).
+        not_reused_reasons: sparse calls that could have reused a plan by those settings and had to make one, by reason.
         dense_reasons: dense calls by reason.
         density: mean kept share of query-key pairs over the sparse calls, protected blocks counted; None if nothing ran sparse.
         density_by_step, density_by_layer: the same by step and by layer; dense ones are None.
@@ -124,6 +133,8 @@ class ComponentReport:
     calls: int
     sparse: int
     dense: int
+    reused_plans: int
+    not_reused_reasons: dict[str, int]
     dense_reasons: dict[str, int]
     density: float | None
     density_by_step: dict[int, float | None]
@@ -136,18 +147,27 @@ class ComponentReport:
         """One line for people."""
         parts = []
         if self.sparse:
-            parts.append(f"{self.sparse} sparse at density {self.density:.3f} (asked sparsity {self.config.get('sparsity')})")
+            asked = f"asked sparsity {self.config.get('sparsity')}"
+            parts.append(f"{self.sparse} sparse at density {self.density:.3f} ({asked}{self._reuse()})")
         if self.dense:
-            why = ", ".join(f"{reason}: {count}" for reason, count in self.dense_reasons.items())
-            parts.append(f"{self.dense} dense ({why})")
+            parts.append(f"{self.dense} dense ({_counted(self.dense_reasons)})")
         ran = " / ".join(parts) or self._no_calls()
         return f"{self.backend}: {ran}; {self.attention_ms / 1e3:.2f} s in attention"
+
+    def _reuse(self) -> str:
+        reused = f"; {self.reused_plans} with a reused plan" if self.reused_plans else ""
+        refused = f"; no reuse of plans: {_counted(self.not_reused_reasons)}" if self.not_reused_reasons else ""
+        return reused + refused
 
     def _no_calls(self) -> str:
         forwards = sum(self.step_sources.values())
         if not forwards:
             return "no calls"
         return f"no calls in {forwards} forwards; its attention processors or their backend were replaced after the installation"
+
+
+def _counted(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
 
 
 @dataclass(frozen=True)

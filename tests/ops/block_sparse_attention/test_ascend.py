@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import judge
-from ascend_calls import CASES, pairs, run, stand_in_operators
+from ascend_calls import BLOCK_SPARSE, CASES, STORED, pairs, run, run_ordered, stand_in_operators
 from cases import Case, build
 from ditattn.attention.plan import BlockPlan
 from ditattn.errors import BackendUnavailable
-from ditattn.ops.block_sparse_attention import TABLE, block_sparse_attention
+from ditattn.ops.ascend import Operator
+from ditattn.ops.block_sparse_attention import TABLE, ascend, ascend_layout, block_sparse_attention
 from ditattn.ops.block_sparse_attention.ascend_operands import counted_inputs, index_inputs, mask_inputs
-from ditattn.ops.table import CallFacts
+from ditattn.ops.table import CallFacts, Implementation
 
 
 @pytest.fixture
@@ -60,31 +64,94 @@ def test_masks_and_lists_need_no_host_synchronisation() -> None:
         assert inputs(q, k, v, plan).query.device.type == "meta"
 
 
-def _layout_changes(function: Callable[..., Any], *tensors: Tensor) -> int:
-    """Copies of tensors as large as the first one that the function makes."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Count(TorchDispatchMode):
-        number = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, Tensor) and result.numel() >= tensors[0].numel() and func.overloadpacket.__name__ in ("clone", "copy_"):
-                self.number += 1
-            return result
-
-    with Count() as counted:
-        function(*tensors)
-    return counted.number
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize(("name", "case"), pairs(BLOCK_SPARSE, equal_lengths=True))
+def test_an_order_is_applied_and_undone(name: str, case: Case, stored: str, operators: Callable[[str], None]) -> None:
+    operators("A2")
+    problem = build(case, torch.bfloat16)
+    judge.check_output(run_ordered(name, problem, stored)[0], problem)
 
 
-def test_copies_are_counted() -> None:
-    """Contiguous head sizes 64 and 128: none for masks and lists; one per tensor, the transposition, for counts."""
-    q, k, v = (torch.randn(2, 512, 2, 64, dtype=torch.bfloat16) for _ in range(3))
-    plan = BlockPlan.full(512, 512)
-    assert _layout_changes(lambda *x: mask_inputs(*x, plan), q, k, v) == 0
-    assert _layout_changes(lambda *x: index_inputs(*x, plan), q, k, v) == 0
-    assert _layout_changes(lambda *x: counted_inputs(*x, plan), q, k, v) == 3
+@pytest.mark.parametrize("case", [case for case in CASES if case.query_length == case.key_length], ids=str)
+def test_log_sum_exp_in_another_order(case: Case, operators: Callable[[str], None]) -> None:
+    operators("A3")
+    problem = build(case, torch.float16)
+    out, lse = run_ordered("MASK_MINDIESD", problem, "tokens first", return_lse=True)
+    judge.check_output(out, problem)
+    judge.check_lse(lse, problem)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the operators that fill a new tensor of at least so many numbers from another tensor."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self._numel, self.names = numel, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.numel() >= self._numel]
+        if given and any(x.untyped_storage().data_ptr() not in given for x in made):
+            self.names.append(func.overloadpacket.__name__)
+        return result
+
+
+def _copies(name: str, stored: str, dim: int, monkeypatch: pytest.MonkeyPatch, *, ordered: bool, padded: bool) -> list[str]:
+    """The copies of one call, result included, around an operator that makes none."""
+    lse = torch.zeros(2 * 2 * 300)
+    monkeypatch.setattr(Operator, "load", lambda self: lambda query, *args, **kwargs: (query, lse))
+    monkeypatch.setattr(ascend, "soc_generation", lambda: "A2")
+    q, k, v = (STORED[stored](torch.randn(2, 300, 2, dim, dtype=torch.bfloat16)) for _ in range(3))
+    forward = torch.randperm(300)
+    order = {"order": forward, "inverse": forward.argsort()} if ordered else {}
+    lengths = torch.tensor([300, 200]) if padded else None
+    with Copies(q.numel()) as copies:
+        out, _ = getattr(ascend, name).run(q, k, v, BlockPlan.full(300, 300), 0.1, False, lengths, False, **order)
+        out.contiguous()
+    return copies.names
+
+
+CALLS = [(name, padded) for name in BLOCK_SPARSE for padded in (False, True) if not padded or name.startswith("MASK")]
+
+
+@pytest.mark.parametrize(("name", "padded"), CALLS)
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_tensor_is_copied_once(name: str, padded: bool, stored: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an order, one gather for each of query, key, value and result. Without: one, or none where the operator takes what there is."""
+    assert _copies(name, stored, dim, monkeypatch, ordered=True, padded=padded) == ["index_select"] * 4
+    without = _copies(name, stored, dim, monkeypatch, ordered=False, padded=padded)
+    heads_first = padded or name.startswith("COUNTED")
+    in_place = stored == ("heads first" if heads_first else "tokens first")
+    assert len(without) == (0 if in_place else 3) + heads_first
+
+
+@pytest.mark.parametrize(("name", "padded"), CALLS)
+@pytest.mark.parametrize("dim", [32, 96])
+def test_a_padded_head_size_costs_one_copy_more(name: str, padded: bool, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = _copies(name, "tokens first", dim, monkeypatch, ordered=True, padded=padded)
+    assert names == ["index_select", "constant_pad_nd"] * 3 + ["index_select"]
+
+
+def test_row_numbers_are_worked_out_once_for_an_order_and_go_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, make = [], ascend_layout._row_numbers
+    monkeypatch.setattr(ascend_layout, "_row_numbers", lambda *arguments: made.append(arguments[1:]) or make(*arguments))
+    order = torch.randperm(40)
+    before = len(ascend_layout._rows_of)
+    for heads, batch in ((2, 1), (4, 1), (2, 1), (2, 3), (4, 1)):
+        ascend_layout.arranged(torch.randn(batch, 40, heads, 64), "BNSD", 64, order)
+    assert made == [(1, 2, False), (1, 4, False), (3, 2, False)]
+    assert len(ascend_layout._rows_of) == before + 1
+    made.clear()
+    del order
+    gc.collect()
+    assert len(ascend_layout._rows_of) == before
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if row.devices == ("npu",)], ids=lambda row: row.name)
+def test_the_op_leaves_the_order_to_the_adapters(row: Implementation) -> None:
+    assert row.orders_tokens
 
 
 @pytest.mark.parametrize("name", ["mask_torch_npu", "index_attentions", "counted_sgl_kernel_npu"])

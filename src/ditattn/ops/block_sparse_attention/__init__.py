@@ -72,6 +72,7 @@ TABLE: tuple[Implementation, ...] = (
             machine=f"{_HERE}.ascend:{name.upper()}.operator.wrong_generation",
             probe=f"{_HERE}.ascend:{name.upper()}.why_not",
             limits=f"{_HERE}.ascend:{name.upper()}.limits",
+            orders_tokens=True,
         )
         for name, package, honours in _ASCEND
     ),

@@ -13,13 +13,8 @@ from torch import Tensor
 
 from ditattn.attention.plan import BlockPlan
 from ditattn.ops.ascend import Operator, first_of
-from ditattn.ops.block_sparse_attention.ascend_operands import (
-    cleared,
-    counted_inputs,
-    index_inputs,
-    mask_inputs,
-    mask_outputs,
-)
+from ditattn.ops.block_sparse_attention.ascend_layout import BNSD, TND, Reorder
+from ditattn.ops.block_sparse_attention.ascend_operands import counted_inputs, index_inputs, mask_inputs, mask_lse, output
 from ditattn.ops.table import CallFacts
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, Package
 from ditattn.platforms.npu import soc_generation
@@ -57,8 +52,17 @@ class Provider(ABC):
         causal: bool,
         key_lengths: Tensor | None,
         return_lse: bool,
+        order: Tensor | None = None,
+        inverse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The op's contract."""
+        """The op's contract. `order` and `inverse` are int64 `[S]`, both or neither."""
+
+
+def _reorder(order: Tensor | None, inverse: Tensor | None) -> Reorder | None:
+    if order is None:
+        return None
+    assert inverse is not None
+    return Reorder(order, inverse)
 
 
 def _group_refusal(facts: CallFacts) -> str | None:
@@ -92,8 +96,11 @@ class Masked(Provider):
         causal: bool,
         key_lengths: Tensor | None,
         return_lse: bool,
+        order: Tensor | None = None,
+        inverse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        inputs = mask_inputs(query, key, value, plan, key_lengths)
+        reorder = _reorder(order, inverse)
+        inputs = mask_inputs(query, key, value, plan, key_lengths, reorder)
         out, lse = self.operator.load()(
             inputs.query,
             inputs.key,
@@ -109,7 +116,8 @@ class Masked(Provider):
             actual_seq_lengths_kv=inputs.key_lengths,
             softmax_lse_flag=int(return_lse),
         )
-        return mask_outputs(out, lse if return_lse else None, query, inputs, plan.block_size)
+        out = output(out, inputs.layout, query, inputs.empty, plan.block_size, reorder)
+        return out, mask_lse(lse, query, inputs, plan.block_size, reorder) if return_lse else None
 
 
 @dataclass(frozen=True)
@@ -129,8 +137,11 @@ class Indexed(Provider):
         causal: bool,
         key_lengths: Tensor | None,
         return_lse: bool,
+        order: Tensor | None = None,
+        inverse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        inputs = index_inputs(query, key, value, plan)
+        reorder = _reorder(order, inverse)
+        inputs = index_inputs(query, key, value, plan, reorder)
         out, _ = self.operator.load()(
             inputs.query,
             inputs.key,
@@ -140,15 +151,14 @@ class Indexed(Provider):
             [plan.block_size, plan.block_size],
             actual_seq_qlen=inputs.query_lengths,
             actual_seq_kvlen=inputs.key_lengths,
-            q_input_layout="TND",
-            kv_input_layout="TND",
+            q_input_layout=TND,
+            kv_input_layout=TND,
             head_num=key.shape[2],
             mask_type=0,
             scale=scale,
             inner_precise=FP32_SOFTMAX,
         )
-        out = out.view(*query.shape[:3], -1)[..., : query.shape[3]]
-        return cleared(out, inputs.empty, plan.block_size), None
+        return output(out, TND, query, inputs.empty, plan.block_size, reorder), None
 
 
 @dataclass(frozen=True)
@@ -165,15 +175,18 @@ class Counted(Provider):
         causal: bool,
         key_lengths: Tensor | None,
         return_lse: bool,
+        order: Tensor | None = None,
+        inverse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        inputs = counted_inputs(query, key, value, plan)
+        reorder = _reorder(order, inverse)
+        inputs = counted_inputs(query, key, value, plan, reorder)
         result = self.operator.load()(
             inputs.query,
             inputs.key,
             inputs.value,
             inputs.mask,
             inputs.counts,
-            input_layout="BNSD",
+            input_layout=BNSD,
             sparse_size=plan.block_size,
             num_heads=query.shape[2],
             num_key_value_heads=key.shape[2],
@@ -181,8 +194,7 @@ class Counted(Provider):
             causal=False,
             inner_precise=COUNTED_SOFTMAX,
         )
-        out = first_of(result).transpose(1, 2)[..., : query.shape[3]]
-        return cleared(out, inputs.empty, plan.block_size), None
+        return output(first_of(result), BNSD, query, inputs.empty, plan.block_size, reorder), None
 
 
 def _masked(package: Package, namespace: str, name: str) -> Masked:

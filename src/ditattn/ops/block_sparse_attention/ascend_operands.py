@@ -6,6 +6,7 @@ block 0 and its output is cleared afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ditattn.attention.plan import BlockPlan
-from ditattn.ops.ascend import padded_head_dim, to_heads_first
+from ditattn.ops.ascend import padded_head_dim
+from ditattn.ops.block_sparse_attention.ascend_layout import BNSD, TND, Reorder, arranged, restored
 
 # the mask of the operator with counts: one row must fill whole 32-byte units
 COUNTED_MASK_COLUMNS = 32
@@ -24,9 +26,16 @@ def empty_rows(plan: BlockPlan, batch: int, heads: int) -> Tensor:
     return (plan.counts == 0).expand(batch, heads, -1)
 
 
-def cleared(out: Tensor, empty: Tensor, block_size: int) -> Tensor:
-    """`[B, S, H, D]` with zeros in the tokens of empty rows, in place."""
-    return out.masked_fill_(_of_tokens(empty, out.shape[1], block_size).transpose(1, 2).unsqueeze(-1), 0)
+def cleared(out: Tensor, layout: str, empty: Tensor, length: int, block_size: int) -> Tensor:
+    """An operator's output in `layout`, with zeros in the tokens of empty rows, in place."""
+    rows = _of_tokens(empty, length, block_size)
+    return out.masked_fill_((rows.transpose(1, 2).flatten(0, 1) if layout == TND else rows).unsqueeze(-1), 0)
+
+
+def output(out: Tensor, layout: str, query: Tensor, empty: Tensor, block_size: int, order: Reorder | None) -> Tensor:
+    """An operator's output in `layout` -> `[B, S, H, D]` in the order of the query, with zeros in the tokens of empty rows."""
+    out = cleared(out, layout, empty, query.shape[1], block_size)
+    return restored(out, layout, query, None if order is None else order.inverse)
 
 
 def _of_tokens(rows: Tensor, length: int, block_size: int) -> Tensor:
@@ -51,9 +60,11 @@ class MaskInputs(NamedTuple):
     empty: Tensor
 
 
-def mask_inputs(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, key_lengths: Tensor | None = None) -> MaskInputs:
+def mask_inputs(
+    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, key_lengths: Tensor | None = None, order: Reorder | None = None
+) -> MaskInputs:
     """`[B, S, H, D]` -> operands. Waits for the device only to read `key_lengths`."""
-    batch, length, heads, dim = query.shape
+    batch, length, heads, _ = query.shape
     keep = plan.to_mask().expand(batch, heads, -1, -1)
     lengths = [key.shape[1]] * batch
     if key_lengths is not None:
@@ -62,11 +73,14 @@ def mask_inputs(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, key_
         lengths = [min(max(int(n), 1), key.shape[1]) for n in key_lengths.tolist()]
     empty = ~keep.any(-1)
     mask = _with_first(keep, empty).to(torch.int8)
-    if key_lengths is None:
-        q, k, v = (_packed(x, padded_head_dim(dim)) for x in (query, key, value))
-    else:
-        q, k, v = (to_heads_first(x, padded_head_dim(dim)) for x in (query, key, value))
-    return MaskInputs(q, k, v, mask, "TND" if key_lengths is None else "BNSD", [length] * batch, lengths, empty)
+    layout = TND if key_lengths is None else BNSD
+    q, k, v = _operands((query, key, value), layout, order)
+    return MaskInputs(q, k, v, mask, layout, [length] * batch, lengths, empty)
+
+
+def _operands(tensors: tuple[Tensor, ...], layout: str, order: Reorder | None) -> Iterator[Tensor]:
+    """Query, key and value in `layout` and order, with a head size that the operators take."""
+    return (arranged(x, layout, padded_head_dim(x.shape[3]), None if order is None else order.forward) for x in tensors)
 
 
 def _with_first(keep: Tensor, empty: Tensor) -> Tensor:
@@ -74,21 +88,12 @@ def _with_first(keep: Tensor, empty: Tensor) -> Tensor:
     return keep | (empty.unsqueeze(-1) & (torch.arange(keep.shape[-1], device=keep.device) == 0))
 
 
-def _packed(x: Tensor, head_dim: int) -> Tensor:
-    """`[B, S, H, D]` -> contiguous `[B * S, H, head_dim]`; a view where nothing is missing."""
-    return (x if x.shape[3] == head_dim else pad(x, (0, head_dim - x.shape[3]))).contiguous().flatten(0, 1)
-
-
-def mask_outputs(out: Tensor, lse: Tensor | None, query: Tensor, inputs: MaskInputs, block_size: int) -> tuple[Tensor, Tensor | None]:
-    """The operator's output and log-sum-exp (None if not asked for) -> `[B, S, H, D]` and fp32 `[B, H, S]`."""
-    batch, length, heads, dim = query.shape
-    packed = inputs.layout == "TND"
-    out = out.view(batch, length, heads, -1) if packed else out.transpose(1, 2)
-    out = cleared(out[..., :dim], inputs.empty, block_size)
-    if lse is None:
-        return out, None
-    lse = lse.view(batch, length, heads).transpose(1, 2) if packed else lse.view(batch, heads, length)
-    return out, lse.float().masked_fill(_of_tokens(inputs.empty, length, block_size), -torch.inf)
+def mask_lse(lse: Tensor, query: Tensor, inputs: MaskInputs, block_size: int, order: Reorder | None) -> Tensor:
+    """The operator's log-sum-exp -> fp32 `[B, H, S]` in the order of the query, -inf in the tokens of empty rows."""
+    batch, length, heads, _ = query.shape
+    lse = lse.view(batch, length, heads).transpose(1, 2) if inputs.layout == TND else lse.view(batch, heads, length)
+    lse = lse.float().masked_fill(_of_tokens(inputs.empty, length, block_size), -torch.inf)
+    return lse if order is None else lse.index_select(2, order.inverse)
 
 
 class IndexInputs(NamedTuple):
@@ -108,15 +113,15 @@ class IndexInputs(NamedTuple):
     empty: Tensor
 
 
-def index_inputs(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan) -> IndexInputs:
+def index_inputs(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, order: Reorder | None = None) -> IndexInputs:
     """`[B, S, H, D]` -> operands, without waiting for the device. The rows of every batch element are listed, one element after another."""
-    batch, length, heads, dim = query.shape
+    batch, length, heads, _ = query.shape
     indices = pad(plan.indices.long(), (0, plan.num_key_blocks - plan.indices.shape[-1]), value=-1).expand(batch, heads, -1, -1)
     empty = empty_rows(plan, batch, heads)
     first = torch.arange(plan.num_key_blocks, device=indices.device) == 0
     indices = torch.where(empty.unsqueeze(-1) & first, 0, indices)
     counts = plan.counts.long().expand(batch, heads, -1).clamp(min=1)
-    q, k, v = (_packed(x, padded_head_dim(dim)) for x in (query, key, value))
+    q, k, v = _operands((query, key, value), TND, order)
     return IndexInputs(
         q,
         k,
@@ -144,11 +149,11 @@ class CountedInputs(NamedTuple):
     empty: Tensor
 
 
-def counted_inputs(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan) -> CountedInputs:
+def counted_inputs(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, order: Reorder | None = None) -> CountedInputs:
     """`[B, S, H, D]` -> operands, without waiting for the device."""
-    batch, _, heads, dim = query.shape
+    batch, _, heads, _ = query.shape
     empty = empty_rows(plan, batch, heads)
     mask = _with_first(plan.to_mask().expand(batch, heads, -1, -1), empty).to(torch.int8)
     mask = pad(mask, (0, -mask.shape[-1] % COUNTED_MASK_COLUMNS))
-    q, k, v = (to_heads_first(x, padded_head_dim(dim)) for x in (query, key, value))
+    q, k, v = _operands((query, key, value), BNSD, order)
     return CountedInputs(q, k, v, mask, mask.sum(-1, dtype=torch.int32), empty)

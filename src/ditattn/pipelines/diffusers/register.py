@@ -112,7 +112,9 @@ class Registration:
     def remove(self) -> None:
         """Take the names out of diffusers again. Call `reset_attention_backend()` on models that still use one, or they cannot run."""
         self._undo.close()
-        for module in list(self._denoisers):
+        for module, per_name in list(self._denoisers.items()):
+            for denoiser in per_name.values():
+                denoiser.stage.reset()
             module._forward_pre_hooks_with_kwargs.pop(self._enter_hook.id, None)
         if self in _active:
             _active.remove(self)
