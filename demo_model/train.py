@@ -33,6 +33,8 @@ WARMUP_STEPS = 50
 # share of the object's extra weight that is lost at full noise
 OBJECT_FADE = 0.8
 EMA_DECAY = 0.995
+# how much further most noise levels are shifted
+DECISIVE_SHIFT = 2.5
 CAPTION_DROP = 0.1
 # room for the longest caption and its end mark
 CAPTION_TOKENS = 12
@@ -89,11 +91,14 @@ def draw_batch(stage: Stage, rng: random.Random, tokenizer: Any, latent_map: Lat
 
 
 def draw_sigma(batch: int, shift: float, generator: torch.Generator) -> Tensor:
-    """Noise levels [B]: for 70 % of the clips logistic-normal, for the others uniform, then shifted towards noise."""
+    """Noise levels [B], shifted towards noise: for 30 % of the clips uniform, for the others logistic-normal and shifted further.
+
+    Edges and colours are learned soon; whether there is an object, and where, is decided in the noisiest hundredths, and takes longest.
+    """
     peaked = torch.sigmoid(1.2 * torch.randn(batch, generator=generator))
     flat, coin = torch.rand(batch, generator=generator), torch.rand(batch, generator=generator)
-    u = torch.where(coin < 0.7, peaked, flat)
-    return (shift * u / (1 + (shift - 1) * u)).clamp(1e-3, 1.0)
+    u, shifts = torch.where(coin < 0.7, peaked, flat), torch.where(coin < 0.7, DECISIVE_SHIFT * shift, shift)
+    return (shifts * u / (1 + (shifts - 1) * u)).clamp(1e-3, 1.0)
 
 
 class Trainer:

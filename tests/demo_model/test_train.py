@@ -8,7 +8,18 @@ import torch
 from demo_model import world
 from demo_model.autoencoder import LatentMap
 from demo_model.build import build_pipeline
-from demo_model.train import Stage, Trainer, draw_batch, draw_sigma, lr_factor_at, object_weights, parse_stages, run, stage_at
+from demo_model.train import (
+    DECISIVE_SHIFT,
+    Stage,
+    Trainer,
+    draw_batch,
+    draw_sigma,
+    lr_factor_at,
+    object_weights,
+    parse_stages,
+    run,
+    stage_at,
+)
 
 STAGE = Stage(steps=4, clips=2, frames=1)
 
@@ -85,7 +96,10 @@ def test_object_weights_cover_the_object_and_its_border():
 def test_sigmas_lie_in_range_and_shift_towards_noise(shift):
     sigma = draw_sigma(20000, shift, torch.Generator().manual_seed(0))
     assert 0 < sigma.min() < sigma.max() <= 1
-    assert abs(sigma.median().item() - shift / (shift + 1)) < 0.02
+    # the 30 % that are uniform before the shift, and the others, symmetrical about a half before theirs
+    middle, further = shift / (shift + 1), DECISIVE_SHIFT * shift / (DECISIVE_SHIFT * shift + 1)
+    assert middle < sigma.median() < further
+    assert abs((sigma < further).float().mean() - (0.7 * 0.5 + 0.3 * DECISIVE_SHIFT / (DECISIVE_SHIFT + 1))) < 0.02
 
 
 def test_stages_follow_each_other():
