@@ -9,12 +9,16 @@ NPU_BIN := $(NPU_VENV)/bin
 NPU_READY := $(NPU_VENV)/.ready
 NPU_TORCH := $(shell grep '^torch==' constraints-npu.txt)
 
+CLIP := --prompt "a big red circle moves right on a blue background" --output-path outputs
+RAIN_FUSION := --attention-backend rain_fusion_attn --attention-backend-config skip_first_steps=20%
+
 .PHONY: demo test test-npu check format clean
 
+# the same clip densely and with three quarters of the key blocks dropped, then what that cost and saved, at other sparsities too
 demo: $(READY)
-	$(BIN)/ditattn generate --prompt "a big red circle moves right on a blue background" \
-	  --attention-backend rain_fusion_attn --attention-backend-config sparsity=0.75,skip_first_steps=20% \
-	  --output-path outputs
+	$(BIN)/ditattn generate $(CLIP) --attention-backend torch_sdpa --output-file-name demo-dense.mp4
+	$(BIN)/ditattn generate $(CLIP) $(RAIN_FUSION),sparsity=0.75 --output-file-name demo-rain-fusion.mp4
+	$(BIN)/ditattn compare $(CLIP) $(RAIN_FUSION) --grid sparsity=0.5,0.75,0.9 --output-file-name demo
 
 test: $(READY) $(NPU_READY)
 	$(BIN)/python -m pytest -q

@@ -1,6 +1,6 @@
 """Train transformer and text encoder together by flow matching, on the CPU, in stages of growing clips.
 
-    python -m demo_model.train --out DIR [--stages 1500x16x1w,1860x4x5w,400x16x1,1200x4x5,1500x1x17]
+    python -m demo_model.train --out DIR [--stages 1500x16x1w,1860x4x5w,400x16x1,1540x4x5,1300x1x17]
 
 A stage is steps x clips x frames; with a w the shapes may be anywhere and wrap round the edges, without it they stay inside the
 picture. The state (DIR/state.pt) is written every `--save-minutes` and at the end; started again with the same --out, training goes
@@ -210,7 +210,7 @@ def run(trainer: Trainer, stages: Sequence[Stage], folder: Path, decay_steps: in
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stages", type=parse_stages, default="1500x16x1w,1860x4x5w,400x16x1,1200x4x5,1500x1x17")
+    parser.add_argument("--stages", type=parse_stages, default="1500x16x1w,1860x4x5w,400x16x1,1540x4x5,1300x1x17")
     parser.add_argument("--decay-steps", type=int, default=2500, help="length of the falling learning rate at the end")
     parser.add_argument(
         "--object-factor", type=float, default=3.0, help="weight of the loss on and beside the object, without noise; fades with noise"

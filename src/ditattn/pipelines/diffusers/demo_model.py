@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "width": 64,
     "num_frames": 17,
     "fps": 8,
-    "num_inference_steps": 16,
+    "num_inference_steps": 24,
     "guidance_scale": 3.0,
 }
 """What the demo model is made for: 17 frames of 64 x 64 are 17 x 16 x 16 = 4352 tokens, 34 blocks of 128."""
