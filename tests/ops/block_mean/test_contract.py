@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import oracle
 from cases import DEVICES, DTYPES, LAYOUTS, MEAN_CASES
-from ditattn.attention.token_order import token_order
+from ditattn.attention.token_order import TokenOrder, token_order
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.block_mean import TABLE, block_mean
 from ditattn.ops.table import CallFacts, explain
@@ -67,6 +67,18 @@ def test_blocks_of_tokens_in_another_order(name: str, dtype: torch.dtype, device
     assert not torch.equal(mean, block_mean(x, implementation=name))
     with pytest.raises(UnsupportedCall, match="order is for 594 tokens, the call has 593"):
         block_mean(x[:, 1:], order=order, implementation=name)
+
+
+@pytest.mark.parametrize(("name", "device"), NAMES)
+def test_an_order_of_any_stride(name: str, device: str) -> None:
+    x = _tensor(300, torch.float32, device)
+    forward = torch.randperm(300, generator=torch.Generator().manual_seed(0)).to(device)
+    gapped = torch.stack([forward, forward.flip(0)], dim=1)[:, 0]
+    assert not gapped.is_contiguous()
+    dense, strided = (
+        block_mean(x, order=TokenOrder(f, f.argsort(), (0, 1), (0, 300), 300), implementation=name) for f in (forward, gapped)
+    )
+    assert torch.equal(dense, strided)
 
 
 @pytest.mark.parametrize(("name", "device"), NAMES)

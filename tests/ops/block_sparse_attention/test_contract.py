@@ -110,6 +110,20 @@ def test_token_order_changes_nothing_but_the_place(name: str, device: str, dtype
 
 
 @pytest.mark.parametrize(("name", "device"), NAMES)
+@pytest.mark.parametrize("spread", [lambda x: x[:1].expand(2), lambda x: x[::2]], ids=["expanded", "column"])
+def test_key_lengths_of_any_stride(name: str, device: str, spread: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    problem = build(Case("strided", plan="full", batch=2, key_lengths=(200, 200)), dtypes_of(name, device)[0], device)
+    assert problem.key_lengths is not None
+    lengths = spread(torch.tensor([200, 290, 200, 290], device=device))
+    assert not lengths.is_contiguous()
+    out, expected = (
+        block_sparse_attention(problem.query, problem.key, problem.value, problem.plan, key_lengths=x, implementation=name)
+        for x in (lengths, problem.key_lengths)
+    )
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(("name", "device"), NAMES)
 def test_indices_wider_than_needed_change_nothing(name: str, device: str) -> None:
     problem = build(Case("wide", plan="random", query_length=517, key_length=517), dtypes_of(name, device)[0], device)
     wide = block_sparse_attention(problem.query, problem.key, problem.value, problem.plan, implementation=name)

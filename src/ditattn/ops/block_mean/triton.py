@@ -28,7 +28,7 @@ def run(x: Tensor, block_size: int, order: Tensor | None = None) -> Tensor:
         mean_kernel[(heads, rows, batch)](
             x,
             out,
-            order,
+            None if order is None else order.contiguous(),
             *x.stride(),
             length,
             rows,
@@ -59,7 +59,7 @@ def mean_kernel(
     STEP: tl.constexpr,
     PADDED_DIM: tl.constexpr,
 ):
-    """One block of one head. Strides are in elements; `order` int64 `[S]` or None."""
+    """One block of one head. Strides are in elements; `order` dense int64 `[S]` or None."""
     h, m, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dims = tl.arange(0, PADDED_DIM)
     base = x + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h

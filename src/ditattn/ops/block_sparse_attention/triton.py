@@ -74,7 +74,8 @@ def launch(
             plan.indices.contiguous(),
             plan.counts.contiguous(),
             start_order(plan.counts, batch, heads, causal),
-            key_lengths,
+            # the kernel counts in elements: expanded lengths and columns of a table have other strides
+            None if key_lengths is None else key_lengths.contiguous(),
             *query.stride()[:3],
             *key.stride()[:3],
             *value.stride()[:3],
