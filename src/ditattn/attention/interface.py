@@ -72,7 +72,7 @@ class AttentionMetadata:
 
     Attributes:
         current_timestep: index of the denoising step, 0 first (not sigma, not t); None if unknown.
-        key_lengths: integer `[B]`: only that many leading key tokens of each batch element are real; None means all.
+        key_lengths: int32 or int64 `[B]`: only that many leading key tokens of each batch element are real; None means all.
         known_key_lengths: the same numbers, where the host has read them anyway; None where only the device knows.
     """
 

@@ -44,6 +44,12 @@ class TokenOrder:
         if length != self.length:
             raise UnsupportedCall(f"the token order is for {self.length} tokens, the call has {length}")
 
+    def check_device(self, device: torch.device) -> None:
+        """Raise UnsupportedCall unless the index vectors lie on `device`: a kernel reads an address of another device as one of its own."""
+        for index in (self.forward, self.inverse):
+            if index is not None and index.device != device:
+                raise UnsupportedCall(f"the token order is on {index.device}, the tensors on {device}")
+
     def apply(self, x: Tensor) -> Tensor:
         """`[B, S, ...]` in the model's order -> the new order."""
         return x if self.forward is None else x.index_select(1, self.forward)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.table import CallFacts
 
 __all__ = ["call_facts", "check_qkv", "checked_scale", "default_scale"]
+
+_LENGTH_DTYPES = (torch.int32, torch.int64)
 
 
 def default_scale(head_dim: int) -> float:
@@ -37,7 +40,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | N
     """Raise UnsupportedCall unless the three tensors fit together.
 
     Args:
-        key_lengths: integer `[B]`, how many leading key tokens of each batch element are real.
+        key_lengths: int32 or int64 `[B]` on the device of the tensors, how many leading key tokens of each batch element are real.
     """
     if not (query.ndim == key.ndim == value.ndim == 4):
         raise UnsupportedCall(f"query, key, value must be [B, S, H, D], not {list(query.shape)}, {list(key.shape)}, {list(value.shape)}")
@@ -55,10 +58,15 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | N
         raise UnsupportedCall(f"query, key, value must share a device, not {query.device}, {key.device}, {value.device}")
     if not query.dtype.is_floating_point:
         raise UnsupportedCall(f"attention needs a floating dtype, not {query.dtype}")
-    if key_lengths is not None and (key_lengths.shape != query.shape[:1] or key_lengths.dtype.is_floating_point):
-        raise UnsupportedCall(
-            f"key_lengths must be an integer tensor [{query.shape[0]}], not {key_lengths.dtype} {list(key_lengths.shape)}"
-        )
+    if key_lengths is not None:
+        _check_key_lengths(key_lengths, query)
+
+
+def _check_key_lengths(key_lengths: Tensor, query: Tensor) -> None:
+    # narrower integers cannot be compared with every number of keys, and a kernel reads an address of another device as one of its own
+    if key_lengths.shape != query.shape[:1] or key_lengths.dtype not in _LENGTH_DTYPES or key_lengths.device != query.device:
+        found = f"{key_lengths.dtype} {list(key_lengths.shape)} on {key_lengths.device}"
+        raise UnsupportedCall(f"key_lengths must be int32 or int64 [{query.shape[0]}] on {query.device}, not {found}")
 
 
 def call_facts(query: Tensor, key: Tensor, **needs: bool) -> CallFacts:

@@ -120,6 +120,12 @@ def test_bad_calls_say_what_is_wrong(x: torch.Tensor, block: int, text: str) -> 
         block_mean(x, block)
 
 
+def test_an_order_of_another_device_says_so() -> None:
+    order = TokenOrder(*(torch.arange(300, device="meta") for _ in range(2)), (0, 1), (0, 300), 300)
+    with pytest.raises(UnsupportedCall, match="the token order is on meta, the tensors on cpu"):
+        block_mean(_tensor(300, torch.float32, "cpu"), order=order)
+
+
 def test_compiles_into_one_graph() -> None:
     x = _tensor(300, torch.float32, "cpu")
     assert torch.equal(torch.compile(lambda y: block_mean(y), fullgraph=True, backend="aot_eager")(x), block_mean(x))

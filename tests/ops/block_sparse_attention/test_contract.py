@@ -213,6 +213,8 @@ def test_orders_that_do_not_fit_say_why() -> None:
     assert tile.length == p.query.shape[1]
     with pytest.raises(UnsupportedCall, match="order is for 297 tokens, the call has 300"):
         block_sparse_attention(p.query, p.key, p.value, p.plan, order=token_order("tile", (3, 9, 11)))
+    with pytest.raises(UnsupportedCall, match="the token order is on meta, the tensors on cpu"):
+        block_sparse_attention(p.query, p.key, p.value, p.plan, order=replace(tile, inverse=torch.arange(300, device="meta")))
     with pytest.raises(UnsupportedCall, match="causal call takes no token order"):
         block_sparse_attention(p.query, p.key, p.value, p.plan, order=tile, causal=True)
 

@@ -92,6 +92,9 @@ BAD_CALLS = {
     "integers": (lambda p: replace(p, query=p.query.int(), key=p.key.int(), value=p.value.int()), "floating"),
     "key_lengths too long": (lambda p: replace(p, key_lengths=torch.tensor([3, 3])), "key_lengths"),
     "key_lengths not integer": (lambda p: replace(p, key_lengths=torch.tensor([3.0])), "key_lengths"),
+    "key_lengths are flags": (lambda p: replace(p, key_lengths=torch.tensor([True])), "int32 or int64 .1. on cpu, not torch.bool"),
+    "key_lengths too narrow": (lambda p: replace(p, key_lengths=torch.tensor([3]).byte()), "int32 or int64 .1. on cpu, not torch.uint8"),
+    "key_lengths elsewhere": (lambda p: replace(p, key_lengths=torch.tensor([3], device="meta")), "on cpu, not torch.int64 .1. on meta"),
     "scale is NaN": (lambda p: replace(p, scale=float("nan")), "finite"),
     "scale is infinite": (lambda p: replace(p, scale=float("inf")), "finite"),
 }

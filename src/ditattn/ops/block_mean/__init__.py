@@ -54,12 +54,13 @@ def block_mean(x: Tensor, block_size: int = BLOCK_SIZE, *, order: TokenOrder | N
         fp32 `[B, ceil(S / block_size), H, D]`.
 
     Raises:
-        UnsupportedCall: x is not four-dimensional, is empty, has another length than the order, or no implementation takes it.
+        UnsupportedCall: x is not four-dimensional, is empty, has another length or device than the order, or no implementation takes it.
     """
     if x.ndim != 4 or 0 in x.shape or block_size < 1:
         raise UnsupportedCall(f"block_mean needs a non-empty [B, S, H, D] and a positive block size, not {list(x.shape)} and {block_size}")
     if order is not None:
         order.check_length(x.shape[1])
+        order.check_device(x.device)
     # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
     name = implementation or ""
     if not torch.compiler.is_compiling():

@@ -134,7 +134,7 @@ def block_sparse_attention(
         plan: kept key blocks per batch element and query head. Its values are trusted here (`BlockPlan.check` verifies them).
         scale: factor on the scores, 1 / sqrt(D) when None; applied in fp32.
         causal: within the kept blocks query i sees keys 0..i.
-        key_lengths: integer `[B]`; only that many leading keys of each batch element are real.
+        key_lengths: int32 or int64 `[B]` on the tensors' device; only that many leading keys of each batch element are real.
         order: the order of the tokens that the plan and `key_lengths` speak of, where it is not that of the tensors: query, key, value and
             the result stay as they are, and the implementation reads and writes them in this order, or copies them. Needs S = T.
         implementation: a name from `TABLE`, or several separated by commas in order of preference; None takes the first possible one.
@@ -199,6 +199,7 @@ def _ordering(query: Tensor, key: Tensor, causal: bool, order: TokenOrder | None
         raise UnsupportedCall("a causal call takes no token order: the tokens before a token would not be its past")
     order.check_length(query.shape[1])
     order.check_length(key.shape[1])
+    order.check_device(query.device)
     return order.forward, order.inverse
 
 

@@ -107,7 +107,8 @@ def dense_attention(
         key, value: `[B, T, G, D]`, H a multiple of G.
         scale: factor on the scores, 1 / sqrt(D) when None; applied in fp32.
         causal: query i sees keys 0..i (aligned at the start, as torch's SDPA does).
-        key_lengths: integer `[B]`; only that many leading keys of each batch element are real. Length 0 yields zeros.
+        key_lengths: int32 or int64 `[B]` on the tensors' device; only that many leading keys of each batch element are real. Length 0
+            yields zeros.
         attn_mask: bool (True is kept) or additive, broadcastable to `[B, H, S, T]`.
         implementation: a name from `TABLE`, or several separated by commas in order of preference; None takes the first possible one.
 
