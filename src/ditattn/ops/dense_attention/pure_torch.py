@@ -55,6 +55,9 @@ def why_not_cudnn() -> str | None:
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
+    if scale <= 0:
+        # torch's FlashAttention for the CPU hides keys before it scales: -infinity times such a scale is NaN or +infinity
+        query, scale = (-query, -scale) if scale else (query * 0, 1.0)
     # no fused kernel of torch takes a strided last axis
     q, k, v = ((x if x.stride(3) == 1 else x.contiguous()).transpose(1, 2) for x in (query, key, value))
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=query.shape[2] != key.shape[2])
