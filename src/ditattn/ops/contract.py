@@ -5,6 +5,7 @@ Layout everywhere: query `[B, S, H, D]`, key and value `[B, T, G, D]` with H a m
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import torch
@@ -24,16 +25,17 @@ def default_scale(head_dim: int) -> float:
 
 
 def checked_scale(scale: float | None, head_dim: int) -> float:
-    """The factor on the scores: 1 / sqrt(D) for None.
+    """The factor on the scores: 1 / sqrt(D) for None. A scale that fp32, in which it is applied, rounds to zero is zero.
 
     Raises:
-        UnsupportedCall: the scale is NaN or infinite.
+        UnsupportedCall: the scale is NaN or infinite, as it stands or in fp32.
     """
     if scale is None:
         return default_scale(head_dim)
-    if not math.isfinite(scale):
-        raise UnsupportedCall(f"the scale must be finite, not {scale}")
-    return float(scale)
+    # a kernel that treats zero apart would otherwise meet a zero that Python did not see
+    if not math.isfinite(scale) or not math.isfinite(applied := ctypes.c_float(scale).value):
+        raise UnsupportedCall(f"the scale must be finite in fp32, not {scale}")
+    return float(scale) if applied else 0.0
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None = None) -> None:

@@ -97,6 +97,7 @@ BAD_CALLS = {
     "key_lengths elsewhere": (lambda p: replace(p, key_lengths=torch.tensor([3], device="meta")), "on cpu, not torch.int64 .1. on meta"),
     "scale is NaN": (lambda p: replace(p, scale=float("nan")), "finite"),
     "scale is infinite": (lambda p: replace(p, scale=float("inf")), "finite"),
+    "scale is infinite in fp32": (lambda p: replace(p, scale=1e300), "finite in fp32, not 1e[+]300"),
 }
 
 
@@ -106,6 +107,18 @@ def test_bad_calls_say_what_is_wrong(what: str) -> None:
     problem = spoil(PLAIN)
     with pytest.raises(UnsupportedCall, match=text):
         dense_attention(problem.query, problem.key, problem.value, **problem.options)
+
+
+@pytest.mark.parametrize(("name", "device"), NAMES)
+def test_a_scale_that_is_zero_in_fp32_is_zero(name: str, device: str) -> None:
+    problem = build(Case("tiny scale", causal=True), torch.float32, device)
+    if name not in judge.possible(TABLE, judge.facts_of(Case("causal", causal=True), device, torch.float32)):
+        pytest.skip(f"{name} is not causal")
+    tiny, zero = (
+        dense_attention(problem.query, problem.key, problem.value, scale=scale, causal=True, implementation=name) for scale in (1e-50, 0.0)
+    )
+    assert bool(tiny.isfinite().all())
+    assert torch.equal(tiny, zero)
 
 
 def test_float64_is_refused_with_every_reason() -> None:
