@@ -97,7 +97,8 @@ def block_mean(x: Tensor, block_size: int, order: Tensor | None = None) -> Tenso
         length=length,
         heads=heads,
         head_dim=dim,
-        block_size=block_size,
+        # the structure holds 32 bits, and one block needs no more tokens than there are
+        block_size=min(block_size, length),
         dtype=_DTYPES[x.dtype],
         num_threads=torch.get_num_threads(),
     )

@@ -10,6 +10,7 @@ import oracle
 from cases import DEVICES, DTYPES, LAYOUTS, MEAN_CASES
 from ditattn.attention.token_order import TokenOrder, token_order
 from ditattn.errors import UnsupportedCall
+from ditattn.ops import cpu_library
 from ditattn.ops.block_mean import TABLE, block_mean
 from ditattn.ops.table import CallFacts, explain
 
@@ -46,6 +47,13 @@ def _check(name: str, x: torch.Tensor, block: int) -> None:
 @pytest.mark.parametrize(("length", "block"), MEAN_CASES)
 def test_lengths_and_blocks(name: str, dtype: torch.dtype, device: str, length: int, block: int) -> None:
     _check(name, _tensor(length, dtype, device), block)
+
+
+@pytest.mark.skipif(cpu_library.problem() is not None, reason="no compiled kernels")
+@pytest.mark.parametrize("block", [2**31 - 1, 2**32 + 128])
+def test_a_block_size_beyond_32_bits(block: int) -> None:
+    """The C structure would wrap it: a mean of nothing, or means written past the result."""
+    _check("cpu", _tensor(300, torch.float32, "cpu"), block)
 
 
 @pytest.mark.parametrize(("name", "dtype", "device"), COMBINATIONS)
