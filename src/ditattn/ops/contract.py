@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -14,9 +15,15 @@ from torch import Tensor
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.table import CallFacts
 
-__all__ = ["call_facts", "check_qkv", "checked_scale", "default_scale"]
+__all__ = ["call_facts", "check_qkv", "checked_scale", "default_scale", "without_autocast"]
 
 _LENGTH_DTYPES = (torch.int32, torch.int64)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Inside the block torch multiplies tensors of `device` in their own dtype, although the caller may run under `torch.autocast`."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def default_scale(head_dim: int) -> float:

@@ -202,3 +202,10 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = antidiagonal.estimate(x, y, scale=0.2)
     monkeypatch.setattr(antidiagonal, "CHUNK_SCORES", 1)
     assert torch.allclose(antidiagonal.estimate(x, y, scale=0.2), whole, atol=1e-6)
+
+
+def test_autocast_does_not_coarsen_the_estimate() -> None:
+    query, key = clustered(1300, 2, 32), clustered(1300, 2, 32, seed=3)
+    expected = antidiagonal.estimate(query, key, scale=0.2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(antidiagonal.estimate(query, key, scale=0.2), expected)

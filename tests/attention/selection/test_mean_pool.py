@@ -101,3 +101,14 @@ def test_nan_blocks_are_kept() -> None:
     plan = mean_pool.select(x, x, scale=0.2, sparsity=0.9, protected=no_protection(10))
     rows = [row for row in range(10) if row != 5]
     assert bool(plan.to_mask()[0, 0, rows, 5].all())
+
+
+def test_autocast_does_not_coarsen_the_scores() -> None:
+    """Scores that differ by less than bf16 can tell are ranked as in fp32."""
+    query, key = torch.ones(1, 128, 1, 32), torch.ones(1, 512, 1, 32)
+    key[:, 256:384] += 1e-4
+    plan = mean_pool.select(query, key, scale=1.0, sparsity=0.75, protected=no_protection(4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        coarse = mean_pool.select(query, key, scale=1.0, sparsity=0.75, protected=no_protection(4))
+    assert plan.indices.flatten()[0] == 2
+    assert torch.equal(coarse.indices, plan.indices)

@@ -83,6 +83,21 @@ def test_nan_and_inf_propagate(name: str, device: str, which: str, poison: float
 
 
 @pytest.mark.parametrize(("name", "device"), NAMES)
+def test_autocast_changes_nothing(name: str, device: str) -> None:
+    """The result has the query's dtype and accuracy, as the op's fake promises to compiled graphs."""
+    problem = build(Case("autocast", plan="uneven"), dtypes_of(name, device)[0], device)
+
+    def run() -> torch.Tensor:
+        return block_sparse_attention(problem.query, problem.key, problem.value, problem.plan, implementation=name)
+
+    expected = run()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = run()
+    assert out.dtype == expected.dtype
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(("name", "device"), NAMES)
 def test_same_input_same_bits(name: str, device: str) -> None:
     problem = build(Case("twice", plan="uneven", query_length=517, key_length=517), torch.bfloat16, device)
     first, second = (block_sparse_attention(problem.query, problem.key, problem.value, problem.plan, implementation=name) for _ in range(2))

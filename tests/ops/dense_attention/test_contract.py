@@ -50,6 +50,21 @@ def test_nan_and_inf_propagate(name: str, device: str, which: str, poison: float
 
 
 @pytest.mark.parametrize(("name", "device"), NAMES)
+def test_autocast_changes_nothing(name: str, device: str) -> None:
+    """The result has the query's dtype and accuracy, as the op's fake promises to compiled graphs."""
+    problem = build(Case("autocast"), torch.float32, device)
+
+    def run() -> torch.Tensor:
+        return dense_attention(problem.query, problem.key, problem.value, implementation=name)
+
+    expected = run()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = run()
+    assert out.dtype == expected.dtype
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(("name", "device"), NAMES)
 def test_same_input_same_bits(name: str, device: str) -> None:
     problem = build(Case("twice", query_length=517, key_length=517), torch.bfloat16, device)
     first, second = (dense_attention(problem.query, problem.key, problem.value, implementation=name) for _ in range(2))

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from ditattn.attention.plan import BLOCK_SIZE, BlockPlan, num_blocks
 from ditattn.ops.block_estimate import STRIDE, block_estimate
+from ditattn.ops.contract import without_autocast
 
 __all__ = ["STRIDE", "estimate", "select"]
 
@@ -98,6 +99,11 @@ def estimate(
 
     A row sums to the number of folded queries in it: 16 for a full block of 128 at stride 8.
     """
+    with without_autocast(query.device):
+        return _estimate(query, key, scale, causal, key_lengths, stride, block_size)
+
+
+def _estimate(query: Tensor, key: Tensor, scale: float, causal: bool, key_lengths: Tensor | None, stride: int, block_size: int) -> Tensor:
     batch, length, heads, _ = query.shape
     group = heads // key.shape[2]
     mass = query.new_zeros(batch, heads, num_blocks(length, block_size), num_blocks(key.shape[1], block_size), dtype=torch.float32)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ditattn.attention.plan import BLOCK_SIZE, BlockPlan, num_blocks
 from ditattn.attention.token_order import TokenOrder
 from ditattn.ops.block_mean import block_mean
+from ditattn.ops.contract import without_autocast
 
 __all__ = ["num_kept", "select"]
 
@@ -54,7 +55,8 @@ def select(
     """
     q, k = block_mean(query, block_size, order=order), block_mean(key, block_size, order=order)
     k = k.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
-    scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * scale
+    with without_autocast(query.device):
+        scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * scale
     keep = num_kept(num_blocks(key.shape[1], block_size), sparsity)
     scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if key_lengths is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
 from ditattn.attention.token_order import TokenOrder
 from ditattn.errors import UnsupportedCall
-from ditattn.ops.contract import call_facts, check_qkv, checked_scale
+from ditattn.ops.contract import call_facts, check_qkv, checked_scale, without_autocast
 from ditattn.ops.table import HALF, CallFacts, Implementation, choose_to_run, load
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON, Package
 
@@ -244,14 +244,15 @@ def _op(
     row = choose_to_run(TABLE, facts, implementation or None)
     run = load(row)
     options = (BlockPlan(indices, counts, query.shape[1], key.shape[1], block_size), scale, causal, key_lengths, return_lse)
-    if order is None:
-        out, lse = run(query, key, value, *options)
-    elif row.orders_tokens:
-        out, lse = run(query, key, value, *options, order=order, inverse=inverse)
-    else:
-        assert inverse is not None
-        out, lse = run(*(x.index_select(1, order) for x in (query, key, value)), *options)
-        out, lse = out.index_select(1, inverse), (lse.index_select(2, inverse) if return_lse else None)
+    with without_autocast(query.device):
+        if order is None:
+            out, lse = run(query, key, value, *options)
+        elif row.orders_tokens:
+            out, lse = run(query, key, value, *options, order=order, inverse=inverse)
+        else:
+            assert inverse is not None
+            out, lse = run(*(x.index_select(1, order) for x in (query, key, value)), *options)
+            out, lse = out.index_select(1, inverse), (lse.index_select(2, inverse) if return_lse else None)
     return out.contiguous(), (lse if return_lse else query.new_empty(0, dtype=torch.float32))
 
 

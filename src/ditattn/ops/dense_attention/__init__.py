@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ditattn.ops.contract import call_facts, check_qkv, checked_scale
+from ditattn.ops.contract import call_facts, check_qkv, checked_scale, without_autocast
 from ditattn.ops.table import HALF, Implementation, choose, load
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU
 
@@ -143,7 +143,8 @@ def _op(
 ) -> Tensor:
     facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, attn_mask=attn_mask is not None)
     run = load(choose(TABLE, facts, implementation or None))
-    out: Tensor = run(query, key, value, scale, causal, key_lengths, attn_mask)
+    with without_autocast(query.device):
+        out: Tensor = run(query, key, value, scale, causal, key_lengths, attn_mask)
     return out.contiguous()
 
 
