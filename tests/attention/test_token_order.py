@@ -97,3 +97,12 @@ def test_orders_are_cached() -> None:
 def test_bad_requests(name: str, grid: tuple[int, int, int], prefix: int) -> None:
     with pytest.raises(ConfigError):
         token_order(name, grid, prefix)
+
+
+def test_an_order_made_in_inference_mode_serves_where_gradients_are_recorded() -> None:
+    with torch.inference_mode():
+        order = token_order("tile", (2, 17, 33))
+    x = torch.randn(1, order.length, 1, 4, requires_grad=True)
+    order.undo(order.apply(x)).sum().backward()
+    assert x.grad is not None
+    assert bool((x.grad == 1).all())

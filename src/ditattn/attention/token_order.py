@@ -86,7 +86,9 @@ def token_order(
         raise ConfigError(
             f"a token grid needs positive sizes, not {grid} with {num_prefix_tokens} prefix and {num_suffix_tokens} suffix tokens"
         )
-    return _cached(name, tuple(grid), num_prefix_tokens, num_suffix_tokens, torch.device(device))
+    # tensors made in inference mode could not be used later where gradients are recorded
+    with torch.inference_mode(False):
+        return _cached(name, tuple(grid), num_prefix_tokens, num_suffix_tokens, torch.device(device))
 
 
 @lru_cache(maxsize=32)
