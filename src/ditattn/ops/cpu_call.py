@@ -142,7 +142,8 @@ def _set_plan(call: cpu_library.Attention, plan: BlockPlan, batch: int, heads: i
         raise UnsupportedCall(f"the CPU kernel has blocks of {BLOCK_SIZE} tokens, the plan {plan.block_size}")
     plan.check(batch, heads)
     indices, counts = plan.indices, plan.counts
-    if indices.stride(3) != 1:
+    # the stride of an axis of length 1 means nothing, and torch calls such tensors contiguous whatever it is
+    if indices.stride(3) != 1 and indices.shape[3] > 1:
         raise UnsupportedCall("the last axis of the plan's indices must be dense")
     call.indices, call.counts = indices.data_ptr(), counts.data_ptr()
     for axis in range(3):

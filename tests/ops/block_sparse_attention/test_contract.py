@@ -200,6 +200,16 @@ def test_memory_of_the_torch_implementation_is_bounded(with_lse: bool) -> None:
     assert seen.num_bytes <= pure_torch.CHUNK_BYTES
 
 
+@pytest.mark.parametrize(("name", "device"), NAMES)
+def test_a_plan_of_one_column_may_have_any_stride(name: str, device: str) -> None:
+    problem = build(Case("one column", plan="first block"), dtypes_of(name, device)[0], device)
+    narrow = problem.plan.trimmed()
+    shape = narrow.indices.shape
+    odd = replace(narrow, indices=narrow.indices.as_strided(shape, (shape[1] * shape[2], shape[2], 1, 7)))
+    out, expected = (block_sparse_attention(problem.query, problem.key, problem.value, plan, implementation=name) for plan in (odd, narrow))
+    assert torch.equal(out, expected)
+
+
 def _changed(plan: BlockPlan, **fields: object) -> BlockPlan:
     return replace(plan, **fields)
 
