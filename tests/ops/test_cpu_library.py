@@ -204,6 +204,22 @@ def test_after_fork() -> None:
     assert finished == 0
 
 
+def _measure_in_child() -> None:
+    torch.set_num_threads(1)
+    preference.dense_on_cpu(CallFacts("cpu", torch.float32, 32))
+
+
+@needs_kernel
+def test_a_fork_during_the_self_measurement_leaves_no_closed_lock() -> None:
+    with preference._LOCK:
+        process = multiprocessing.get_context("fork").Process(target=_measure_in_child)
+        process.start()
+    process.join(60)
+    finished = process.exitcode
+    process.kill()
+    assert finished == 0
+
+
 class Attending(torch.utils.data.Dataset):
     """Each item is an attention call."""
 

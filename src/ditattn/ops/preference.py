@@ -9,6 +9,7 @@ names its implementation measures nothing.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -43,6 +44,17 @@ class Measurement:
 
 _MEASURED: dict[CallFacts, Measurement] = {}
 _LOCK = threading.Lock()
+
+
+def _new_lock() -> None:
+    """A child forked while another thread measures would wait for that thread, which it does not have."""
+    global _LOCK
+    _LOCK = threading.Lock()
+
+
+# systems without fork do not have it
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
 
 
 def measurements() -> list[Measurement]:
