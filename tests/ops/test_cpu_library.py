@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _ctypes
 import json
 import multiprocessing
 import os
@@ -88,6 +89,19 @@ def test_an_install_without_kernels_says_why(monkeypatch: pytest.MonkeyPatch, tm
     problem = cpu_library.selection.__wrapped__().problem or ""
     assert "no C++ compiler was found (looked for g++)" in problem
     assert "Install g++ or clang" in problem
+
+
+@pytest.mark.skipif(not hasattr(_ctypes, "__file__"), reason="this Python has ctypes inside, so there is no other object at hand")
+def test_an_object_of_other_sources_is_a_reason_and_no_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As an editable install keeps it from an older checkout."""
+    monkeypatch.delenv(cpu_library.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(cpu_library, "FOLDER", tmp_path)
+    monkeypatch.setattr(cpu_library, "_runnable", cpu_library._runnable.__wrapped__)
+    shutil.copy(_ctypes.__file__, tmp_path / "libditattn_cpu_baseline.so")
+    problem = cpu_library.selection.__wrapped__().problem or ""
+    assert "built from other sources" in problem
+    assert "undefined symbol: ditattn_runnable_variants" in problem
+    assert "pip install --force-reinstall" in problem
 
 
 def test_the_table_tells_a_missing_kernel_from_a_refused_call(monkeypatch: pytest.MonkeyPatch) -> None:

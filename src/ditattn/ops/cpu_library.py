@@ -32,6 +32,8 @@ __all__ = [
 ENVIRONMENT = "DITATTN_CPU_ISA"
 FOLDER = Path(__file__).parent / "native"
 
+_REINSTALL = "reinstall: pip install --force-reinstall --no-deps ditattn"
+
 # Best last, in the order of the bits of csrc/cpu/instruction_sets.h.
 VARIANTS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 
@@ -149,9 +151,11 @@ def _load(variant: str) -> Library | str:
         functions.ditattn_block_mean.argtypes = [POINTER(BlockMean)]
         if functions.ditattn_init():
             return f"the operating system does not permit the registers of '{variant}'"
+        return Library(variant, bool(functions.ditattn_has_bf16()), functions)
     except OSError as error:
         return f"cannot be loaded: {error}"
-    return Library(variant, bool(functions.ditattn_has_bf16()), functions)
+    except AttributeError as error:
+        return f"was built from other sources than this version's ({error}): {_REINSTALL}"
 
 
 def _path(variant: str) -> Path:
@@ -172,7 +176,7 @@ def _why_not_built(variant: str) -> str:
     except (OSError, ValueError, KeyError):
         failed = {}
     cause = failed.get(variant, "the package was not built here")
-    return f"the CPU kernels are missing: {cause}. Install g++ or clang, then reinstall: pip install --force-reinstall --no-deps ditattn"
+    return f"the CPU kernels are missing: {cause}. Install g++ or clang, then {_REINSTALL}"
 
 
 @cache
