@@ -9,7 +9,7 @@ import torch
 
 from ditattn import AttentionBackendEnum, BackendUnavailable
 from ditattn.errors import UnknownBackend, UnsupportedHeadSize
-from ditattn.packages import Package
+from ditattn.packages import TORCH_NPU, Package
 from ditattn.platforms import PLATFORMS, get_platform
 from ditattn.platforms.interface import BACKEND_PATHS, Platform
 from ditattn.platforms.npu import NpuPlatform
@@ -44,6 +44,12 @@ def test_npu_without_its_packages_names_each_of_them(backend: B) -> None:
     for package, install in (("attentions", "build sgl-kernel-npu from source"), ("mindiesd", "pip install mindiesd")):
         assert (f"or package '{package}' is missing" in text) is (backend is B.LASER_ATTN)
         assert (install in text) is (backend is B.LASER_ATTN)
+
+
+@pytest.mark.parametrize("present", [("sgl_kernel_npu",), ("sgl_kernel_npu", "attentions", "mindiesd")])
+def test_one_laser_package_is_enough(present: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Package, "missing", lambda self: self.module not in present)
+    assert NpuPlatform().why_not(B.LASER_ATTN) == TORCH_NPU.sentence()
 
 
 class Invented(Platform):

@@ -59,9 +59,9 @@ class NpuPlatform(Platform):
         reason = super().why_not(backend, head_size, dtype)
         if backend not in self.any_of:
             return reason
-        if TORCH_NPU.missing():
-            lacking = [package.sentence() for package in self.any_of[backend] if package.missing()]
-            return "; ".join([str(reason), "; or ".join(lacking)])
+        providers = self.any_of[backend]
+        if TORCH_NPU.missing() and all(package.missing() for package in providers):
+            return f"{reason}; {'; or '.join(package.sentence() for package in providers)}"
         return reason or _why_no_laser(head_size, dtype)
 
 
