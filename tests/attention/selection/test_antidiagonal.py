@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ditattn.attention.selection import antidiagonal
+from ditattn.errors import UnsupportedCall
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -209,3 +210,10 @@ def test_autocast_does_not_coarsen_the_estimate() -> None:
     expected = antidiagonal.estimate(query, key, scale=0.2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(antidiagonal.estimate(query, key, scale=0.2), expected)
+
+
+@pytest.mark.parametrize("stride", [7, 48, 256, 0])
+def test_a_stride_that_does_not_divide_the_block_is_refused(stride: int) -> None:
+    query = draw(1, 300, 1, 32)
+    with pytest.raises(UnsupportedCall, match=f"must divide the block size of 128 tokens, {stride} does not"):
+        antidiagonal.select(query, query, scale=0.2, sparsity=0.5, protected=torch.zeros(3, dtype=torch.bool), stride=stride)

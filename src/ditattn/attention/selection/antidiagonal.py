@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ditattn.attention.plan import BLOCK_SIZE, BlockPlan, num_blocks
+from ditattn.errors import UnsupportedCall
 from ditattn.ops.block_estimate import STRIDE, block_estimate
 from ditattn.ops.contract import without_autocast
 
@@ -57,10 +58,13 @@ def select(
         causal: only blocks up to the diagonal are valid.
         keep_sink, keep_recent: force the first and the last valid block of every row.
         key_lengths: integer `[B]`, real keys of each batch element.
-        stride: tokens folded together.
+        stride: tokens folded together; divides `block_size`.
 
     Returns:
         BlockPlan over `[B, H]`.
+
+    Raises:
+        UnsupportedCall: the stride does not divide the block size.
     """
     mask = block_estimate(
         query,
@@ -98,7 +102,12 @@ def estimate(
     """Estimated softmax mass of every block, fp32 `[B, H, M, N]`.
 
     A row sums to the number of folded queries in it: 16 for a full block of 128 at stride 8.
+
+    Raises:
+        UnsupportedCall: the stride does not divide the block size: a fold would belong to two blocks.
     """
+    if stride < 1 or block_size % stride:
+        raise UnsupportedCall(f"the stride must divide the block size of {block_size} tokens, {stride} does not")
     with without_autocast(query.device):
         return _estimate(query, key, scale, causal, key_lengths, stride, block_size)
 
