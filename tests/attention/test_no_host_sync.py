@@ -28,6 +28,17 @@ class NoReading(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class NoSending(TorchDispatchMode):
+    """Fails where a tensor goes from one device to another: without pinned memory the host waits for the device there as well."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::_to_copy", "aten::copy_"):
+            devices = {x.device for x in (*args, result) if isinstance(x, Tensor)}
+            assert len(devices) == 1, f"{func} copies between {devices}"
+        return result
+
+
 def valueless(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """A tensor of torch's meta device: it has no values, and whatever asks for one raises."""
     return torch.empty(*shape, dtype=dtype, device="meta")
@@ -66,6 +77,15 @@ def test_selection_runs_on_a_device_without_values(selector: str, lengths: str |
     assert (plan.indices.shape, plan.counts.shape) == ((2, 4, 5, 5), (2, 4, 5))
     assert {x.device.type for x in (plan.indices, plan.counts, out, lse)} == {"meta"}
     assert (out.shape, lse.shape) == ((2, 540, 4, 64), (2, 4, 540))
+
+
+@pytest.mark.parametrize(("selector", "options"), [("mean_pool", {}), ("antidiagonal", {}), ("antidiagonal", {"causal": True})])
+def test_selection_sends_nothing_to_the_device(selector: str, options: dict[str, bool]) -> None:
+    query, protected = valueless(1, 540, 2, 64), valueless(5, dtype=torch.bool)
+    with NoSending(), pytest.raises(AssertionError, match="copies between"):
+        torch.ones(3).to("meta")
+    with NoSending():
+        SELECTORS[selector](query, query, scale=0.1, sparsity=0.5, protected=protected, **options)
 
 
 @pytest.mark.skipif(TRITON.missing(), reason=TRITON.sentence())

@@ -10,7 +10,7 @@ flags for the forced columns are honoured, exactly the asked number of blocks is
 
 from __future__ import annotations
 
-import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ __all__ = ["STRIDE", "estimate", "select"]
 
 # the operator never caps rows with fewer valid blocks than this
 MIN_CAPPED_BLOCKS = 10
+# a sparsity is taken as the nearest fraction of this precision
+MAX_DENOMINATOR = 10**6
 # 64 MiB of fp32 scores at a time
 CHUNK_SCORES = 16 * 2**20
 
@@ -186,6 +188,7 @@ def _num_chosen(ranked: Tensor, num_valid: Tensor, sparsity: float, threshold: f
     if threshold < 1:
         cumulative = ranked.clamp(min=0).cumsum(-1)
         wanted = ((cumulative < threshold * cumulative[..., -1:]).sum(-1, keepdim=True) + 1).minimum(num_valid)
-    shares = [max(1, math.floor(round(count * (1 - sparsity), 6))) for count in range(ranked.shape[-1] + 1)]
-    share = torch.tensor(shares, device="cpu").to(ranked.device)
-    return torch.where(num_valid >= MIN_CAPPED_BLOCKS, wanted.minimum(share[num_valid]), wanted)
+    # in integers: 10 * (1 - 0.7) is 3, whatever floating point says, and no table of numbers has to travel to the device
+    kept = Fraction(1 - sparsity).limit_denominator(MAX_DENOMINATOR)
+    share = (num_valid * kept.numerator).div(kept.denominator, rounding_mode="floor").clamp(min=1)
+    return torch.where(num_valid >= MIN_CAPPED_BLOCKS, wanted.minimum(share), wanted)
