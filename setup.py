@@ -51,6 +51,10 @@ class BuildKernels(build_ext):
         else:
             self.report["compiler"] = subprocess.run([*self.cxx, "--version"], capture_output=True, text=True).stdout.split("\n")[0]
         in_source = self.inplace
+        for root in [Path(self.build_lib), *([Path("src")] if in_source else [])]:
+            # what an earlier build left and this one cannot make would be packaged or loaded as if it were of these sources
+            for old in (root / FOLDER).glob("lib*.so"):
+                old.unlink()
         if in_source:
             # objects are not in the repository, so a fresh clone does not have their folder
             (Path("src") / FOLDER).mkdir(parents=True, exist_ok=True)
