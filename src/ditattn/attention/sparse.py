@@ -38,6 +38,7 @@ class Reason:
     UNEQUAL_LENGTHS = "query and key lengths differ"
     UNKNOWN_GEOMETRY = "unknown geometry"
     TOKEN_COUNT = "token count does not match the grid"
+    PADDED_VIDEO = "padding reaches into the video"
 
 
 class NotReused:
@@ -64,7 +65,7 @@ class SparseAttentionMetadata(AttentionMetadata):
         min_tokens: shorter sequences run densely.
         latent_shape: token grid (F, Y, X) of the video, after patchify; None if unknown.
         num_prefix_tokens, num_suffix_tokens: text or condition tokens before and after the video tokens.
-        token_order: "tile" or "raster".
+        token_order: "tile" or "raster". In "tile" only suffix tokens may be padding; that is checked where the host knows the key lengths.
         first_frame_sink: keep the first frame's blocks whole.
         plan_refresh_steps: the plan of step s serves the layer's calls of steps s .. s + plan_refresh_steps - 1.
         share_plan_between_branches: a plan also serves the other branches of classifier-free guidance.
@@ -275,6 +276,10 @@ def _why_not_these_tokens(query_tokens: int, key_tokens: int, metadata: SparseAt
         return Reason.UNKNOWN_GEOMETRY
     if query_tokens != metadata.num_tokens:
         return Reason.TOKEN_COUNT
+    # another order puts the video first and its tokens elsewhere: the leading keys of the model's order are then not the leading ones
+    first_free = query_tokens - metadata.num_suffix_tokens
+    if metadata.token_order != "raster" and min(metadata.known_key_lengths or (query_tokens,)) < first_free:
+        return Reason.PADDED_VIDEO
     return None
 
 

@@ -241,3 +241,16 @@ def test_scale_is_used_for_selection_and_attention(backend: type[AttentionBacken
     q, k, v = (draw(1, LENGTH, 1, 32, seed=i) for i in range(3))
     out, record = call(backend, q, k, v, GRID, scale=0.5, token_order="raster")
     assert judge.relative_error(out, oracle.attention(q, k, v, scale=0.5, plan=record.plan)[0]) < 2e-6
+
+
+@backends
+@pytest.mark.parametrize("order", ["tile", "raster"])
+@pytest.mark.parametrize("real", [200, 512, 520])
+def test_padding_in_the_video_hides_the_same_tokens_in_every_order(backend: type[AttentionBackend], order: str, real: int) -> None:
+    """512 video tokens and 16 of text, and a sparsity that drops nothing here: the result is dense attention's."""
+    tensors = [draw(1, 528, 2, 32, seed=i) for i in range(3)]
+    lengths = torch.tensor([real])
+    padding = {"key_lengths": lengths, "known_key_lengths": (real,), "num_suffix_tokens": 16}
+    out, record = call(backend, *tensors, (2, 16, 16), sparsity=0.01, token_order=order, **padding)
+    assert record.reason == (Reason.PADDED_VIDEO if order == "tile" and real < 512 else None)
+    assert judge.relative_error(out, oracle.attention(*tensors, key_lengths=lengths)[0]) < 2e-6
