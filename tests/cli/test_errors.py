@@ -64,6 +64,8 @@ WRONG = {
     "missing config file": (["--config", "nowhere.yaml"], ["nowhere.yaml does not exist"]),
     "file name with a folder": (["--output-file-name", "a/b"], ["--output-path"]),
     "file name of an image": (["--output-file-name", "a.png"], ["the result is a .mp4 file"]),
+    "file name that is empty": (["--output-file-name", ""], ["--output-file-name", "empty"]),
+    "file name too long": (["--output-file-name", "圆" * 90], ["--output-file-name", "270 bytes", "200"]),
     "empty prompt": (["--prompt", " "], ["a prompt is needed"]),
     "revision of a missing path": (["--model-path", "./nowhere", "--revision", "v1"], ["no such folder: ./nowhere"]),
 }

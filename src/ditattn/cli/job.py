@@ -119,7 +119,7 @@ def _check_call(job: Job) -> None:
         raise ConfigError(f"--fps cannot be honoured: {pipeline_cls.__name__} makes an image")
     num_frames = (job.value("num_frames") or call_defaults(pipeline_cls).get("num_frames")) if is_video else 1
     suffix = ".png" if num_frames == 1 else ".mp4"
-    if settings.output_file_name:
+    if settings.output_file_name is not None:
         check_file_name(settings.output_file_name, suffix)
     if suffix == ".mp4" and IMAGEIO.missing():
         raise BackendUnavailable(IMAGEIO.sentence())
