@@ -175,6 +175,21 @@ def test_an_output_path_that_is_a_file(ditattn, small, tmp_path):
     assert_one_line(ditattn(*small, "--perf-dump-path", tmp_path / "file" / "p.json"), "--perf-dump-path")
 
 
+@pytest.mark.parametrize(
+    ("dump", "words"),
+    [
+        ("out/x.json", "the record of the run"),
+        ("out/../out/x.json", "the record of the run"),
+        ("out/x.mp4", "the result"),
+        (".", "a folder"),
+    ],
+)
+def test_a_performance_dump_in_the_place_of_another_file(ditattn, small, tmp_path, dump, words):
+    done = ditattn(*small, "--output-file-name", "x", "--perf-dump-path", tmp_path / dump)
+    assert_one_line(done, "--perf-dump-path", words)
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_prompt(ditattn, wan_folder):
     assert_one_line(ditattn("generate", "--model-path", wan_folder), "a prompt is needed: --prompt TEXT")
 
