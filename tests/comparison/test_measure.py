@@ -116,11 +116,13 @@ def test_any_changed_fact_misses(compared, work, changed):
     assert reference_key(dict(reversed(facts.items()))) == reference_key(facts)
 
 
-def test_a_damaged_entry_is_made_again(work, tmp_path):
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "empty"])
+def test_a_damaged_entry_is_made_again(work, tmp_path, damage):
     references = References(work, ReferenceCache(tmp_path / "deep" / "cache"), FACTS)
     made = references.make(CLIPS[0])
     place = next((tmp_path / "deep" / "cache").iterdir())
-    (place / "frames.npz").write_bytes(b"half")
+    frames = place / "frames.npz"
+    frames.write_bytes({"garbage": b"half", "truncated": frames.read_bytes()[:-100], "empty": b""}[damage])
     assert references.find(CLIPS[0]) is None
     references.make(CLIPS[0])
     np.testing.assert_array_equal(references.find(CLIPS[0]).frames, made.frames)
