@@ -13,7 +13,7 @@ pytest.importorskip("torchmetrics", reason="SSIM and MS-SSIM come from torchmetr
 from ditattn.comparison import measure
 from ditattn.comparison.measure import References, compare
 from ditattn.comparison.reference_cache import ReferenceCache, reference_key
-from ditattn.comparison.runs import run_clip
+from ditattn.comparison.runs import WARM_UP_STEPS, Workload, run_clip, warm_up
 from ditattn.comparison.setting import REFERENCE, Clip, expand
 from ditattn.errors import ConfigError
 from ditattn.pipelines.diffusers.fingerprint import model_fingerprint
@@ -167,3 +167,16 @@ def test_expansion_of_settings():
     assert len(expand(["fa", "fa"], [], {})) == 1
     with pytest.raises(ConfigError, match="--grid"):
         expand(["rain_fusion_attn"], [{"sparsity": 0.5}], {"sparsity": [0.6]})
+
+
+def test_a_warm_up_is_short_where_the_number_of_steps_is_left_to_the_pipeline(work):
+    def arguments(prompt):
+        return {key: value for key, value in work.arguments(prompt).items() if key != "num_inference_steps"}
+
+    steps = []
+    hook = work.pipe.transformer.register_forward_hook(lambda *_: steps.append(1))
+    try:
+        warm_up(Workload(work.pipe, arguments), REFERENCE, CLIPS[0])
+    finally:
+        hook.remove()
+    assert len(steps) == WARM_UP_STEPS
