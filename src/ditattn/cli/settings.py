@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import BeforeValidator, Field
 
-from ditattn.config import KnownKeys, parse_config
+from ditattn.config import KnownKeys, parse_config, parse_value
 from ditattn.errors import ConfigError
 
 __all__ = [
@@ -43,7 +42,7 @@ def _axes(value: Any) -> Any:
     axes: dict[str, list[Any]] = {}
     for text in [value] if isinstance(value, str) else value:
         key, equals, values = str(text).partition("=")
-        found = [yaml.safe_load(piece) for piece in values.split(",")]
+        found = [parse_value(key.strip(), piece) for piece in values.split(",")]
         if not equals or not key.strip() or None in found:
             raise ValueError(f"{text!r} is not of the form key=value,value")
         if key.strip() in axes:
