@@ -66,6 +66,8 @@ WRONG = {
     "file name of an image": (["--output-file-name", "a.png"], ["the result is a .mp4 file"]),
     "file name that is empty": (["--output-file-name", ""], ["--output-file-name", "empty"]),
     "file name too long": (["--output-file-name", "圆" * 90], ["--output-file-name", "270 bytes", "200"]),
+    "guidance that is no number": (["--guidance-scale", "nan"], ["guidance_scale", "finite"]),
+    "endless guidance": (["--guidance-scale", "inf"], ["guidance_scale", "finite"]),
     "empty prompt": (["--prompt", " "], ["a prompt is needed"]),
     "revision of a missing path": (["--model-path", "./nowhere", "--revision", "v1"], ["no such folder: ./nowhere"]),
 }

@@ -146,6 +146,7 @@ def test_a_changed_question_has_another_state(ditattn, options, tmp_path):
 
 WRONG = {
     "no target": ([], ["--target-psnr 30"]),
+    "endless target": (["--target-psnr", "inf"], ["target_psnr", "finite"]),
     "dense backend": (["--target-psnr", 30, "--attention-backend", "fa"], ["fa is dense"]),
     "unknown backend": (["--target-psnr", 30, "--attention-backend", "rain"], ["no attention backend 'rain'"]),
     "a key that is tuned": (["--target-psnr", 30, "--attention-backend-config", "sparsity=0.5"], ["sparsity cannot be held fixed"]),

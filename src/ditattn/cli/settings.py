@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, FiniteFloat
 
 from ditattn.config import KnownKeys, parse_config, parse_value
 from ditattn.errors import ConfigError
@@ -72,7 +72,7 @@ class CallSettings(KnownKeys):
     num_frames: Count | None = None
     fps: Count | None = None
     num_inference_steps: Count | None = None
-    guidance_scale: float | None = None
+    guidance_scale: FiniteFloat | None = None
     output_path: str = "outputs"
     output_file_name: str | None = None
     component_attention_backends: Names = Field(default_factory=dict)
@@ -108,7 +108,7 @@ class CompareSettings(CallSettings):
 class TuneSettings(CallSettings):
     """Every key that a configuration file of `tune` may hold."""
 
-    target_psnr: float | None = None
+    target_psnr: FiniteFloat | None = Field(None, ge=1)
     target_ssim: float | None = Field(None, ge=0, le=1)
     budget_runs: Count = 12
     check_prompt: Prompts = Field(default_factory=list)
