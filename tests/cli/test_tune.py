@@ -144,6 +144,23 @@ def test_a_changed_question_has_another_state(ditattn, options, tmp_path):
     assert "is damaged" in damaged.err
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a driver gave up")], ids=["memory", "driver"])
+def test_a_search_that_fails_keeps_the_best_so_far(ditattn, options, tmp_path, monkeypatch, error):
+    run_clip, made = objective.run_clip, []
+
+    def fails(work, setting, clip, **changes):
+        if made:
+            raise error
+        made.append(setting.name)
+        return run_clip(work, setting, clip, **changes)
+
+    monkeypatch.setattr(objective, "run_clip", fails)
+    done = ditattn(*options, "--target-psnr", 1, "--budget-runs", 3, "--output-file-name", "tuned")
+    assert (done.status, len(done.error_lines)) == (1, 1), done.err
+    assert "kept the best of 1 runs" in done.err
+    assert "# not checked on other clips" in (tmp_path / "out" / "tuned.yaml").read_text()
+
+
 WRONG = {
     "no target": ([], ["--target-psnr 30"]),
     "endless target": (["--target-psnr", "inf"], ["target_psnr", "finite"]),

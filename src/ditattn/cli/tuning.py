@@ -135,7 +135,7 @@ def _search(plan: Plan, state: TuneState, objective: Objective, sensitivity: Sen
         search = Search(sensitivity, plan.target, evaluate, plan.settings.budget_runs, keeps_first_frame, state.outcomes)
         try:
             search.run()
-        except (KeyboardInterrupt, SystemExit):
+        except BaseException:
             _keep_best(plan, state, sensitivity, search.best, path)
             raise
     return search
