@@ -13,6 +13,7 @@ pytest.importorskip("torchmetrics", reason="SSIM comes from torchmetrics")
 
 from ditattn.comparison.metrics import pooled_psnr
 from ditattn.config import RainFusionAttentionConfig, parse_config
+from ditattn.ops import cpu_library
 from ditattn.tuning import objective
 from ditattn.tuning.sensitivity import Sensitivity
 
@@ -142,6 +143,14 @@ def test_a_changed_question_has_another_state(ditattn, options, tmp_path):
     damaged = ditattn(*options, "--target-psnr", 400, "--budget-runs", 2)
     assert (damaged.status, len(damaged.error_lines)) == (2, 1)
     assert "is damaged" in damaged.err
+
+
+def test_other_kernels_are_another_question(ditattn, options, tmp_path, monkeypatch):
+    command = [*options, "--target-psnr", 400, "--budget-runs", 1]
+    ditattn(*command)
+    monkeypatch.setattr(cpu_library.Selection, "sentence", lambda _: "another variant")
+    ditattn(*command)
+    assert len(files(tmp_path / "out", "*.state.json")) == 2
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a driver gave up")], ids=["memory", "driver"])

@@ -18,6 +18,7 @@ from ditattn.cli.outputs import Outbox, check_plain_name
 from ditattn.cli.settings import TuneSettings
 from ditattn.comparison.setting import Clip, Setting
 from ditattn.errors import ConfigError
+from ditattn.ops import cpu_library
 from ditattn.tuning.candidate import TUNED_KEYS, Candidate, Outcome, Target
 from ditattn.tuning.objective import Objective, check, probe
 from ditattn.tuning.report import Checked, Finding, count_clips, yaml_text
@@ -108,6 +109,8 @@ def _facts(bench: Bench, plan: Plan) -> dict[str, Any]:
         "config": dict(setting.config),
         "components": dict(setting.components),
         "strict": plan.settings.strict,
+        # DITATTN_CPU_ISA and a new installation change them, and with them every time
+        "kernels": cpu_library.selection().sentence() if bench.work.device.type == "cpu" else None,
     }
 
 
