@@ -84,6 +84,20 @@ def test_wrong_arguments(ditattn, small, tmp_path, case):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("environment", "added", "words"),
+    [
+        ("", ["--attention-backend-config", "sparsity=0.5"], ["unknown key 'sparsity'", "torch_sdpa", "--attention-backend"]),
+        ("rain_fusion_attn", ["--attention-backend-config", "sparsty=0.5"], ["did you mean 'sparsity'"]),
+        ("rain_fusion", [], ["no attention backend 'rain_fusion'", "DITATTN_ATTENTION_BACKEND"]),
+    ],
+)
+def test_what_is_wrong_without_a_named_backend_is_known_before_loading(ditattn, small, tmp_path, monkeypatch, environment, added, words):
+    monkeypatch.setenv("DITATTN_ATTENTION_BACKEND", environment)
+    monkeypatch.setattr("ditattn.cli.session.load", lambda *_: pytest.fail("the model was loaded"))
+    assert_one_line(ditattn(*small, *added), *words)
+
+
 @pytest.mark.parametrize("path", ["nowhere", "./nowhere", "/nowhere/at/all", "~/nowhere/model", "models/wan/21", "nowhere/"])
 def test_a_missing_path_never_reaches_the_network(ditattn, tmp_path, monkeypatch, path):
     import diffusers
