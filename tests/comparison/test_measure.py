@@ -88,7 +88,8 @@ def test_a_second_comparison_takes_the_reference_from_the_cache(compared, work, 
     comparison, cache, _ = compared
     again = References(work, cache, FACTS)
     monkeypatch.setattr(measure, "run_clip", lambda *_: pytest.fail("the reference was run again"))
-    second = compare(again, [], CLIPS, probe=False)
+    second = compare(again, [], CLIPS, repeats=3, probe=False)
+    assert [len(one.runs) for one in second.reference] == [1, 1], "one run was measured, whatever is asked for now"
     assert all(one.runs[0].cached for one in second.reference)
     for first, found in zip(comparison.reference, second.reference, strict=True):
         assert not first.runs[0].cached
