@@ -58,6 +58,12 @@ def test_what_cannot_be_read(text: str, message: str) -> None:
         parse_config(text)
 
 
+def test_a_folder_is_no_configuration_file(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").mkdir()
+    with pytest.raises(ConfigError, match=r"settings\.yaml is a folder"):
+        parse_config(str(tmp_path / "settings.yaml"))
+
+
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text("a: [1,\n")

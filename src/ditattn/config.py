@@ -182,6 +182,8 @@ def parse_config(text: str) -> dict[str, Any]:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder, not a configuration file")
     if not path.is_file():
         raise ConfigError(f"configuration file {path} does not exist")
     try:
