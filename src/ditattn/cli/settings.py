@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, Field, FiniteFloat
+from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat
 
 from ditattn.config import KnownKeys, parse_config, parse_value
 from ditattn.errors import ConfigError
@@ -54,6 +55,8 @@ def _axes(value: Any) -> Any:
 Prompts = Annotated[list[str], BeforeValidator(_one_or_more)]
 Pairs = Annotated[dict[str, Any], BeforeValidator(_parsed)]
 Names = Annotated[dict[str, str], BeforeValidator(_parsed)]
+# no shell expands ~ in a file, nor bash in --output-path=~/videos, which would make a folder of that name
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seeds = Annotated[list[Seed], BeforeValidator(_one_or_more), Field(min_length=1)]
@@ -73,12 +76,12 @@ class CallSettings(KnownKeys):
     fps: Count | None = None
     num_inference_steps: Count | None = None
     guidance_scale: FiniteFloat | None = None
-    output_path: str = "outputs"
+    output_path: UserPath = "outputs"
     output_file_name: str | None = None
     component_attention_backends: Names = Field(default_factory=dict)
     device: str | None = None
     dtype: str | None = None
-    image_path: str | None = None
+    image_path: UserPath | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     strict: bool = False
@@ -90,7 +93,7 @@ class GenerateSettings(CallSettings):
     seed: Seed = 42
     attention_backend: str | None = None
     attention_backend_config: Pairs = Field(default_factory=dict)
-    perf_dump_path: str | None = None
+    perf_dump_path: UserPath | None = None
 
 
 class CompareSettings(CallSettings):
