@@ -49,6 +49,8 @@ def test_defaults_are_the_originals() -> None:
         ("[1, 2]", "neither an existing"),
         ("half", "neither an existing .json/.yaml file, nor JSON text, nor k=v,k=v"),
         ("sparsity=0.5,sparsity=0.6", "given twice: sparsity"),
+        ("skip_layers=*", r"skip_layers: '\*' cannot be read"),
+        ("sparsity={0.5", "sparsity: '{0.5' cannot be read"),
     ],
 )
 def test_what_cannot_be_read(text: str, message: str) -> None:
@@ -56,10 +58,19 @@ def test_what_cannot_be_read(text: str, message: str) -> None:
         parse_config(text)
 
 
+def test_a_folder_is_no_configuration_file(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").mkdir()
+    with pytest.raises(ConfigError, match=r"settings\.yaml is a folder"):
+        parse_config(str(tmp_path / "settings.yaml"))
+
+
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text("a: [1,\n")
     with pytest.raises(ConfigError, match=r"broken\.yaml is not valid"):
+        parse_config(str(path))
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"broken\.yaml is not a text file in UTF-8"):
         parse_config(str(path))
     path.write_text("- 1\n")
     with pytest.raises(ConfigError, match="must hold keys and values, not list"):

@@ -27,6 +27,7 @@ __all__ = [
     "check_skip_and_sparsity",
     "parse_config",
     "parse_layers",
+    "parse_value",
     "resolve_steps",
 ]
 
@@ -181,10 +182,14 @@ def parse_config(text: str) -> dict[str, Any]:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder, not a configuration file")
     if not path.is_file():
         raise ConfigError(f"configuration file {path} does not exist")
     try:
         return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")) or {}, str(path))
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file in UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML or JSON: {' '.join(str(error).split())}") from None
 
@@ -203,7 +208,21 @@ def _read_pairs(text: str) -> dict[str, Any]:
     repeated = {key for key, _ in pairs if [other for other, _ in pairs].count(key) > 1}
     if repeated:
         raise ConfigError(f"given twice: {', '.join(sorted(repeated))}")
-    return {key: yaml.safe_load(value) for key, value in pairs}
+    return {key: parse_value(key, value) for key, value in pairs}
+
+
+def parse_value(key: str, text: str) -> Any:
+    """One value as users type it: YAML, so that numbers, true and false are what they look like.
+
+    Raises:
+        ConfigError: the text means something else in YAML and is broken; names the key.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"{key}: {text!r} cannot be read; words with special characters need quotes inside the quotes of the shell"
+        ) from None
 
 
 def _mapping(value: Any, source: str) -> dict[str, Any]:

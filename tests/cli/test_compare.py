@@ -221,6 +221,7 @@ WRONG = {
     "unknown key in the grid": (["--attention-backend", "rain_fusion_attn", "--grid", "sparsty=0.5"], ["did you mean 'sparsity'"]),
     "value out of range": (["--attention-backend", "rain_fusion_attn", "--grid", "sparsity=0.5,2"], ["sparsity"]),
     "grid without values": (["--attention-backend", "rain_fusion_attn", "--grid", "sparsity"], ["key=value,value"]),
+    "grid with a value that is none": (["--attention-backend", "rain_fusion_attn", "--grid", "skip_layers=*"], ["'*' cannot be read"]),
     "key set twice": (
         ["--attention-backend", "rain_fusion_attn", "--grid", "sparsity=0.5", "--attention-backend-config", "sparsity=0.5"],
         ["sparsity is set by", "--grid"],

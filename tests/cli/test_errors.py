@@ -64,6 +64,10 @@ WRONG = {
     "missing config file": (["--config", "nowhere.yaml"], ["nowhere.yaml does not exist"]),
     "file name with a folder": (["--output-file-name", "a/b"], ["--output-path"]),
     "file name of an image": (["--output-file-name", "a.png"], ["the result is a .mp4 file"]),
+    "file name that is empty": (["--output-file-name", ""], ["--output-file-name", "empty"]),
+    "file name too long": (["--output-file-name", "圆" * 90], ["--output-file-name", "270 bytes", "200"]),
+    "guidance that is no number": (["--guidance-scale", "nan"], ["guidance_scale", "finite"]),
+    "endless guidance": (["--guidance-scale", "inf"], ["guidance_scale", "finite"]),
     "empty prompt": (["--prompt", " "], ["a prompt is needed"]),
     "revision of a missing path": (["--model-path", "./nowhere", "--revision", "v1"], ["no such folder: ./nowhere"]),
 }
@@ -78,6 +82,20 @@ def test_wrong_arguments(ditattn, small, tmp_path, case):
     added = [str(tmp_path / "image.png") if part == "IMAGE" else part for part in added]
     assert_one_line(ditattn(*small, *added), *words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "added", "words"),
+    [
+        ("", ["--attention-backend-config", "sparsity=0.5"], ["unknown key 'sparsity'", "torch_sdpa", "--attention-backend"]),
+        ("rain_fusion_attn", ["--attention-backend-config", "sparsty=0.5"], ["did you mean 'sparsity'"]),
+        ("rain_fusion", [], ["no attention backend 'rain_fusion'", "DITATTN_ATTENTION_BACKEND"]),
+    ],
+)
+def test_what_is_wrong_without_a_named_backend_is_known_before_loading(ditattn, small, tmp_path, monkeypatch, environment, added, words):
+    monkeypatch.setenv("DITATTN_ATTENTION_BACKEND", environment)
+    monkeypatch.setattr("ditattn.cli.session.load", lambda *_: pytest.fail("the model was loaded"))
+    assert_one_line(ditattn(*small, *added), *words)
 
 
 @pytest.mark.parametrize("path", ["nowhere", "./nowhere", "/nowhere/at/all", "~/nowhere/model", "models/wan/21", "nowhere/"])
@@ -171,6 +189,21 @@ def test_an_output_path_that_is_a_file(ditattn, small, tmp_path):
     (tmp_path / "file").write_text("")
     assert_one_line(ditattn(*small, "--output-path", tmp_path / "file"), "is not a folder")
     assert_one_line(ditattn(*small, "--perf-dump-path", tmp_path / "file" / "p.json"), "--perf-dump-path")
+
+
+@pytest.mark.parametrize(
+    ("dump", "words"),
+    [
+        ("out/x.json", "the record of the run"),
+        ("out/../out/x.json", "the record of the run"),
+        ("out/x.mp4", "the result"),
+        (".", "a folder"),
+    ],
+)
+def test_a_performance_dump_in_the_place_of_another_file(ditattn, small, tmp_path, dump, words):
+    done = ditattn(*small, "--output-file-name", "x", "--perf-dump-path", tmp_path / dump)
+    assert_one_line(done, "--perf-dump-path", words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_prompt(ditattn, wan_folder):

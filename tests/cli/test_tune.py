@@ -13,6 +13,7 @@ pytest.importorskip("torchmetrics", reason="SSIM comes from torchmetrics")
 
 from ditattn.comparison.metrics import pooled_psnr
 from ditattn.config import RainFusionAttentionConfig, parse_config
+from ditattn.ops import cpu_library
 from ditattn.tuning import objective
 from ditattn.tuning.sensitivity import Sensitivity
 
@@ -144,8 +145,34 @@ def test_a_changed_question_has_another_state(ditattn, options, tmp_path):
     assert "is damaged" in damaged.err
 
 
+def test_other_kernels_are_another_question(ditattn, options, tmp_path, monkeypatch):
+    command = [*options, "--target-psnr", 400, "--budget-runs", 1]
+    ditattn(*command)
+    monkeypatch.setattr(cpu_library.Selection, "sentence", lambda _: "another variant")
+    ditattn(*command)
+    assert len(files(tmp_path / "out", "*.state.json")) == 2
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a driver gave up")], ids=["memory", "driver"])
+def test_a_search_that_fails_keeps_the_best_so_far(ditattn, options, tmp_path, monkeypatch, error):
+    run_clip, made = objective.run_clip, []
+
+    def fails(work, setting, clip, **changes):
+        if made:
+            raise error
+        made.append(setting.name)
+        return run_clip(work, setting, clip, **changes)
+
+    monkeypatch.setattr(objective, "run_clip", fails)
+    done = ditattn(*options, "--target-psnr", 1, "--budget-runs", 3, "--output-file-name", "tuned")
+    assert (done.status, len(done.error_lines)) == (1, 1), done.err
+    assert "kept the best of 1 runs" in done.err
+    assert "# not checked on other clips" in (tmp_path / "out" / "tuned.yaml").read_text()
+
+
 WRONG = {
     "no target": ([], ["--target-psnr 30"]),
+    "endless target": (["--target-psnr", "inf"], ["target_psnr", "finite"]),
     "dense backend": (["--target-psnr", 30, "--attention-backend", "fa"], ["fa is dense"]),
     "unknown backend": (["--target-psnr", 30, "--attention-backend", "rain"], ["no attention backend 'rain'"]),
     "a key that is tuned": (["--target-psnr", 30, "--attention-backend-config", "sparsity=0.5"], ["sparsity cannot be held fixed"]),

@@ -13,7 +13,7 @@ pytest.importorskip("torchmetrics", reason="SSIM and MS-SSIM come from torchmetr
 from ditattn.comparison import measure
 from ditattn.comparison.measure import References, compare
 from ditattn.comparison.reference_cache import ReferenceCache, reference_key
-from ditattn.comparison.runs import run_clip
+from ditattn.comparison.runs import WARM_UP_STEPS, Workload, run_clip, warm_up
 from ditattn.comparison.setting import REFERENCE, Clip, expand
 from ditattn.errors import ConfigError
 from ditattn.pipelines.diffusers.fingerprint import model_fingerprint
@@ -88,7 +88,8 @@ def test_a_second_comparison_takes_the_reference_from_the_cache(compared, work, 
     comparison, cache, _ = compared
     again = References(work, cache, FACTS)
     monkeypatch.setattr(measure, "run_clip", lambda *_: pytest.fail("the reference was run again"))
-    second = compare(again, [], CLIPS, probe=False)
+    second = compare(again, [], CLIPS, repeats=3, probe=False)
+    assert [len(one.runs) for one in second.reference] == [1, 1], "one run was measured, whatever is asked for now"
     assert all(one.runs[0].cached for one in second.reference)
     for first, found in zip(comparison.reference, second.reference, strict=True):
         assert not first.runs[0].cached
@@ -116,11 +117,13 @@ def test_any_changed_fact_misses(compared, work, changed):
     assert reference_key(dict(reversed(facts.items()))) == reference_key(facts)
 
 
-def test_a_damaged_entry_is_made_again(work, tmp_path):
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "empty"])
+def test_a_damaged_entry_is_made_again(work, tmp_path, damage):
     references = References(work, ReferenceCache(tmp_path / "deep" / "cache"), FACTS)
     made = references.make(CLIPS[0])
     place = next((tmp_path / "deep" / "cache").iterdir())
-    (place / "frames.npz").write_bytes(b"half")
+    frames = place / "frames.npz"
+    frames.write_bytes({"garbage": b"half", "truncated": frames.read_bytes()[:-100], "empty": b""}[damage])
     assert references.find(CLIPS[0]) is None
     references.make(CLIPS[0])
     np.testing.assert_array_equal(references.find(CLIPS[0]).frames, made.frames)
@@ -165,3 +168,16 @@ def test_expansion_of_settings():
     assert len(expand(["fa", "fa"], [], {})) == 1
     with pytest.raises(ConfigError, match="--grid"):
         expand(["rain_fusion_attn"], [{"sparsity": 0.5}], {"sparsity": [0.6]})
+
+
+def test_a_warm_up_is_short_where_the_number_of_steps_is_left_to_the_pipeline(work):
+    def arguments(prompt):
+        return {key: value for key, value in work.arguments(prompt).items() if key != "num_inference_steps"}
+
+    steps = []
+    hook = work.pipe.transformer.register_forward_hook(lambda *_: steps.append(1))
+    try:
+        warm_up(Workload(work.pipe, arguments), REFERENCE, CLIPS[0])
+    finally:
+        hook.remove()
+    assert len(steps) == WARM_UP_STEPS

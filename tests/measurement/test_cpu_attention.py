@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 
 import pytest
 import torch
 
-from ditattn.measurement import cpu_attention
+from ditattn.measurement import cpu_attention, timing
 from ditattn.measurement.timing import Timing, interleaved, machine, ratio
 from ditattn.ops import cpu_library
 from ditattn.ops.block_sparse_attention import block_sparse_attention
@@ -80,3 +81,25 @@ def test_flex_attention_runs_the_same_plan() -> None:
     flex = cpu_attention._flex(*tensors, plan)().transpose(1, 2).float()
     own = block_sparse_attention(*tensors, plan, implementation="cpu").float()
     assert (flex - own).norm() < 0.01 * own.norm()
+
+
+def test_the_commit_is_the_packages_own(tmp_path, monkeypatch) -> None:
+    def git(*arguments: str) -> None:
+        settings = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", str(tmp_path), *settings, *arguments], check=True, capture_output=True)
+
+    package = tmp_path / "venv" / "site-packages" / "timing.py"
+    package.parent.mkdir(parents=True)
+    package.write_text("")
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "a project with an environment inside")
+    monkeypatch.setattr(timing, "__file__", str(package))
+    assert machine()["commit"] is None
+    git("add", ".")
+    git("commit", "-q", "-m", "a source tree")
+    assert len(str(machine()["commit"])) >= 7
+
+
+def test_without_git_the_commit_is_unknown(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine()["commit"] is None

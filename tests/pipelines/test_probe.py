@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from ditattn.attention.backends.block_sparse_attn import BlockSparseAttentionBackend
+from ditattn.attention.backends.torch_sdpa import TorchSDPAImpl
 from ditattn.attention.plan import BlockPlan
 from ditattn.attention.sparse import SparseAttentionMetadata
 from ditattn.attention.token_order import token_order
@@ -33,3 +37,14 @@ def test_dropped_mass_is_that_of_the_whole_softmax(order, padded, monkeypatch):
     kept = mask.repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, :tokens, :tokens]
     expected = (scores.softmax(-1) * ~kept).sum(-1).mean()
     assert float(probe.dropped_mass(query, key, plan, metadata, scale)) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_layer_that_is_called_with_two_scales_is_tried_with_both():
+    tried = probe.SparseProbe([])
+    model = SimpleNamespace(name="transformer", backend=BlockSparseAttentionBackend)
+    calls = [
+        SimpleNamespace(layer=0, impl=TorchSDPAImpl(2, 32, scale, causal)) for scale, causal in ((0.1, False), (0.2, False), (0.2, True))
+    ]
+    impls = [tried._impl_of(0, model, call) for call in calls]
+    assert [(impl.softmax_scale, impl.causal) for impl in impls] == [(0.1, False), (0.2, False), (0.2, True)]
+    assert tried._impl_of(0, model, calls[0]) is impls[0]

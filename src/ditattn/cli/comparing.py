@@ -76,8 +76,9 @@ def _file_name(settings: CompareSettings) -> str:
     name = settings.output_file_name
     if name is None:
         return "compare_" + default_name(settings.prompt[0], settings.model_dump_json())
+    name = name.removesuffix(".html").removesuffix(".json")
     check_plain_name(name)
-    return name.removesuffix(".html").removesuffix(".json")
+    return name
 
 
 def _origin(bench: Bench, settings: CompareSettings, comparison: Comparison) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def prepare(settings: GenerateSettings) -> Job:
     check_backend(settings.attention_backend, settings.component_attention_backends, settings.attention_backend_config, device, dtype)
     check_folder(Path(settings.output_path), "--output-path")
     if settings.perf_dump_path:
-        check_folder(Path(settings.perf_dump_path).parent, "--perf-dump-path")
+        _check_dump_path(Path(settings.perf_dump_path))
     image = _read_image(settings.image_path)
     job = Job(settings, _find_model(settings), device, dtype, image)
     _check_call(job)
@@ -119,10 +119,25 @@ def _check_call(job: Job) -> None:
         raise ConfigError(f"--fps cannot be honoured: {pipeline_cls.__name__} makes an image")
     num_frames = (job.value("num_frames") or call_defaults(pipeline_cls).get("num_frames")) if is_video else 1
     suffix = ".png" if num_frames == 1 else ".mp4"
-    if settings.output_file_name:
-        check_file_name(settings.output_file_name, suffix)
+    if settings.output_file_name is not None:
+        stem = check_file_name(settings.output_file_name, suffix)
+        if settings.perf_dump_path:
+            _check_dump_is_another_file(Path(settings.perf_dump_path), Path(settings.output_path) / (stem + suffix))
     if suffix == ".mp4" and IMAGEIO.missing():
         raise BackendUnavailable(IMAGEIO.sentence())
+
+
+def _check_dump_path(path: Path) -> None:
+    check_folder(path.parent, "--perf-dump-path")
+    if path.is_dir():
+        raise ConfigError(f"--perf-dump-path: {path} is a folder; name a .json file")
+
+
+def _check_dump_is_another_file(dump: Path, result: Path) -> None:
+    """With several prompts all three names get the same numbers."""
+    for other, what in ((result, "the result"), (result.with_suffix(".json"), "the record of the run")):
+        if dump.resolve() == other.resolve():
+            raise ConfigError(f"--perf-dump-path: {dump} is where {what} will be written; name another file")
 
 
 def _called(argument: str) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ditattn.attention.interface import AttentionBackendEnum
-from ditattn.attention.selector import load_backend
-from ditattn.errors import BackendUnavailable, ConfigError
+from ditattn.attention.selector import ENVIRONMENT_VARIABLE, load_backend, select_backend
+from ditattn.errors import BackendUnavailable, ConfigError, UnknownBackend
 from ditattn.platforms import PLATFORMS, get_platform
 
 __all__ = ["check_backend", "choose_device", "choose_dtype", "why_no_device"]
@@ -73,14 +74,27 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
 def check_backend(
     backend: str | None, components: Mapping[str, str], config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Names, availability and, where it is clear whose they are, configuration keys: everything that needs no model.
+    """Names, availability and configuration keys: everything that needs no model.
 
     Raises:
         UnknownBackend, BackendUnavailable, ConfigError: as `install` would, but before the model is loaded.
     """
+    from ditattn.pipelines.diffusers.install import Request
+
     platform = get_platform(device)
     for name in components.values():
         platform.get_attn_backend_cls_str(name, ANY_HEAD_SIZE, dtype)
-    if backend is not None:
-        chosen = load_backend(platform.get_attn_backend_cls_str(backend, ANY_HEAD_SIZE, dtype))
+    owner = Request(backend, components, config).config_owner() or _named_by_environment()
+    chosen = load_backend(platform.get_attn_backend_cls_str(owner, ANY_HEAD_SIZE, dtype))
+    try:
         chosen.get_config_cls().from_mapping(config)
+    except ConfigError as error:
+        nobody = " (no --attention-backend is named)" if backend is None else ""
+        raise type(error)(f"{chosen.get_enum()}{nobody}: {error}") from None
+
+
+def _named_by_environment() -> AttentionBackendEnum | None:
+    try:
+        return select_backend(environment=os.environ).backend
+    except UnknownBackend as error:
+        raise UnknownBackend(f"{ENVIRONMENT_VARIABLE}: {error}") from None

@@ -19,22 +19,31 @@ __all__ = ["Outbox", "check_file_name", "check_folder", "check_plain_name", "def
 
 MEDIA = (".mp4", ".png")
 
+# file systems take 255 bytes, not characters; endings, numbers and what marks a draft come on top
+NAME_BYTES = 200
+PROMPT_BYTES = 100
+
 # visually lossless for most material, and what diffusers' users expect of its size
 CRF = 18
 
 
 def default_name(prompt: str, settings: str) -> str:
     """`<prompt>_<time>_<hash>`, safe on every file system."""
-    words = re.sub(r"[^\w-]+", "_", prompt)[:100].strip("_") or "prompt"
+    words = _cut(re.sub(r"[^\w-]+", "_", prompt), PROMPT_BYTES).strip("_") or "prompt"
     digest = hashlib.sha256(f"{prompt}{settings}".encode()).hexdigest()[:8]
     return f"{words}_{time.strftime('%Y%m%d-%H%M%S')}_{digest}"
+
+
+def _cut(text: str, num_bytes: int) -> str:
+    """The longest beginning of `text` that takes no more than `num_bytes` in UTF-8."""
+    return text.encode()[:num_bytes].decode(errors="ignore")
 
 
 def check_file_name(name: str, suffix: str) -> str:
     """The name without its ending.
 
     Raises:
-        ConfigError: a name with folders in it, or with an ending that does not fit what will be made.
+        ConfigError: as `check_plain_name`, or an ending that does not fit what will be made.
     """
     check_plain_name(name)
     ending = Path(name).suffix.lower()
@@ -44,9 +53,13 @@ def check_file_name(name: str, suffix: str) -> str:
 
 
 def check_plain_name(name: str) -> None:
-    """Raise ConfigError if the name has folders in it."""
+    """Raise ConfigError if the name is empty, has folders in it, or is longer than file systems take."""
+    if not name.strip():
+        raise ConfigError("--output-file-name is empty: leave it out, and the prompt, the time and a hash make the name")
     if Path(name).name != name or name in (".", ".."):
         raise ConfigError(f"--output-file-name '{name}' must be a plain name; the folder is --output-path")
+    if (num_bytes := len(name.encode())) > NAME_BYTES:
+        raise ConfigError(f"--output-file-name takes {num_bytes} bytes; file systems take no more than {NAME_BYTES} and the endings")
 
 
 def check_folder(folder: Path, called: str) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from ditattn._version import __version__
+from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON
 
 if TYPE_CHECKING:
     from ditattn.pipelines.diffusers.call import CallTimes
@@ -28,15 +29,22 @@ STAGE_NAMES = {
 }
 
 
+# what computes attention on some devices
+KERNEL_PACKAGES = tuple(package.module for package in (TORCH_NPU, TRITON, MINDIESD, SGL_KERNEL_NPU, ATTENTIONS))
+
+
 def versions() -> dict[str, str | None]:
-    """Of everything that can change a result."""
+    """Of everything that can change a result. Packages with kernels are named only where they are installed."""
     found: dict[str, str | None] = {"ditattn": __version__, "python": python_platform.python_version()}
-    for package in ("torch", "diffusers", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    found |= {package: _version(package) for package in ("torch", "diffusers", "transformers")}
+    return found | {package: number for package in KERNEL_PACKAGES if (number := _version(package)) is not None}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 @dataclass

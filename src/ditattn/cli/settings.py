@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-import yaml
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat
 
-from ditattn.config import KnownKeys, parse_config
+from ditattn.config import KnownKeys, parse_config, parse_value
 from ditattn.errors import ConfigError
 
 __all__ = [
@@ -43,7 +43,7 @@ def _axes(value: Any) -> Any:
     axes: dict[str, list[Any]] = {}
     for text in [value] if isinstance(value, str) else value:
         key, equals, values = str(text).partition("=")
-        found = [yaml.safe_load(piece) for piece in values.split(",")]
+        found = [parse_value(key.strip(), piece) for piece in values.split(",")]
         if not equals or not key.strip() or None in found:
             raise ValueError(f"{text!r} is not of the form key=value,value")
         if key.strip() in axes:
@@ -55,6 +55,8 @@ def _axes(value: Any) -> Any:
 Prompts = Annotated[list[str], BeforeValidator(_one_or_more)]
 Pairs = Annotated[dict[str, Any], BeforeValidator(_parsed)]
 Names = Annotated[dict[str, str], BeforeValidator(_parsed)]
+# no shell expands ~ in a file, nor bash in --output-path=~/videos, which would make a folder of that name
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seeds = Annotated[list[Seed], BeforeValidator(_one_or_more), Field(min_length=1)]
@@ -73,13 +75,13 @@ class CallSettings(KnownKeys):
     num_frames: Count | None = None
     fps: Count | None = None
     num_inference_steps: Count | None = None
-    guidance_scale: float | None = None
-    output_path: str = "outputs"
+    guidance_scale: FiniteFloat | None = None
+    output_path: UserPath = "outputs"
     output_file_name: str | None = None
     component_attention_backends: Names = Field(default_factory=dict)
     device: str | None = None
     dtype: str | None = None
-    image_path: str | None = None
+    image_path: UserPath | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     strict: bool = False
@@ -91,7 +93,7 @@ class GenerateSettings(CallSettings):
     seed: Seed = 42
     attention_backend: str | None = None
     attention_backend_config: Pairs = Field(default_factory=dict)
-    perf_dump_path: str | None = None
+    perf_dump_path: UserPath | None = None
 
 
 class CompareSettings(CallSettings):
@@ -109,7 +111,7 @@ class CompareSettings(CallSettings):
 class TuneSettings(CallSettings):
     """Every key that a configuration file of `tune` may hold."""
 
-    target_psnr: float | None = None
+    target_psnr: FiniteFloat | None = Field(None, ge=1)
     target_ssim: float | None = Field(None, ge=0, le=1)
     budget_runs: Count = 12
     check_prompt: Prompts = Field(default_factory=list)

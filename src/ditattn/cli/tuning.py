@@ -18,6 +18,7 @@ from ditattn.cli.outputs import Outbox, check_plain_name
 from ditattn.cli.settings import TuneSettings
 from ditattn.comparison.setting import Clip, Setting
 from ditattn.errors import ConfigError
+from ditattn.ops import cpu_library
 from ditattn.tuning.candidate import TUNED_KEYS, Candidate, Outcome, Target
 from ditattn.tuning.objective import Objective, check, probe
 from ditattn.tuning.report import Checked, Finding, count_clips, yaml_text
@@ -108,6 +109,8 @@ def _facts(bench: Bench, plan: Plan) -> dict[str, Any]:
         "config": dict(setting.config),
         "components": dict(setting.components),
         "strict": plan.settings.strict,
+        # DITATTN_CPU_ISA and a new installation change them, and with them every time
+        "kernels": cpu_library.selection().sentence() if bench.work.device.type == "cpu" else None,
     }
 
 
@@ -135,7 +138,7 @@ def _search(plan: Plan, state: TuneState, objective: Objective, sensitivity: Sen
         search = Search(sensitivity, plan.target, evaluate, plan.settings.budget_runs, keeps_first_frame, state.outcomes)
         try:
             search.run()
-        except (KeyboardInterrupt, SystemExit):
+        except BaseException:
             _keep_best(plan, state, sensitivity, search.best, path)
             raise
     return search

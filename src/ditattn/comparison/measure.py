@@ -114,7 +114,7 @@ def compare(
     Args:
         references: the pipeline and its dense runs.
         settings, clips: what to compare, on what.
-        repeats: runs of each setting and clip; times are their medians.
+        repeats: runs of each setting and clip; times are their medians. A cached reference is one run.
         probe: also try the sparse settings on the attention calls of one dense run, which costs one run more.
         with_vmaf: measure VMAF where ffmpeg can.
         progress: told what begins.
@@ -129,15 +129,16 @@ def compare(
     runs: dict[tuple[int, int], list[Run]] = {}
     for number, clip in enumerate(clips):
         if found := references.find(clip):
-            runs[0, number] = [found] * repeats
-    for setting in contestants if len(runs) < len(clips) else settings:
+            runs[0, number] = [found]
+    cached = set(runs)
+    for setting in contestants if len(cached) < len(clips) else settings:
         progress(f"warm up: {setting.name}")
         warm_up(work, setting, clips[0])
     for who, number in _order(len(contestants), len(clips), repeats):
-        made = runs.setdefault((who, number), [])
-        if len(made) < repeats:
+        if (who, number) not in cached:
             progress(f"clip {number + 1} of {len(clips)}: {contestants[who].name}")
-            made.append(references.make(clips[number]) if who == 0 else run_clip(work, contestants[who], clips[number]))
+            made = references.make(clips[number]) if who == 0 else run_clip(work, contestants[who], clips[number])
+            runs.setdefault((who, number), []).append(made)
     readings = None
     if probe and settings:
         progress("probe: dropped softmax mass, on the calls of a dense run")

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +21,9 @@ from ditattn.comparison.runs import Run
 __all__ = ["ReferenceCache", "reference_key"]
 
 FRAMES, RECORD = "frames.npz", "run.json"
+
+# what numpy and json raise for files that are missing, cut off or altered
+DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def reference_key(facts: Mapping[str, Any]) -> str:
@@ -49,7 +54,7 @@ class ReferenceCache:
             with np.load(place / FRAMES) as content:
                 frames = content["frames"]
             return Run(frames=frames, **{**record["run"], "cached": True})
-        except (OSError, ValueError, KeyError, TypeError):
+        except DAMAGED:
             return None
 
     def keep(self, facts: Mapping[str, Any], run: Run) -> None:

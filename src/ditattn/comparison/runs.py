@@ -13,7 +13,7 @@ import torch
 from ditattn.attention.interface import AttentionBackendEnum
 from ditattn.comparison.memory import peak_memory
 from ditattn.comparison.setting import Clip, Setting
-from ditattn.pipelines.diffusers.call import call_pipeline
+from ditattn.pipelines.diffusers.call import call_defaults, call_pipeline
 from ditattn.pipelines.diffusers.install import install
 
 __all__ = ["Run", "Workload", "run_clip", "warm_up"]
@@ -112,7 +112,7 @@ def run_clip(work: Workload, setting: Setting, clip: Clip, **changes: Any) -> Ru
 
 def warm_up(work: Workload, setting: Setting, clip: Clip) -> None:
     """Run a few steps, sparse ones from the first on, so that nothing is built or allocated for the first time while the clock runs."""
-    changes = {"num_inference_steps": WARM_UP_STEPS} if "num_inference_steps" in work.arguments(clip.prompt) else {}
+    changes = {"num_inference_steps": WARM_UP_STEPS} if "num_inference_steps" in call_defaults(type(work.pipe)) else {}
     is_sparse = AttentionBackendEnum.parse(setting.backend).is_sparse
     schedule = {"skip_first_steps": 0, "skip_last_steps": 0} if is_sparse else {}
     run_clip(work, replace(setting, config={**setting.config, **schedule}), clip, **changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -87,7 +88,15 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Short commit of the source tree this package runs from; None for an installed wheel."""
-    here = Path(__file__).parent
-    done = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    """Short commit of the source tree this package runs from; None for an installed wheel, and where there is no git."""
+    here = Path(__file__)
+    # an environment may lie inside the repository of another project, whose commit would say nothing
+    if shutil.which("git") is None or _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return None
+    return _git(here.parent, "rev-parse", "--short", "HEAD")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git printed; None if it failed or printed nothing."""
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip() or None if done.returncode == 0 else None

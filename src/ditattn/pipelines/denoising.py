@@ -113,7 +113,7 @@ class DenoisingStage:
     """The attention of one pipeline.
 
     Args:
-        scheduler: returns the pipeline's scheduler, or None.
+        clock: tells the step of every forward.
         strict: raise DenseInStrictMode where a sparse backend would run densely for a reason that nobody asked for.
 
     Attributes:

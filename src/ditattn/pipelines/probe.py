@@ -155,7 +155,7 @@ class SparseProbe:
 
     def _impl_of(self, number: int, model: ServedModel, call: _Call) -> AttentionImpl:
         twin = call.impl
-        key = (number, model.name, call.layer, twin.num_heads, twin.head_size, twin.num_kv_heads)
+        key = (number, model.name, call.layer, twin.num_heads, twin.head_size, twin.num_kv_heads, twin.softmax_scale, twin.causal)
         if key not in self._impls:
             self._impls[key] = model.backend.get_impl_cls()(
                 twin.num_heads,

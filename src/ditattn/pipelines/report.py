@@ -45,7 +45,12 @@ class ComponentLog:
         name: the component's name in the pipeline.
         backend: the backend that serves it.
         config: its validated configuration.
-        selection: why this backend was chosen.
+        cells: calls by (step, layer); None where unknown.
+        reasons: dense calls by reason.
+        reused, not_reused: see ComponentReport.
+        step_sources: forwards by where the step index came from.
+        implementations: by op.
+        stopwatch: time in attention.
     """
 
     name: str

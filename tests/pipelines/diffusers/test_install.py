@@ -167,8 +167,12 @@ def test_a_run_after_an_interrupted_one_begins_at_step_zero(build: Any) -> None:
     assert after.sparse * 3 == after.calls - before.calls
 
 
-def test_a_bare_transformer_counts_changes_of_the_timestep() -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_bare_transformer_counts_changes_of_the_timestep(compiled: bool) -> None:
     denoiser = transformer().requires_grad_(False)
+    if compiled:
+        # the wrapper is what matters: it has another class name
+        denoiser = torch.compile(denoiser, backend="eager")
     with ditattn.install(denoiser, "rain_fusion_attn", **SPARSE) as handle:
         for timestep in (900, 900, 600, 300, 950, 500):
             _forward(denoiser, timestep)

@@ -129,8 +129,7 @@ def install(
     if unknown:
         raise UnsupportedModel(f"no denoiser named {', '.join(unknown)}; there is {', '.join(models)}")
     request = Request(backend, {name: other for name, other in (components or {}).items() if other is not None}, config)
-    is_pipeline = models != {type(target).__name__: target}
-    stage = DenoisingStage(StepClock((lambda: target.scheduler) if is_pipeline else None), strict)
+    stage = DenoisingStage(StepClock(None if isinstance(target, nn.Module) else lambda: getattr(target, "scheduler", None)), strict)
     handle = Installation(stage)
     try:
         for name, module in models.items():

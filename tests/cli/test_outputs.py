@@ -1,0 +1,34 @@
+"""Names and places of files."""
+
+from __future__ import annotations
+
+import pytest
+
+from ditattn.cli.outputs import Outbox, default_name
+from ditattn.cli.settings import read_settings
+
+PROMPTS = {
+    "latin": "a" * 300,
+    "three bytes": "圆" * 100,
+    "cut after one": "a" + "圆" * 100,
+    "cut after two": "ab" + "圆" * 100,
+    "four bytes": "\N{MATHEMATICAL BOLD SMALL A}" * 100,
+}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+def test_a_default_name_can_be_written_whatever_the_alphabet(prompt, tmp_path):
+    name = "compare_" + default_name(prompt, "")
+    with Outbox() as outbox:
+        outbox.draft(tmp_path / f"{name}.html").write_text("x")
+        outbox.commit()
+    assert prompt[:20] in name
+    assert "\ufffd" not in name
+
+
+def test_a_home_that_no_shell_expanded_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    keys = ("output_path", "perf_dump_path", "image_path")
+    settings = read_settings({"prompt": "a", **{key: f"~/{key}" for key in keys}})
+    assert [getattr(settings, key) for key in keys] == [f"/home/somebody/{key}" for key in keys]
+    assert read_settings({"prompt": "a"}).image_path is None
