@@ -1,11 +1,12 @@
 """Train transformer and text encoder together by flow matching, on the CPU, in stages of growing clips.
 
-    python -m demo_model.train --out DIR [--stages 1500x16x1w,1860x4x5w,400x16x1,1540x4x5,1300x1x17]
+    python -m demo_model.train --out DIR [--stages 1500x16x1w,1860x4x5w,400x16x1,1540x4x5,870x1x17]
 
 A stage is steps x clips x frames; with a w the shapes may be anywhere and wrap round the edges, without it they stay inside the
-picture. The state (DIR/state.pt) is written every `--save-minutes` and at the end; started again with the same --out, training goes
-on from there and draws what it would have drawn. Averaged weights go to DIR/pipeline, a folder that the stock `WanPipeline` loads;
-the loss goes to DIR/log.jsonl.
+picture; @n takes every n-th frame, without it the distance is drawn; :right+down draws only scenes that move one of these ways. The
+state (DIR/state.pt) is written every `--save-minutes` and at the end; started again with the same --out, training goes on from there
+and draws what it would have drawn. Averaged weights go to DIR/pipeline, a folder that the stock `WanPipeline` loads; the loss goes
+to DIR/log.jsonl.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import random
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ class Stage:
     clips: int
     frames: int
     wraps: bool = False
+    stride: int | None = None
+    ways: tuple[str, ...] = tuple(world.DIRECTIONS)
 
     @property
     def shift(self) -> float:
@@ -57,8 +60,16 @@ class Stage:
 
 
 def parse_stages(text: str) -> list[Stage]:
-    """'1500x16x1w,500x1x17' to stages."""
-    return [Stage(*map(int, part.removesuffix("w").split("x")), wraps=part.endswith("w")) for part in text.split(",")]
+    """'1500x16x1w,250x8x2@16' to stages."""
+    stages = []
+    for part in text.split(","):
+        sizes, _, ways = part.partition(":")
+        sizes, _, stride = sizes.partition("@")
+        steps, clips, frames = map(int, sizes.removesuffix("w").split("x"))
+        stages.append(Stage(steps, clips, frames, sizes.endswith("w"), int(stride) if stride else None))
+        if ways:
+            stages[-1] = replace(stages[-1], ways=tuple(ways.split("+")))
+    return stages
 
 
 @dataclass(frozen=True)
@@ -80,10 +91,11 @@ def object_weights(mask: Tensor, factor: float) -> Tensor:
 
 def draw_batch(stage: Stage, rng: random.Random, tokenizer: Any, latent_map: LatentMap, object_factor: float) -> Batch:
     """Draw clips of training scenes at evenly spaced frames; some captions are empty, for guidance."""
-    scenes = rng.choices(world.training_scenes(), k=stage.clips)
+    scenes = rng.choices([scene for scene in world.training_scenes() if scene.direction in stage.ways], k=stage.clips)
     strides = [s for s in (1, 2, 4) if (stage.frames - 1) * s < world.CLIP_FRAMES]
     # mostly every frame, as the pipeline draws them
-    frames = torch.arange(stage.frames) * rng.choices(strides, weights=[1 / s for s in strides])[0]
+    drawn = rng.choices(strides, weights=[1 / s for s in strides])[0]
+    frames = torch.arange(stage.frames) * (stage.stride or drawn)
     video, mask = world.render([world.place(scene, rng, stage.wraps) for scene in scenes], frames)
     captions = ["" if rng.random() < CAPTION_DROP else world.caption(scene, big=rng.random() < 0.5) for scene in scenes]
     tokens = tokenizer(captions, padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt")
@@ -210,7 +222,7 @@ def run(trainer: Trainer, stages: Sequence[Stage], folder: Path, decay_steps: in
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stages", type=parse_stages, default="1500x16x1w,1860x4x5w,400x16x1,1540x4x5,1300x1x17")
+    parser.add_argument("--stages", type=parse_stages, default="1500x16x1w,1860x4x5w,400x16x1,1540x4x5,870x1x17")
     parser.add_argument("--decay-steps", type=int, default=2500, help="length of the falling learning rate at the end")
     parser.add_argument(
         "--object-factor", type=float, default=3.0, help="weight of the loss on and beside the object, without noise; fades with noise"

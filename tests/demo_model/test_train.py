@@ -103,8 +103,8 @@ def test_sigmas_lie_in_range_and_shift_towards_noise(shift):
 
 
 def test_stages_follow_each_other():
-    stages = parse_stages("3x16x1w,2x1x17")
-    assert [stage.wraps for stage in stages] == [True, False]
+    stages = parse_stages("3x16x1w,2x8x2@16:right+down")
+    assert stages == [Stage(3, 16, 1, wraps=True), Stage(2, 8, 2, stride=16, ways=("right", "down"))]
     assert [stage_at(stages, step) for step in (0, 2, 3, 4, 5)] == [stages[0], stages[0], stages[1], stages[1], None]
 
 
