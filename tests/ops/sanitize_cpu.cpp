@@ -1,5 +1,5 @@
 // Runs the CPU library over many small shapes in buffers of exactly the right size, for the sanitizers and for targets without torch. With
-// the argument "compare" the smaller results are compared with sums in double. Built by test_cpu_library.py.
+// the argument "compare" the smaller results are compared with sums in double. Built by test_cpu_builds.py.
 #include "library.cpp"
 
 #include <cstdio>

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from ditattn.attention.plan import BlockPlan
@@ -19,21 +21,11 @@ def run(
     return_lse: bool,
     order: Tensor | None = None,
     inverse: Tensor | None = None,
+    *,
+    fast_fp32: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    return cpu_call.attention(query, key, value, plan, scale, causal, key_lengths, return_lse=return_lse, order=order)
+    return cpu_call.attention(query, key, value, plan, scale, causal, key_lengths, return_lse=return_lse, fast_fp32=fast_fp32, order=order)
 
 
-def run_fast_fp32(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: BlockPlan,
-    scale: float,
-    causal: bool,
-    key_lengths: Tensor | None,
-    return_lse: bool,
-    order: Tensor | None = None,
-    inverse: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """As `run`, multiplying fp32 tensors as bf16."""
-    return cpu_call.attention(query, key, value, plan, scale, causal, key_lengths, return_lse=return_lse, fast_fp32=True, order=order)
+run_fast_fp32 = partial(run, fast_fp32=True)
+"""As `run`, multiplying fp32 tensors as bf16."""
