@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,19 @@ A5_SOFTMAX = 4
 COUNTED_SOFTMAX = 1
 
 
+class Call(NamedTuple):
+    """One call of the op, as the operators know it: never causal."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    plan: BlockPlan
+    scale: float
+    key_lengths: Tensor | None
+    return_lse: bool
+    reorder: Reorder | None
+
+
 @dataclass(frozen=True)
 class Provider(ABC):
     """One operator of one package."""
@@ -41,7 +55,6 @@ class Provider(ABC):
         """Why the operator refuses such a call, or None."""
         return None
 
-    @abstractmethod
     def run(
         self,
         query: Tensor,
@@ -56,13 +69,16 @@ class Provider(ABC):
         inverse: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The op's contract. `order` and `inverse` are int64 `[S]`, both or neither."""
+        assert not causal
+        reorder = None
+        if order is not None:
+            assert inverse is not None
+            reorder = Reorder(order, inverse)
+        return self.attend(Call(query, key, value, plan, scale, key_lengths, return_lse, reorder))
 
-
-def _reorder(order: Tensor | None, inverse: Tensor | None) -> Reorder | None:
-    if order is None:
-        return None
-    assert inverse is not None
-    return Reorder(order, inverse)
+    @abstractmethod
+    def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        """`[B, S, H, D]`, and the log-sum-exp where it is asked for."""
 
 
 def _group_refusal(facts: CallFacts) -> str | None:
@@ -86,21 +102,9 @@ class Masked(Provider):
             return f"{reason}: load the model in float16, or use mask_mindiesd ({MINDIESD.install})"
         return _group_refusal(facts)
 
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        plan: BlockPlan,
-        scale: float,
-        causal: bool,
-        key_lengths: Tensor | None,
-        return_lse: bool,
-        order: Tensor | None = None,
-        inverse: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        reorder = _reorder(order, inverse)
-        inputs = mask_inputs(query, key, value, plan, key_lengths, reorder)
+    def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        query, key, plan = call.query, call.key, call.plan
+        inputs = mask_inputs(query, key, call.value, plan, call.key_lengths, call.reorder)
         out, lse = self.operator.load()(
             inputs.query,
             inputs.key,
@@ -110,14 +114,14 @@ class Masked(Provider):
             q_input_layout=inputs.layout,
             kv_input_layout=inputs.layout,
             num_key_value_heads=key.shape[2],
-            scale_value=scale,
+            scale_value=call.scale,
             inner_precise=inner_precise(soc_generation()),
             actual_seq_lengths=inputs.query_lengths,
             actual_seq_lengths_kv=inputs.key_lengths,
-            softmax_lse_flag=int(return_lse),
+            softmax_lse_flag=int(call.return_lse),
         )
-        out = output(out, inputs.layout, query, inputs.empty, plan.block_size, reorder)
-        return out, mask_lse(lse, query, inputs, plan.block_size, reorder) if return_lse else None
+        out = output(out, inputs.layout, query, inputs.empty, plan.block_size, call.reorder)
+        return out, mask_lse(lse, query, inputs, plan.block_size, call.reorder) if call.return_lse else None
 
 
 @dataclass(frozen=True)
@@ -127,21 +131,9 @@ class Indexed(Provider):
     def limits(self, facts: CallFacts) -> str | None:
         return _group_refusal(facts)
 
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        plan: BlockPlan,
-        scale: float,
-        causal: bool,
-        key_lengths: Tensor | None,
-        return_lse: bool,
-        order: Tensor | None = None,
-        inverse: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        reorder = _reorder(order, inverse)
-        inputs = index_inputs(query, key, value, plan, reorder)
+    def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        query, key, plan = call.query, call.key, call.plan
+        inputs = index_inputs(query, key, call.value, plan, call.reorder)
         out, _ = self.operator.load()(
             inputs.query,
             inputs.key,
@@ -155,31 +147,19 @@ class Indexed(Provider):
             kv_input_layout=TND,
             head_num=key.shape[2],
             mask_type=0,
-            scale=scale,
+            scale=call.scale,
             inner_precise=FP32_SOFTMAX,
         )
-        return output(out, TND, query, inputs.empty, plan.block_size, reorder), None
+        return output(out, TND, query, inputs.empty, plan.block_size, call.reorder), None
 
 
 @dataclass(frozen=True)
 class Counted(Provider):
     """Ada block-sparse attention. float16 computes its softmax in fp16 here."""
 
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        plan: BlockPlan,
-        scale: float,
-        causal: bool,
-        key_lengths: Tensor | None,
-        return_lse: bool,
-        order: Tensor | None = None,
-        inverse: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        reorder = _reorder(order, inverse)
-        inputs = counted_inputs(query, key, value, plan, reorder)
+    def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        query, key, plan = call.query, call.key, call.plan
+        inputs = counted_inputs(query, key, call.value, plan, call.reorder)
         result = self.operator.load()(
             inputs.query,
             inputs.key,
@@ -190,11 +170,11 @@ class Counted(Provider):
             sparse_size=plan.block_size,
             num_heads=query.shape[2],
             num_key_value_heads=key.shape[2],
-            scale_value=scale,
+            scale_value=call.scale,
             causal=False,
             inner_precise=COUNTED_SOFTMAX,
         )
-        return output(first_of(result), BNSD, query, inputs.empty, plan.block_size, reorder), None
+        return output(first_of(result), BNSD, query, inputs.empty, plan.block_size, call.reorder), None
 
 
 def _masked(package: Package, namespace: str, name: str) -> Masked:
