@@ -215,6 +215,17 @@ def test_two_transformers_each_with_its_own_map(ditattn, wan22_folder, tmp_path,
     assert "computed share, transformer_2" in (tmp_path / "x.html").read_text()
 
 
+def test_a_dense_backend_beside_a_sparse_one_is_spared_its_keys(ditattn, wan_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arguments = ["--attention-backend", "fa", "--attention-backend", "rain_fusion_attn", "--grid", "sparsity=0.0,0.5", "--no-probe"]
+    arguments += ["--attention-backend-config", "min_tokens=0", "--output-path", tmp_path, "--output-file-name", "x"]
+    done = ditattn("compare", "--model-path", wan_folder, "--prompt", "a", *CALL, *arguments)
+    assert done.status == 0, done.err
+    assert "fa has no min_tokens, sparsity: it is compared without" in done.err
+    settings = json.loads((tmp_path / "x.json").read_text())["settings"]
+    assert [one["name"] for one in settings] == ["fa", "rain_fusion_attn sparsity=0.0", "rain_fusion_attn sparsity=0.5"]
+
+
 WRONG = {
     "nothing to compare": ([], ["--attention-backend rain_fusion_attn"]),
     "unknown backend": (["--attention-backend", "rain"], ["no attention backend 'rain'"]),
@@ -227,6 +238,10 @@ WRONG = {
         ["sparsity is set by", "--grid"],
     ),
     "dense backend with a key": (["--attention-backend", "fa", "--grid", "sparsity=0.5"], ["no configuration keys"]),
+    "key of no backend": (
+        ["--attention-backend", "fa", "--attention-backend", "rain_fusion_attn", "--attention-backend-config", "sparsty=0.5"],
+        ["unknown key 'sparsty'"],
+    ),
     "folder in the name": (["--attention-backend", "fa", "--output-file-name", "a/b"], ["plain name"]),
     "size": (["--attention-backend", "fa", "--height", "60"], ["height must be a multiple of 16"]),
     "no such layer": (["--attention-backend", "rain_fusion_attn", "--attention-backend-config", "skip_layers=7"], ["skip_layers names 7"]),

@@ -170,6 +170,21 @@ def test_expansion_of_settings():
         expand(["rain_fusion_attn"], [{"sparsity": 0.5}], {"sparsity": [0.6]})
 
 
+def test_a_backend_is_spared_the_keys_that_only_another_one_understands():
+    known = {"rain_fusion_attn": {"sparsity", "token_order"}, "block_sparse_attn": {"sparsity", "stride"}, "fa": set()}
+    settings = expand(list(known), [{"token_order": "tile"}], {"sparsity": [0.5, 0.9]}, known)
+    assert [(one.backend, one.config) for one in settings] == [
+        ("rain_fusion_attn", {"token_order": "tile", "sparsity": 0.5}),
+        ("rain_fusion_attn", {"token_order": "tile", "sparsity": 0.9}),
+        ("block_sparse_attn", {"sparsity": 0.5}),
+        ("block_sparse_attn", {"sparsity": 0.9}),
+        ("fa", {}),
+    ]
+    assert settings[-1].name == "fa"
+    # nobody's key stays, so that it can be refused
+    assert expand(["fa", "rain_fusion_attn"], [{"sparsty": 1}], {}, known)[0].config == {"sparsty": 1}
+
+
 def test_a_warm_up_is_short_where_the_number_of_steps_is_left_to_the_pipeline(work):
     def arguments(prompt):
         return {key: value for key, value in work.arguments(prompt).items() if key != "num_inference_steps"}

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import typer
 
+from ditattn.cli.job import Job
 from ditattn.cli.loaded import playing_rate
+from ditattn.cli.machine import known_keys
 from ditattn.cli.measuring import Bench, about, check_settings, job_of, set_up, with_components
 from ditattn.cli.messages import set_up_messages
 from ditattn.cli.outputs import Outbox, check_plain_name, default_name, write_media
@@ -20,7 +22,7 @@ from ditattn.cli.settings import CompareSettings
 from ditattn.comparison.measure import Comparison, compare
 from ditattn.comparison.page import render_page
 from ditattn.comparison.record import comparison_record, plain
-from ditattn.comparison.setting import Clip, Setting, expand
+from ditattn.comparison.setting import Clip, Setting, expand, foreign_keys
 from ditattn.errors import ConfigError
 
 __all__ = ["run_compare"]
@@ -45,9 +47,11 @@ def run_compare(settings: CompareSettings, *, debug: bool = False) -> None:
         DitattnError, OSError: see the modules that check.
     """
     set_up_messages(debug)
-    contestants = _contestants(settings)
+    if not settings.attention_backend:
+        raise ConfigError("what shall be compared? Name it: --attention-backend rain_fusion_attn (the reference is torch_sdpa)")
     name = _file_name(settings)
     job = job_of(settings)
+    contestants = _contestants(settings, job)
     check_settings(job, contestants)
     bench = set_up(job, strict=settings.strict, cached=settings.reference_cache)
     clips = [Clip(prompt, seed) for prompt in settings.prompt for seed in settings.seed]
@@ -65,11 +69,15 @@ def run_compare(settings: CompareSettings, *, debug: bool = False) -> None:
     typer.echo(f"wrote {page} and {numbers.name}")
 
 
-def _contestants(settings: CompareSettings) -> list[Setting]:
-    if not settings.attention_backend:
-        raise ConfigError("what shall be compared? Name it: --attention-backend rain_fusion_attn (the reference is torch_sdpa)")
-    found = expand(settings.attention_backend, settings.attention_backend_config, settings.grid)
-    return with_components(found, settings.component_attention_backends)
+def _contestants(settings: CompareSettings, job: Job) -> list[Setting]:
+    """Every backend with the keys that it understands; keys that no named backend understands stay, to be refused with the rest."""
+    backends, configs, components = settings.attention_backend, settings.attention_backend_config, settings.component_attention_backends
+    known = {backend: known_keys(backend, components, job.device, job.dtype) for backend in backends}
+    for backend in known:
+        keys = (key for mapping in (*configs, settings.grid) for key in mapping)
+        if foreign := foreign_keys(backend, keys, known):
+            typer.echo(f"{backend} has no {', '.join(foreign)}: it is compared without", err=True)
+    return with_components(expand(backends, configs, settings.grid, known), components)
 
 
 def _file_name(settings: CompareSettings) -> str:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ditattn.attention.interface import AttentionBackendEnum
+from ditattn.attention.interface import AttentionBackend, AttentionBackendEnum
 from ditattn.attention.selector import ENVIRONMENT_VARIABLE, load_backend, select_backend
 from ditattn.errors import BackendUnavailable, ConfigError, UnknownBackend
 from ditattn.platforms import PLATFORMS, get_platform
 
-__all__ = ["check_backend", "choose_device", "choose_dtype", "why_no_device"]
+__all__ = ["check_backend", "choose_device", "choose_dtype", "known_keys", "why_no_device"]
 
 DTYPES = {
     "float32": torch.float32,
@@ -79,18 +79,31 @@ def check_backend(
     Raises:
         UnknownBackend, BackendUnavailable, ConfigError: as `install` would, but before the model is loaded.
     """
-    from ditattn.pipelines.diffusers.install import Request
-
-    platform = get_platform(device)
     for name in components.values():
-        platform.get_attn_backend_cls_str(name, ANY_HEAD_SIZE, dtype)
-    owner = Request(backend, components, config).config_owner() or _named_by_environment()
-    chosen = load_backend(platform.get_attn_backend_cls_str(owner, ANY_HEAD_SIZE, dtype))
+        get_platform(device).get_attn_backend_cls_str(name, ANY_HEAD_SIZE, dtype)
+    chosen = _configured(backend, components, device, dtype)
     try:
         chosen.get_config_cls().from_mapping(config)
     except ConfigError as error:
         nobody = " (no --attention-backend is named)" if backend is None else ""
         raise type(error)(f"{chosen.get_enum()}{nobody}: {error}") from None
+
+
+def known_keys(backend: str, components: Mapping[str, str], device: torch.device, dtype: torch.dtype) -> frozenset[str]:
+    """Keys that `check_backend` takes.
+
+    Raises:
+        UnknownBackend, BackendUnavailable: as `check_backend`.
+    """
+    return frozenset(_configured(backend, components, device, dtype).get_config_cls().model_fields)
+
+
+def _configured(backend: str | None, components: Mapping[str, str], device: torch.device, dtype: torch.dtype) -> type[AttentionBackend]:
+    """Whose configuration it is."""
+    from ditattn.pipelines.diffusers.install import Request
+
+    owner = Request(backend, components, {}).config_owner() or _named_by_environment()
+    return load_backend(get_platform(device).get_attn_backend_cls_str(owner, ANY_HEAD_SIZE, dtype))
 
 
 def _named_by_environment() -> AttentionBackendEnum | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 from ditattn.errors import ConfigError
 
-__all__ = ["REFERENCE", "Clip", "Setting", "expand", "name_settings"]
+__all__ = ["REFERENCE", "Clip", "Setting", "expand", "foreign_keys", "name_settings"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,19 @@ class Setting:
 REFERENCE = Setting("torch_sdpa", name="torch_sdpa (reference)")
 
 
-def expand(backends: Sequence[str], configs: Sequence[Mapping[str, Any]], grid: Mapping[str, Sequence[Any]]) -> list[Setting]:
+def expand(
+    backends: Sequence[str],
+    configs: Sequence[Mapping[str, Any]],
+    grid: Mapping[str, Sequence[Any]],
+    known: Mapping[str, Collection[str]] | None = None,
+) -> list[Setting]:
     """Every backend with every configuration and every point of the grid; repetitions are dropped.
+
+    Args:
+        backends: names.
+        configs: configurations; none means one without keys.
+        grid: values by key.
+        known: by backend, the keys that it understands: it is spared those that only others of `backends` understand. None spares nobody.
 
     Raises:
         ConfigError: a key that a configuration and the grid both set.
@@ -50,11 +61,19 @@ def expand(backends: Sequence[str], configs: Sequence[Mapping[str, Any]], grid: 
     for backend, config in product(backends, configs or [{}]):
         if both := sorted(set(config) & set(grid)):
             raise ConfigError(f"{', '.join(both)} is set by --attention-backend-config and by --grid: name it in one of them")
+        foreign = foreign_keys(backend, (*config, *grid), known or {})
         for point in product(*grid.values()):
-            setting = Setting(backend, {**config, **dict(zip(grid, point, strict=True))})
+            values = {**config, **dict(zip(grid, point, strict=True))}
+            setting = Setting(backend, {key: value for key, value in values.items() if key not in foreign})
             if setting not in settings:
                 settings.append(setting)
     return name_settings(settings)
+
+
+def foreign_keys(backend: str, keys: Iterable[str], known: Mapping[str, Collection[str]]) -> list[str]:
+    """Those of `keys` that another backend of `known` understands and this one does not."""
+    own, others = known.get(backend, ()), {key for name, theirs in known.items() if name != backend for key in theirs}
+    return [key for key in dict.fromkeys(keys) if key in others and key not in own]
 
 
 def name_settings(settings: Sequence[Setting]) -> list[Setting]:
