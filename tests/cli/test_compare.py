@@ -136,9 +136,17 @@ def test_a_browser_shows_it(made, tmp_path):
     window.addEventListener("load", async () => {
       const all = selector => [...document.querySelectorAll(selector)];
       await Promise.all(all("video").map(ready));
+      await Promise.all(all("video").map(video => video.readyState > 2 ? 0 : new Promise(done => { video.oncanplay = done; })));
+      await new Promise(done => setTimeout(done, 100));
+      const playing = all("video").map(video => !video.paused);
+      const clip = [...document.querySelector(".clip").querySelectorAll("video")];
+      clip[0].currentTime = 0;
+      clip[1].currentTime = clip[1].duration / 2;
+      clip[0].dispatchEvent(new Event("ended"));
+      const places = clip.map(video => video.currentTime);
       document.querySelector(".differ").click();
       document.getElementById("seen").textContent = JSON.stringify({
-        problems, pictures: all("img").map(one => one.naturalWidth), videos: all("video").map(one => one.videoWidth),
+        problems, playing, spread: Math.max(...places) - Math.min(...places), pictures: all("img").map(one => one.naturalWidth), videos: all("video").map(one => one.videoWidth),
         shown: all(".clip video.difference").map(one => one.offsetHeight > 50),
         dots: all("#plot circle").length, cells: all("svg.heat rect").length });
     });</script>"""
@@ -156,6 +164,9 @@ def test_a_browser_shows_it(made, tmp_path):
     assert len(seen["pictures"]) >= 2 * 5
     assert min(seen["pictures"]) > 0
     assert seen["videos"] == [192] * 10
+    assert seen["playing"] == [True] * 10
+    # they turn round together
+    assert seen["spread"] < 0.05, seen["spread"]
     # the box of the first clip was ticked, the second's was not
     assert seen["shown"] == [True, True, False, False]
     assert seen["dots"] == 2
