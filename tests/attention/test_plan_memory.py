@@ -49,6 +49,8 @@ def steps_of(*evaluations: Evaluation, steps: int) -> list[tuple[int, Evaluation
         # nobody names the branches: the place in the step tells them apart
         (steps_of(FIRST, SECOND, steps=3), ReusePolicy(3), [True, True, False, False, False, False]),
         (steps_of(FIRST, SECOND, steps=3)[2:], ReusePolicy(1, True), [True, False] * 2),
+        # ... up to four of them
+        ([(2, Evaluation(0, None, number)) for number in range(6)], ReusePolicy(1, True), [True, False, False, False, True, True]),
         # ... but a second forward at step 0 may be the first one of another run
         (steps_of(FIRST, SECOND, steps=1), ReusePolicy(1, True), [True, True]),
     ],

@@ -9,7 +9,8 @@ from ditattn.attention.plan import BlockPlan
 
 __all__ = ["Evaluation", "PlanMemory", "ReusePolicy"]
 
-# unnamed forwards of one step whose plans are kept: a model that is called at one timestep for ever must not fill the memory
+# unnamed forwards of one step that count as branches: a model that is called at one timestep for ever must not fill the memory, and no plan
+# fits all that it is given
 MAX_UNNAMED = 4
 
 
@@ -73,7 +74,7 @@ class PlanMemory:
             policy: as in `keep`.
         """
         branch = (evaluation.branch, evaluation.number)
-        kept = self._kept.get(_place(evaluation, policy))
+        kept = self._kept.get(_place(evaluation, policy)) if evaluation.number < MAX_UNNAMED else None
         if kept is None or kept.run != evaluation.run or not 0 <= step - kept.made_at < policy.refresh_steps or kept.facts != facts:
             return None
         if max(kept.served.values()) > step or kept.served.get(branch, -1) >= step:
