@@ -146,7 +146,8 @@ def test_a_browser_shows_it(made, tmp_path):
       const places = clip.map(video => video.currentTime);
       document.querySelector(".differ").click();
       document.getElementById("seen").textContent = JSON.stringify({
-        problems, playing, spread: Math.max(...places) - Math.min(...places), pictures: all("img").map(one => one.naturalWidth), videos: all("video").map(one => one.videoWidth),
+        problems, playing, spread: Math.max(...places) - Math.min(...places),
+        pictures: all("img").map(one => one.naturalWidth), videos: all("video").map(one => one.videoWidth),
         shown: all(".clip video.difference").map(one => one.offsetHeight > 50),
         dots: all("#plot circle").length, cells: all("svg.heat rect").length });
     });</script>"""

@@ -21,10 +21,11 @@ from ditattn.models import ModelFamily, TokenLayout
 from ditattn.ops import dense_attention
 from ditattn.ops.contract import call_facts
 from ditattn.ops.table import choose
-from ditattn.pipelines import denoising
-from ditattn.pipelines.denoising import DenoisingStage, Forward, ServedModel, attend, check_layers, running
+from ditattn.pipelines import denoising, key_padding
+from ditattn.pipelines.denoising import DenoisingStage, Forward, ServedModel, attend, running
 from ditattn.pipelines.report import ComponentReport
 from ditattn.pipelines.step_clock import StepClock
+from ditattn.pipelines.step_metadata import check_layers
 from ditattn.platforms.interface import BACKEND_PATHS
 
 FRAMES, ROWS, COLUMNS = 3, 16, 16
@@ -145,8 +146,8 @@ def attend_once(stage: DenoisingStage, *arguments: Any) -> Tensor:
 
 def test_the_mask_of_a_forward_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
-    read = denoising._read_padding
-    monkeypatch.setattr(denoising, "_read_padding", lambda *arguments: reads.append(1) or read(*arguments))
+    read = key_padding._read
+    monkeypatch.setattr(key_padding, "_read", lambda *arguments: reads.append(1) or read(*arguments))
     q, k, v = qkv()
     mask, stage = first(LENGTH - 15)[:, None, None], stage_of(served(num_layers=3))
     for _ in range(2):

@@ -9,17 +9,16 @@ import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ditattn.attention.interface import AttentionBackend, AttentionImpl, AttentionMetadata, CallRecord
 from ditattn.attention.plan_memory import Evaluation
 from ditattn.attention.sparse import EXPECTED_REASONS, SparseAttentionImpl, SparseAttentionMetadata
-from ditattn.config import AttentionConfig, SparseAttentionConfig, parse_layers, resolve_steps
-from ditattn.errors import ConfigError, DenseInStrictMode, UnsupportedCall
+from ditattn.config import AttentionConfig
+from ditattn.errors import DenseInStrictMode, UnsupportedCall
 from ditattn.models import ModelFamily, TokenLayout
 from ditattn.ops import block_sparse_attention as block_sparse_op
 from ditattn.ops import dense_attention as dense_op
@@ -27,16 +26,16 @@ from ditattn.ops.contract import call_facts
 from ditattn.ops.dense_attention import dense_attention
 from ditattn.ops.table import choose
 from ditattn.pipelines.evaluations import EvaluationCounter
+from ditattn.pipelines.key_padding import MaskReader, broadcastable
 from ditattn.pipelines.report import AttentionReport, ComponentLog
 from ditattn.pipelines.step_clock import Step, StepClock
+from ditattn.pipelines.step_metadata import build_attn_metadata, evaluated
 
-__all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "build_attn_metadata", "evaluated", "running"]
+__all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "running"]
 
 logger = logging.getLogger("ditattn")
 
 NOT_SELF_ATTENTION = "not self-attention of the denoiser"
-MASK_WITH_GAPS = "mask with gaps"
-OTHER_MASK = "mask that is not key padding"
 
 
 @dataclass
@@ -81,7 +80,7 @@ class Forward:
     layer: int | None = None
     num_calls: int = 0
     records: list[CallRecord] = field(default_factory=list)
-    paddings: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    masks: MaskReader = field(default_factory=MaskReader)
 
 
 class Probe(Protocol):
@@ -177,7 +176,7 @@ class DenoisingStage:
         key = (step, layout)
         cached = self._metadata.get(model.name)
         if cached is None or cached[0] != key:
-            cached = self._metadata[model.name] = (key, build_attn_metadata(model, step, layout))
+            cached = self._metadata[model.name] = (key, build_attn_metadata(model.builder, model.config, step, layout))
         return cached[1]
 
     def attend(
@@ -217,7 +216,7 @@ class DenoisingStage:
         metadata = forward.metadata
         reason = NOT_SELF_ATTENTION if layer is None else None
         if attn_mask is not None and reason is None:
-            padding, reason = _key_padding(forward, attn_mask, key)
+            padding, reason = forward.masks.read(attn_mask, key)
             metadata = metadata if padding is None else replace(metadata, **padding._asdict())
         if reason is not None:
             self._refuse_if_strict(reason, forward)
@@ -273,71 +272,10 @@ def _layout(model: ServedModel, arguments: Mapping[str, Any]) -> TokenLayout | N
         return None
 
 
-def build_attn_metadata(model: ServedModel, step: Step, layout: TokenLayout | None) -> AttentionMetadata:
-    """What the model's backend may know about a step."""
-    config = model.config
-    if not isinstance(config, SparseAttentionConfig):
-        return model.builder.build(current_timestep=step.index)
-    fields = config.model_dump(exclude={"skip_first_steps", "skip_last_steps", "skip_layers"})
-    if layout is not None:
-        fields["num_prefix_tokens"] = layout.num_prefix_tokens
-        fields["num_suffix_tokens"] = layout.num_suffix_tokens
-    return model.builder.build(
-        current_timestep=step.index,
-        raw_latent_shape=None if layout is None else layout.raw_latent_shape,
-        patch_size=1 if layout is None else layout.patch_size,
-        num_steps=step.num_steps,
-        skip_first_steps=resolve_steps(config.skip_first_steps, step.num_steps),
-        skip_last_steps=resolve_steps(config.skip_last_steps, step.num_steps),
-        skip_layers=parse_layers(config.skip_layers),
-        **fields,
-    )
-
-
-def evaluated(metadata: AttentionMetadata, evaluation: Evaluation) -> AttentionMetadata:
-    """The metadata of a step as one forward of it needs it: where plans are reused, with its run and branch."""
-    if isinstance(metadata, SparseAttentionMetadata) and metadata.reuse.reuses:
-        return replace(metadata, evaluation=evaluation)
-    return metadata
-
-
 def _native(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
     """What a call that is not ours to serve would have run without us: torch's SDPA."""
-    mask = _broadcastable(attn_mask)
+    mask = None if attn_mask is None else broadcastable(attn_mask)
     return dense_attention(query, key, value, scale=scale, causal=is_causal, attn_mask=mask, implementation="torch")
-
-
-def _broadcastable(mask: Tensor | None) -> Tensor | None:
-    """A `[B, T]` key mask as `[B, 1, 1, T]`; four-dimensional masks as they are."""
-    return mask[:, None, None] if mask is not None and mask.ndim == 2 else mask
-
-
-class KeyPadding(NamedTuple):
-    """How many leading keys of each batch element are real: integer `[B]`, and as the host read it."""
-
-    key_lengths: Tensor
-    known_key_lengths: tuple[int, ...]
-
-
-def _key_padding(forward: Forward, mask: Tensor, key: Tensor) -> tuple[KeyPadding | None, str | None]:
-    """(padding, None) if `mask` pads the end of the keys, (None, None) if it hides nothing, else (None, reason)."""
-    mask4 = _broadcastable(mask)
-    assert mask4 is not None
-    if mask4.dtype != torch.bool or mask4.ndim != 4 or mask4.shape[1:3] != (1, 1) or mask4.shape[3] != key.shape[1]:
-        return None, OTHER_MASK
-    if mask not in forward.paddings:
-        # models pass one mask to all layers: the synchronisation below happens once per forward
-        forward.paddings[mask] = _read_padding(mask4[:, 0, 0], key.shape[0])
-    found: tuple[KeyPadding | None, str | None] = forward.paddings[mask]
-    return found
-
-
-def _read_padding(keep: Tensor, batch: int) -> tuple[KeyPadding | None, str | None]:
-    if bool((keep[:, 1:] & ~keep[:, :-1]).any()):
-        return None, MASK_WITH_GAPS
-    lengths = keep.sum(-1).expand(batch).contiguous()
-    known = tuple(lengths.tolist())
-    return (None if min(known) == keep.shape[1] else KeyPadding(lengths, known)), None
 
 
 def _note_implementations(model: ServedModel, query: Tensor, key: Tensor, causal: bool, padded: bool) -> None:
@@ -394,11 +332,3 @@ def _warn_stray() -> None:
     if not getattr(_local, "warned_stray", False):
         _local.warned_stray = True
         logger.warning("attention was called outside a denoiser's forward: no step and no grid, so it runs densely and is not counted")
-
-
-def check_layers(config: AttentionConfig, num_layers: int, name: str) -> None:
-    """Raise ConfigError if `skip_layers` names a layer that the model does not have."""
-    if isinstance(config, SparseAttentionConfig):
-        beyond = sorted(layer for layer in parse_layers(config.skip_layers) if layer >= num_layers)
-        if beyond:
-            raise ConfigError(f"skip_layers names {', '.join(map(str, beyond))}, but {name} has self-attention layers 0-{num_layers - 1}")

@@ -18,7 +18,8 @@ from ditattn.attention.interface import AttentionImpl, AttentionMetadata, CallRe
 from ditattn.attention.plan import BlockPlan
 from ditattn.attention.sparse import SparseAttentionMetadata
 from ditattn.attention.token_order import token_order
-from ditattn.pipelines.denoising import Forward, ServedModel, build_attn_metadata, evaluated
+from ditattn.pipelines.denoising import Forward, ServedModel
+from ditattn.pipelines.step_metadata import build_attn_metadata, evaluated
 
 __all__ = ["CellReading", "SparseProbe", "dropped_mass"]
 
@@ -149,7 +150,7 @@ class SparseProbe:
         key = (call.forward.step, call.forward.layout)
         cached = self._metadata.get((number, model.name))
         if cached is None or cached[0] != key:
-            cached = self._metadata[number, model.name] = (key, build_attn_metadata(model, *key))
+            cached = self._metadata[number, model.name] = (key, build_attn_metadata(model.builder, model.config, *key))
         metadata, seen = evaluated(cached[1], call.forward.evaluation), call.metadata
         return replace(metadata, key_lengths=seen.key_lengths, known_key_lengths=seen.known_key_lengths)
 

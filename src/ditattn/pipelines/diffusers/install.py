@@ -17,11 +17,12 @@ from ditattn.attention.interface import AttentionBackendEnum
 from ditattn.attention.selector import get_attn_backend
 from ditattn.errors import ConfigError, UnsupportedModel
 from ditattn.models import MODELS, ModelFamily, find_family
-from ditattn.pipelines.denoising import DenoisingStage, Probe, ServedModel, check_layers
+from ditattn.pipelines.denoising import DenoisingStage, Probe, ServedModel
 from ditattn.pipelines.diffusers.dispatcher import add_private_backend
 from ditattn.pipelines.diffusers.hooks import add_layer_hooks, add_root_hook, is_listening, redirect_sdpa
 from ditattn.pipelines.report import AttentionReport
 from ditattn.pipelines.step_clock import StepClock
+from ditattn.pipelines.step_metadata import check_layers
 
 __all__ = ["Installation", "denoisers", "install", "self_attention_modules"]
 
