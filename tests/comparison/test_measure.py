@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -128,6 +129,24 @@ def test_a_damaged_entry_is_made_again(work, tmp_path, damage):
     references.make(CLIPS[0])
     np.testing.assert_array_equal(references.find(CLIPS[0]).frames, made.frames)
     assert len(list((tmp_path / "deep" / "cache").iterdir())) == 1
+
+
+def test_the_cache_forgets_what_was_used_longest_ago(compared, tmp_path):
+    run = compared[0].reference[0].runs[0]
+    cache = ReferenceCache(tmp_path)
+    facts = [{"number": number} for number in range(4)]
+    for number in range(3):
+        cache.keep(facts[number], run)
+        os.utime(tmp_path / reference_key(facts[number]), (number, number))
+    size = sum(file.stat().st_size for file in (tmp_path / reference_key(facts[0])).iterdir())
+    # the oldest one is used, so the second one goes
+    assert cache.find(facts[0]) is not None
+    cache.max_bytes = 3 * size + size // 2
+    cache.keep(facts[3], run)
+    assert [cache.find(one) is not None for one in facts] == [True, False, True, True]
+    cache.max_bytes = 0
+    cache.keep(facts[1], run)
+    assert [cache.find(one) is not None for one in facts] == [False, True, False, False]
 
 
 def test_a_run_is_the_pipelines_own_and_measures_its_memory(work):
