@@ -118,12 +118,13 @@ def velocity(
     num_pad: float,
     frames: Tensor,
     attend: Attend = plain_attention,
+    hidden: list[Tensor] | None = None,
 ) -> Tensor:
     """Predict noise - clean for noisy latents.
 
     x [B, 12, T, Y, X]; sigma [B] in 0..1; ids and mask [B, L] of the captions; num_pad counts the zero keys behind the text;
-    frames [T] int64 are true times; attend serves self-attention, layer by layer, on q, k, v [B, H, S, D]. Matrix products run in
-    bf16, the result is fp32 [B, 12, T, Y, X].
+    frames [T] int64 are true times; attend serves self-attention, layer by layer, on q, k, v [B, H, S, D]. To a list given as `hidden`
+    the output [B, S, C] of every block is added. Matrix products run in bf16, the result is fp32 [B, 12, T, Y, X].
     """
     embed = transformer.condition_embedder
     text, text_bias = _embed_text(encoder, ids, mask, num_pad)
@@ -136,5 +137,7 @@ def velocity(
         h = F.linear(_patchify(x.to(torch.bfloat16)), patch.weight.flatten(1), patch.bias)
         for block in transformer.blocks:
             h = run_block(block, h, modulation, text, text_bias.to(torch.bfloat16), rotary, attend)
+            if hidden is not None:
+                hidden.append(h)
         shift, scale = (transformer.scale_shift_table + time[:, None]).to(h.dtype).chunk(2, 1)
         return _unpatchify(transformer.proj_out(_layer_norm(h) * (1 + scale) + shift).float(), x.shape)

@@ -97,6 +97,13 @@ def place(scene: Scene, rng: random.Random, wraps: bool = False) -> Clip:
     return Clip(scene, start, RADIUS_PX + rng.uniform(-RADIUS_JITTER_PX, RADIUS_JITTER_PX))
 
 
+def centres(clips: Sequence[Clip], frames: torch.Tensor) -> torch.Tensor:
+    """Centre (x, y) of the object of each clip at the frame times `frames` [T], in pixels, not wrapped: [B, T, 2]."""
+    starts = torch.tensor([clip.start_px for clip in clips])
+    steps = torch.tensor([DIRECTIONS[clip.scene.direction] for clip in clips])
+    return starts[:, None] + steps[:, None] * SPEED_PX * frames.float()[:, None]
+
+
 def _signed_distance(shape: str, dx: torch.Tensor, dy: torch.Tensor, radius: float) -> torch.Tensor:
     """Distance to the outline in pixels, negative inside."""
     if shape == "circle":
@@ -110,11 +117,8 @@ def _signed_distance(shape: str, dx: torch.Tensor, dy: torch.Tensor, radius: flo
 def _coverage(clip: Clip, frames: torch.Tensor, size_px: int) -> torch.Tensor:
     """How much of each pixel the shape covers, [T, size, size] in 0..1; one pixel of antialiasing."""
     axis = torch.arange(size_px) + 0.5
-    offsets = []
-    for start, step in zip(clip.start_px, DIRECTIONS[clip.scene.direction], strict=True):
-        centre = start + step * SPEED_PX * frames
-        # the shorter way round, as the picture wraps
-        offsets.append((axis - centre[:, None] + size_px / 2) % size_px - size_px / 2)
+    # the shorter way round, as the picture wraps
+    offsets = (axis - centres([clip], frames)[0].T[..., None] + size_px / 2) % size_px - size_px / 2
     dx, dy = offsets[0][:, None, :], offsets[1][:, :, None]
     return (0.5 - _signed_distance(clip.scene.shape, dx, dy, clip.radius_px)).clamp(0, 1)
 

@@ -77,3 +77,13 @@ def test_the_object_moves_the_way_its_caption_says():
         moved_x = ((mask[1].sum(0) - mask[0].sum(0)) @ axis) / mask[0].sum()
         moved_y = ((mask[1].sum(1) - mask[0].sum(1)) @ axis) / mask[0].sum()
         torch.testing.assert_close(torch.stack([moved_x, moved_y]), torch.tensor([step_x, step_y]) * 4 * world.SPEED_PX, atol=0.05, rtol=0)
+
+
+def test_centres_are_those_of_the_drawn_object():
+    scenes = [scene for scene in world.all_scenes() if (scene.color, scene.background, scene.shape) == ("red", "blue", "circle")]
+    clips = [world.place(scene, random.Random(seed)) for seed, scene in enumerate(scenes)]
+    frames = torch.tensor([0, 5, 16])
+    mask = world.render(clips, frames)[1][:, 0]
+    axis, area = torch.arange(64) + 0.5, mask.sum((2, 3))
+    drawn = torch.stack([(mask.sum(2) @ axis) / area, (mask.sum(3) @ axis) / area], -1)
+    torch.testing.assert_close(world.centres(clips, frames), drawn, atol=0.05, rtol=0)
