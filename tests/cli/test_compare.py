@@ -144,9 +144,14 @@ def test_a_browser_shows_it(made, tmp_path):
       clip[1].currentTime = clip[1].duration / 2;
       clip[0].dispatchEvent(new Event("ended"));
       const places = clip.map(video => video.currentTime);
+      const seek = document.querySelector(".seek");
+      seek.value = 1000;
+      seek.dispatchEvent(new Event("input"));
+      clip[0].dispatchEvent(new Event("ended"));
+      const stays = clip.every(video => video.paused);
       document.querySelector(".differ").click();
       document.getElementById("seen").textContent = JSON.stringify({
-        problems, playing, spread: Math.max(...places) - Math.min(...places),
+        problems, playing, stays, spread: Math.max(...places) - Math.min(...places),
         pictures: all("img").map(one => one.naturalWidth), videos: all("video").map(one => one.videoWidth),
         shown: all(".clip video.difference").map(one => one.offsetHeight > 50),
         dots: all("#plot circle").length, cells: all("svg.heat rect").length });
@@ -166,6 +171,7 @@ def test_a_browser_shows_it(made, tmp_path):
     assert min(seen["pictures"]) > 0
     assert seen["videos"] == [192] * 10
     assert seen["playing"] == [True] * 10
+    assert seen["stays"], "drawn to the end, they show the last frame"
     # they turn round together
     assert seen["spread"] < 0.05, seen["spread"]
     # the box of the first clip was ticked, the second's was not

@@ -80,7 +80,6 @@ class ReferenceCache:
             (draft / RECORD).write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
             shutil.rmtree(place, ignore_errors=True)
             os.replace(draft, place)
-            os.utime(place)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         self._shrink(place)
