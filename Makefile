@@ -32,7 +32,8 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python tools/check_import_layers.py
+	$(BIN)/lint-imports
+	$(BIN)/python tools/check_imports.py
 	$(BIN)/python -m pytest -q -m "not slow"
 
 format: $(READY)

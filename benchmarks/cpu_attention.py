@@ -14,7 +14,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from ditattn.measurement import questions
+from ditattn.bench import suite
 
 RESULTS = Path(__file__).parent / "results/cpu_attention.jsonl"
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="append the JSON line to benchmarks/results")
     options = parser.parse_args()
     tell = (lambda text: None) if options.json else partial(print, flush=True)
-    answers = questions.ask(questions.QUICK if options.quick else questions.FULL, options.rounds, not options.no_flex, tell)
+    answers = suite.ask(suite.QUICK if options.quick else suite.FULL, options.rounds, not options.no_flex, tell)
     line = json.dumps(answers.as_dict())
     if options.json:
         print(line)

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ditattn.attention.plan import BlockPlan
 from ditattn.errors import BackendUnavailable
 from ditattn.ops.block_sparse_attention.flex import block_mask
 from ditattn.packages import Package
+from ditattn.plan.block_plan import BlockPlan
 
 __all__ = ["PEERS", "FullBlocks", "full_blocks", "prepare"]
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ditattn.attention.interface import AttentionBackend, CallRecord
-from ditattn.attention.selector import get_attn_backend
+from ditattn.backends.base import AttentionBackend, CallRecord
+from ditattn.backends.selector import get_attn_backend
 
 # Wan 2.1 1.3B, 480p, 81 frames
 SHAPE = "wan2.1-1.3b-480p-81f"

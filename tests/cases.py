@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ditattn.attention.plan import BLOCK_SIZE, BlockPlan, num_blocks
+from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan, num_blocks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))

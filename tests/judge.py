@@ -11,8 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import oracle
 from cases import Case, Problem
-from ditattn.attention.plan import BLOCK_SIZE
 from ditattn.ops.table import CallFacts, Implementation, explain
+from ditattn.plan.block_plan import BLOCK_SIZE
 
 FACTOR = 1.5
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditattn.attention.backends.block_sparse_attn import BlockSparseAttentionBackend
-from ditattn.attention.backends.rain_fusion_attn import RainFusionAttentionBackend
-from ditattn.attention.interface import AttentionBackend, CallRecord
+from ditattn.backends.base import AttentionBackend, CallRecord
+from ditattn.backends.block_sparse_attn import BlockSparseAttentionBackend
+from ditattn.backends.rain_fusion_attn import RainFusionAttentionBackend
 
 SPARSE_BACKENDS: list[type[AttentionBackend]] = [BlockSparseAttentionBackend, RainFusionAttentionBackend]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import ditattn
-from ditattn.pipelines.report import ComponentReport
+from ditattn.runtime.report import ComponentReport
 from tiny_pipelines import TinyPipeline
 
 SPARSE = {"sparsity": 0.6, "skip_first_steps": 0, "min_tokens": 0}

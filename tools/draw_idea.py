@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
-from ditattn.attention.selection import mean_pool
-from ditattn.attention.token_order import TokenOrder, token_order
+from ditattn.backends.selection import mean_pool
+from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
+from ditattn.plan.token_order import TokenOrder, token_order
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "images" / "idea.svg"
 FRAMES, ROWS, COLUMNS = GRID = (8, 24, 32)

@@ -11,40 +11,40 @@ from typing import TYPE_CHECKING, Any
 from ditattn._version import __version__
 
 if TYPE_CHECKING:
-    from ditattn.attention.interface import (
+    from ditattn.backends.base import (
         AttentionBackend,
-        AttentionBackendEnum,
         AttentionImpl,
         AttentionMetadata,
         AttentionMetadataBuilder,
     )
-    from ditattn.attention.plan import BlockPlan
-    from ditattn.attention.selector import force_attn_backend, get_attn_backend
+    from ditattn.backends.registry import AttentionBackendEnum
+    from ditattn.backends.selector import force_attn_backend, get_attn_backend
     from ditattn.errors import BackendUnavailable, DitattnError
+    from ditattn.hosts.diffusers.install import install
+    from ditattn.hosts.diffusers.register import register
     from ditattn.ops.block_mean import block_mean
     from ditattn.ops.block_sparse_attention import block_sparse_attention
     from ditattn.ops.dense_attention import dense_attention
-    from ditattn.pipelines.diffusers.install import install
-    from ditattn.pipelines.diffusers.register import register
-    from ditattn.pipelines.step_clock import step
+    from ditattn.plan.block_plan import BlockPlan
+    from ditattn.runtime.step import step
 
 _WHERE = {
-    "AttentionBackend": "ditattn.attention.interface",
-    "AttentionBackendEnum": "ditattn.attention.interface",
-    "AttentionImpl": "ditattn.attention.interface",
-    "AttentionMetadata": "ditattn.attention.interface",
-    "AttentionMetadataBuilder": "ditattn.attention.interface",
+    "AttentionBackend": "ditattn.backends.base",
+    "AttentionBackendEnum": "ditattn.backends.registry",
+    "AttentionImpl": "ditattn.backends.base",
+    "AttentionMetadata": "ditattn.backends.base",
+    "AttentionMetadataBuilder": "ditattn.backends.base",
     "BackendUnavailable": "ditattn.errors",
-    "BlockPlan": "ditattn.attention.plan",
+    "BlockPlan": "ditattn.plan.block_plan",
     "DitattnError": "ditattn.errors",
     "block_mean": "ditattn.ops.block_mean",
     "block_sparse_attention": "ditattn.ops.block_sparse_attention",
     "dense_attention": "ditattn.ops.dense_attention",
-    "force_attn_backend": "ditattn.attention.selector",
-    "get_attn_backend": "ditattn.attention.selector",
-    "install": "ditattn.pipelines.diffusers.install",
-    "register": "ditattn.pipelines.diffusers.register",
-    "step": "ditattn.pipelines.step_clock",
+    "force_attn_backend": "ditattn.backends.selector",
+    "get_attn_backend": "ditattn.backends.selector",
+    "install": "ditattn.hosts.diffusers.install",
+    "register": "ditattn.hosts.diffusers.register",
+    "step": "ditattn.runtime.step",
 }
 
 __all__ = [

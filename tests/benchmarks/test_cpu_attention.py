@@ -10,7 +10,7 @@ from pathlib import Path
 import benchmarks.cpu_attention as bench
 import pytest
 
-from ditattn.measurement import cpu_attention, questions, timing
+from ditattn.bench import cpu_attention, suite, timing
 from ditattn.ops import cpu_library
 
 
@@ -21,7 +21,7 @@ def test_record_appends_the_line_that_json_prints(
     results = tmp_path / "new" / "cpu_attention.jsonl"
     monkeypatch.setattr(bench, "RESULTS", results)
     monkeypatch.setattr(cpu_attention, "interleaved", partial(timing.interleaved, shortest_s=0))
-    monkeypatch.setattr(questions, "QUICK", questions.Sizes(128, (128, 256), None))
+    monkeypatch.setattr(suite, "QUICK", suite.Sizes(128, (128, 256), None))
     monkeypatch.setattr(sys, "argv", ["cpu_attention", "--quick", "--no-flex", "--rounds", "1", "--json", "--record"])
     for _ in range(2):
         bench.main()

@@ -12,8 +12,8 @@ import pytest
 import torch
 from benchmarks.cuda_peers import PEERS, _every_pair, full_blocks
 
-from ditattn.attention.plan import BlockPlan
 from ditattn.ops.block_sparse_attention.flex import block_mask
+from ditattn.plan.block_plan import BlockPlan
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("diffusers", reason="the command line drives diffusers")
 
 from ditattn.cli.app import run
-from ditattn.pipelines.diffusers.demo_model import RANDOM_MODEL, build_random_model
+from ditattn.hosts.diffusers.demo_model import RANDOM_MODEL, build_random_model
 
 # 5 frames of 64 x 64 pixels: 1280 tokens, 10 blocks
 SMALL = {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 4}
@@ -104,7 +104,7 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    from ditattn.pipelines.diffusers.demo_model import _tokenizer
+    from ditattn.hosts.diffusers.demo_model import _tokenizer
 
     torch.manual_seed(0)
     tokenizer = _tokenizer(RANDOM_MODEL["words"].split())

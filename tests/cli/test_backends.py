@@ -8,13 +8,11 @@ import json
 import pytest
 import torch
 
-from ditattn.attention.interface import AttentionBackendEnum
-from ditattn.attention.selector import load_backend
+from ditattn.backends.registry import AttentionBackendEnum, load_backend
+from ditattn.devices import DEVICES, find_device
 from ditattn.ops import block_estimate, cpu_library, preference
 from ditattn.ops.table import CallFacts, choose
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU
-from ditattn.platforms import PLATFORMS, get_platform
-from ditattn.platforms.interface import BACKEND_PATHS
 
 
 @pytest.fixture
@@ -26,13 +24,13 @@ def listing(ditattn):
 
 def table(operation):
     module = importlib.import_module(f"ditattn.ops.{operation}")
-    return module.TABLE + getattr(module, "ELSEWHERE", ())
+    return module.TABLE + getattr(module, "PORTABLE", ())
 
 
 def expected_keys():
-    for device in PLATFORMS:
+    for device in DEVICES:
         for name in AttentionBackendEnum:
-            backend = load_backend(BACKEND_PATHS[name])
+            backend = load_backend(name)
             for operation in backend.ops:
                 named = backend.implementations_on(device) if operation == backend.ops[0] else ()
                 for implementation in dict.fromkeys(row.name for row in table(operation)):
@@ -65,16 +63,16 @@ def test_every_refusal_has_a_reason_and_every_missing_package_its_command(listin
 
 
 def test_what_serves_is_what_is_chosen(listing):
-    for device in PLATFORMS:
+    for device in DEVICES:
         for name in AttentionBackendEnum:
-            backend = load_backend(BACKEND_PATHS[name])
+            backend = load_backend(name)
             for operation in backend.ops:
                 rows = [
                     row
                     for row in listing["backends"]
                     if (row["device"], row["backend"], row["operation"]) == (device, str(name), operation) and row["serves"]
                 ]
-                if get_platform(device).why_not(name) is not None:
+                if backend.why_not(find_device(device)) is not None:
                     assert rows == []
                     continue
                 facts = CallFacts(device, torch.bfloat16, 64)
@@ -114,7 +112,7 @@ def test_the_measured_choice_is_shown_with_its_numbers(ditattn, monkeypatch, pre
 def test_the_estimate_of_block_sparse_attn_is_listed_with_what_does_it_elsewhere(listing):
     rows = [row for row in listing["backends"] if row["operation"] == "block_estimate"]
     assert {row["backend"] for row in rows} == {"block_sparse_attn"}
-    for device in PLATFORMS:
+    for device in DEVICES:
         names = [row["implementation"] for row in rows if row["device"] == device]
         assert names == [row.name for row in block_estimate.TABLE] + ["torch"]
     assert [row["implementation"] for row in rows if row["device"] == "cpu" and row["serves"]] == ["torch"]

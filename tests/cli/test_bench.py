@@ -10,8 +10,8 @@ from functools import partial
 
 import pytest
 
-from ditattn.measurement import cpu_attention, questions, timing
-from ditattn.measurement.timing import machine
+from ditattn.bench import cpu_attention, suite, timing
+from ditattn.bench.timing import machine
 from ditattn.ops import cpu_library
 
 TITLES = (
@@ -26,9 +26,9 @@ FRESH = """
 import sys
 from functools import partial
 from ditattn.cli import main
-from ditattn.measurement import cpu_attention, questions, timing
+from ditattn.bench import cpu_attention, suite, timing
 cpu_attention.interleaved = partial(timing.interleaved, shortest_s=0)
-questions.FULL = questions.Sizes(256, (256, 512), None)
+suite.FULL = suite.Sizes(256, (256, 512), None)
 main(sys.argv[1:])
 """
 needs_kernel = pytest.mark.skipif(cpu_library.problem() is not None, reason=f"no CPU kernels: {cpu_library.problem()}")
@@ -38,8 +38,8 @@ needs_kernel = pytest.mark.skipif(cpu_library.problem() is not None, reason=f"no
 def _tiny(monkeypatch):
     # a call is not repeated until it has run for a while
     monkeypatch.setattr(cpu_attention, "interleaved", partial(timing.interleaved, shortest_s=0))
-    monkeypatch.setattr(questions, "FULL", questions.Sizes(256, (256, 512), (3, 16, 16)))
-    monkeypatch.setattr(questions, "QUICK", questions.Sizes(128, (128, 256), None))
+    monkeypatch.setattr(suite, "FULL", suite.Sizes(256, (256, 512), (3, 16, 16)))
+    monkeypatch.setattr(suite, "QUICK", suite.Sizes(128, (128, 256), None))
 
 
 def fresh(isa):

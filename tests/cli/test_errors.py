@@ -108,7 +108,7 @@ def test_a_missing_path_never_reaches_the_network(ditattn, tmp_path, monkeypatch
 
 
 def test_a_path_below_an_existing_folder_is_no_hub_id(monkeypatch, tmp_path):
-    from ditattn.pipelines.diffusers.loading import read_index
+    from ditattn.hosts.diffusers.load import read_index
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
@@ -177,9 +177,9 @@ def test_an_npu_that_is_not_here_says_what_to_install(ditattn, small):
 
 
 def test_strict_refuses_what_would_run_densely(ditattn, small, monkeypatch):
-    from ditattn.pipelines import denoising
+    from ditattn.runtime import stage
 
-    monkeypatch.setattr(denoising, "_layout", lambda *a: None)
+    monkeypatch.setattr(stage, "_layout", lambda *a: None)
     config = "skip_first_steps=0,min_tokens=0"
     done = ditattn(*small, "--attention-backend", "rain_fusion_attn", "--attention-backend-config", config, "--strict")
     assert_one_line(done, "would run densely", "unknown geometry", status=1)
@@ -219,7 +219,7 @@ def test_no_prompt(ditattn, wan_folder):
     ],
 )
 def test_out_of_memory(ditattn, small, monkeypatch, error):
-    from ditattn.pipelines.diffusers import call
+    from ditattn.hosts.diffusers import call
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
@@ -229,7 +229,7 @@ def test_out_of_memory(ditattn, small, monkeypatch, error):
 
 
 def test_a_bug_is_one_line_too_and_debug_shows_where(ditattn, small, monkeypatch):
-    from ditattn.pipelines.diffusers import call
+    from ditattn.hosts.diffusers import call
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise KeyError("something\ninternal")
@@ -252,7 +252,7 @@ def test_pixels_that_are_no_numbers(ditattn, small, monkeypatch, tmp_path):
 
 
 def test_a_size_that_the_pipeline_changed_is_said(ditattn, small, monkeypatch, tmp_path):
-    from ditattn.pipelines.diffusers import call
+    from ditattn.hosts.diffusers import call
 
     monkeypatch.setattr(call, "check_geometry", lambda *a: None)
     monkeypatch.setattr(call, "frames_to_ask", lambda pipe, count: count)

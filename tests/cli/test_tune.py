@@ -11,11 +11,12 @@ import yaml
 
 pytest.importorskip("torchmetrics", reason="SSIM comes from torchmetrics")
 
-from ditattn.comparison.metrics import pooled_psnr
-from ditattn.config import RainFusionAttentionConfig, parse_config
+from ditattn.backends.config import RainFusionAttentionConfig
+from ditattn.compare.metrics import pooled_psnr
 from ditattn.ops import cpu_library
-from ditattn.tuning import objective
-from ditattn.tuning.sensitivity import Sensitivity
+from ditattn.tune import objective
+from ditattn.tune.sensitivity import Sensitivity
+from ditattn.values import parse_config
 
 # 4 frames of 64 x 64 pixels: 1024 tokens, 8 blocks
 CALL = ("--height", 64, "--width", 64, "--num-frames", 4, "--num-inference-steps", 4, "--guidance-scale", 1)

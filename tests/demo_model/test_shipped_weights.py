@@ -9,7 +9,7 @@ from demo_model import forward, world
 from demo_model.autoencoder import LatentMap
 from demo_model.judge import judge
 from demo_model.sample import draw_clips, load
-from ditattn.pipelines.diffusers.demo_model import TRAINED
+from ditattn.hosts.diffusers.demo_model import TRAINED
 
 FRAMES = torch.tensor([0, 4, 8, 12, 16])
 

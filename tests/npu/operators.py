@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import ascend_operators
-from ditattn.platforms import npu
+from ditattn.devices import npu
 
 _LASER = (
     "(Tensor query, Tensor key, Tensor value, Tensor? atten_mask=None, Tensor? alibi_mask=None, Tensor? drop_mask=None, "

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ditattn.attention.selection import antidiagonal
+from ditattn.backends.selection import antidiagonal
 from ditattn.ops.block_estimate import TABLE, ascend
 from ditattn.ops.table import CallFacts
 

@@ -8,14 +8,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ditattn.attention.interface import AttentionBackendEnum as B
+from ditattn.backends.registry import AttentionBackendEnum as B
+from ditattn.backends.registry import load_backend
+from ditattn.backends.selector import backend_on
+from ditattn.devices import find_device
+from ditattn.devices.npu import generation_of
 from ditattn.errors import BackendUnavailable, UnsupportedCall
 from ditattn.ops import block_sparse_attention, dense_attention
 from ditattn.ops.block_sparse_attention import ascend
 from ditattn.ops.table import CallFacts, choose, choose_to_run, explain
 from ditattn.packages import Package
-from ditattn.platforms import get_platform
-from ditattn.platforms.npu import generation_of
 
 A2, A3, A5 = "Ascend910B2", "Ascend910_9382", "Ascend950PR_9579"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -110,7 +112,7 @@ def test_the_warning_names_every_reason(machine, caplog) -> None:
 def test_laser(machine, name, packages, expected) -> None:
     machine(name, packages)
     assert choose(dense_attention.TABLE, CallFacts("npu", BF16, 128), ",".join(dense_attention.LASER_NAMES)).name == expected
-    assert get_platform("npu").why_not(B.LASER_ATTN, 128, BF16) is None
+    assert load_backend(B.LASER_ATTN).why_not(find_device("npu"), 128, BF16) is None
 
 
 def reasons(table, dtype=BF16) -> dict[str, str | None]:
@@ -132,9 +134,9 @@ def test_laser_on_a5_says_what_to_use(machine, packages) -> None:
     """Also where no package is installed: none of them would help."""
     machine(A5, packages)
     with pytest.raises(BackendUnavailable, match=r"runs on Ascend A2 and A3, this is Ascend950PR_9579 \(A5\): use fa, rain_fusion_attn"):
-        get_platform("npu").get_attn_backend_cls_str(B.LASER_ATTN, 128, BF16)
+        backend_on(find_device("npu"), B.LASER_ATTN, 128, BF16)
     for backend in (B.FA, B.RAIN_FUSION_ATTN, B.BLOCK_SPARSE_ATTN, B.TORCH_SDPA):
-        assert get_platform("npu").why_not(backend, 128, BF16) is None
+        assert load_backend(backend).why_not(find_device("npu"), 128, BF16) is None
 
 
 def test_cann_that_is_too_old_is_named(machine) -> None:
@@ -147,7 +149,7 @@ def test_cann_that_is_too_old_is_named(machine) -> None:
 def test_missing_providers_are_named_with_their_installation(machine) -> None:
     machine(A2, NONE)
     with pytest.raises(BackendUnavailable) as error:
-        get_platform("npu").get_attn_backend_cls_str(B.LASER_ATTN, 128, BF16)
+        backend_on(find_device("npu"), B.LASER_ATTN, 128, BF16)
     for package, install in (
         ("sgl_kernel_npu", "build sgl-kernel-npu"),
         ("attentions", "build sgl-kernel-npu"),
@@ -193,15 +195,14 @@ def test_generations(name: str, generation: str | None) -> None:
 
 def test_facts_of_the_machine(soc) -> None:
     soc(A3)
-    platform = get_platform("npu")
-    assert platform.device_name() == "Ascend910_9382 (A3)"
-    assert platform.memory_bytes() == 8 * 2**30
-    assert platform.why_unavailable() is None
+    npu = find_device("npu")
+    assert npu.device_name() == "Ascend910_9382 (A3)"
+    assert npu.why_unavailable() is None
 
 
 def test_no_npu_names_the_variable(monkeypatch) -> None:
     monkeypatch.setattr(torch.npu, "is_available", lambda: False)
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "7")
-    assert "ASCEND_RT_VISIBLE_DEVICES is '7'" in get_platform("npu").why_unavailable()
+    assert "ASCEND_RT_VISIBLE_DEVICES is '7'" in find_device("npu").why_unavailable()
     monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES")
-    assert "ASCEND_RT_VISIBLE_DEVICES is not set" in get_platform("npu").why_unavailable()
+    assert "ASCEND_RT_VISIBLE_DEVICES is not set" in find_device("npu").why_unavailable()

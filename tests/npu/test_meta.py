@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ditattn
 from ascend_calls import BLOCK_SPARSE
-from ditattn.attention import sparse
-from ditattn.attention.token_order import TokenOrder, token_order
+from ditattn.backends import sparse
+from ditattn.devices.clock import Stopwatch
 from ditattn.ops import block_mean, block_sparse_attention, dense_attention
 from ditattn.ops.block_sparse_attention import TABLE, ascend
 from ditattn.packages import Package
-from ditattn.pipelines import denoising
-from ditattn.platforms.stopwatch import Stopwatch
+from ditattn.plan.token_order import TokenOrder, token_order
+from ditattn.runtime import stage
 from tiny_pipelines.pipeline import HEAD_SIZE
 from tiny_pipelines.wan import transformer
 
@@ -48,7 +48,7 @@ def _through(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own operations are opaque to fake tensors; here their insides run."""
     for operation in (dense_attention, block_sparse_attention, block_mean):
         monkeypatch.setattr(operation, "_op", operation._op._init_fn)
-    monkeypatch.setattr(denoising, "_attend", denoising._attend._init_fn)
+    monkeypatch.setattr(stage, "_attend", stage._attend._init_fn)
     # the first event would start the device
     monkeypatch.setattr(Stopwatch, "measure", lambda self, device: nullcontext())
     # the order of the tokens is worked out from numbers, on the CPU; fake tensors have none
@@ -168,7 +168,7 @@ def test_fa_reaches_the_fused_operator(only: Callable[..., None]) -> None:
 @pytest.mark.usefixtures("_through")
 def test_laser_reaches_the_operator_of_mindiesd(only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     only("mindiesd")
-    monkeypatch.setattr("ditattn.attention.backends.laser_attn.MIN_LASER_TOKENS", 1)
+    monkeypatch.setattr("ditattn.backends.laser_attn.MIN_LASER_TOKENS", 1)
     with fake_wan("laser_attn", torch.bfloat16) as forward:
         assert forward().count("mindiesd.la") == 2
 

@@ -12,10 +12,10 @@ from torch import Tensor
 import judge
 from ascend_calls import CASES, LASER_CASES, STORED, check_laser, laser_of, run, run_ordered, stand_in_operators
 from cases import Case, build
-from ditattn.attention.plan import BlockPlan
 from ditattn.ops import ascend as shared
 from ditattn.ops.block_sparse_attention import ascend, ascend_layout, ascend_operands
 from ditattn.ops.dense_attention import ascend as dense_ascend
+from ditattn.plan.block_plan import BlockPlan
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 

@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 import cpu_checks
 import judge
 from cases import Case, build
-from ditattn.attention.plan import BlockPlan, num_blocks
 from ditattn.errors import BackendUnavailable, UnsupportedCall
 from ditattn.ops import cpu_library, preference
 from ditattn.ops.block_sparse_attention import TABLE, block_sparse_attention
 from ditattn.ops.dense_attention import TABLE as DENSE_TABLE
 from ditattn.ops.dense_attention import dense_attention
 from ditattn.ops.table import CallFacts, choose, explain
+from ditattn.plan.block_plan import BlockPlan, num_blocks
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "src/ditattn/csrc/cpu"

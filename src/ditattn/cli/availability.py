@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from ditattn.attention.interface import AttentionBackend, AttentionBackendEnum
-from ditattn.attention.selector import load_backend
+from ditattn.backends.base import AttentionBackend
+from ditattn.backends.registry import backend_names, load_backend
 from ditattn.cli.machine import ANY_HEAD_SIZE, why_no_device
+from ditattn.devices import DEVICES, Device, find_device
 from ditattn.errors import ConfigError
 from ditattn.ops.table import CallFacts, Implementation, Verdict, explain
 from ditattn.packages import Package
-from ditattn.platforms import PLATFORMS, Platform, get_platform
-from ditattn.platforms.interface import BACKEND_PATHS
 
 __all__ = ["Row", "availability", "devices"]
 
@@ -56,7 +55,7 @@ def devices(only: str | None = None) -> list[dict[str, Any]]:
     found = []
     for device_type in _device_types(only):
         reason = why_no_device(device_type)
-        found.append({"device": device_type, "name": None if reason else get_platform(device_type).device_name(), "reason": reason})
+        found.append({"device": device_type, "name": None if reason else find_device(device_type).device_name(), "reason": reason})
     return found
 
 
@@ -65,27 +64,27 @@ def availability(only: str | None = None) -> list[Row]:
     return [
         row
         for device_type in _device_types(only)
-        for backend in AttentionBackendEnum
-        for row in _rows(get_platform(device_type), load_backend(BACKEND_PATHS[backend]))
+        for name in backend_names()
+        for row in _rows(find_device(device_type), load_backend(name))
     ]
 
 
 def _device_types(only: str | None) -> list[str]:
     if only is None:
-        return list(PLATFORMS)
+        return list(DEVICES)
     device_type = only.partition(":")[0]
-    if device_type not in PLATFORMS:
+    if device_type not in DEVICES:
         # torch knows further device types, and npu only after torch_npu was imported
         try:
             torch.device(device_type)
         except RuntimeError:
-            raise ConfigError(f"--device {only} is no torch device; there is {', '.join(PLATFORMS)}") from None
+            raise ConfigError(f"--device {only} is no torch device; there is {', '.join(DEVICES)}") from None
     return [device_type]
 
 
-def _rows(platform: Platform, backend: type[AttentionBackend]) -> Iterator[Row]:
-    name, device_type = backend.get_enum(), platform.device_type
-    refused = platform.why_not(name)
+def _rows(device: Device, backend: type[AttentionBackend]) -> Iterator[Row]:
+    device_type = device.device_type
+    refused = backend.why_not(device)
     for operation in backend.ops:
         named = backend.implementations_on(device_type) if operation == backend.ops[0] else ()
         served = False
@@ -100,15 +99,15 @@ def _rows(platform: Platform, backend: type[AttentionBackend]) -> Iterator[Row]:
             served = served or serves
             yield Row(
                 device=device_type,
-                backend=str(name),
-                sparse=name.is_sparse,
+                backend=backend.name,
+                sparse=backend.is_sparse,
                 operation=operation,
                 implementation=implementation.name,
                 automatic=implementation.automatic,
                 available=reason is None,
                 serves=serves,
                 reason=reason,
-                install=_install(platform, name, implementation) if reason else None,
+                install=_install(device, backend, implementation) if reason else None,
                 note=None if named or reason else verdict.note,
             )
 
@@ -116,7 +115,7 @@ def _rows(platform: Platform, backend: type[AttentionBackend]) -> Iterator[Row]:
 def _verdicts(operation: str, device_type: str) -> list[Verdict]:
     """The rows of an operation's table as judged; of several with one name the one that is for this device."""
     module = importlib.import_module(f"ditattn.ops.{operation}")
-    table: tuple[Implementation, ...] = (*module.TABLE, *getattr(module, "ELSEWHERE", ()))
+    table: tuple[Implementation, ...] = (*module.TABLE, *getattr(module, "PORTABLE", ()))
     best: dict[str, Verdict] = {}
     for verdict in explain(table, CallFacts(device_type, DTYPE, ANY_HEAD_SIZE)):
         row = verdict.implementation
@@ -129,7 +128,7 @@ def _joined(*reasons: str | None) -> str | None:
     return "; ".join(dict.fromkeys(part for reason in reasons if reason for part in reason.split("; "))) or None
 
 
-def _install(platform: Platform, backend: AttentionBackendEnum, implementation: Implementation) -> str | None:
-    needed: tuple[Package, ...] = (*platform.packages.get(backend, ()), *implementation.packages)
+def _install(device: Device, backend: type[AttentionBackend], implementation: Implementation) -> str | None:
+    needed: tuple[Package, ...] = (*device.packages, *backend.packages.get(device.device_type, ()), *implementation.packages)
     commands = dict.fromkeys(package.install for package in needed if package.missing())
     return "; ".join(commands) or None

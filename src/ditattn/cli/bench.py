@@ -22,10 +22,8 @@ def bench(rounds: Rounds = 7, quick: Quick = False, no_flex: NoFlex = False, as_
     All calls of a table take turns, and ratios are taken within a round. Leave the machine alone meanwhile.
     The environment variable DITATTN_CPU_ISA chooses other kernels than the best: avx2, avx512, ...
     """
-    from ditattn.measurement import questions
+    from ditattn.bench import suite
 
-    answers = questions.ask(
-        questions.QUICK if quick else questions.FULL, rounds, not no_flex, tell=lambda text: typer.echo(text, err=as_json)
-    )
+    answers = suite.ask(suite.QUICK if quick else suite.FULL, rounds, not no_flex, tell=lambda text: typer.echo(text, err=as_json))
     if as_json:
         typer.echo(json.dumps(answers.as_dict()))

@@ -19,10 +19,10 @@ from ditattn.cli.measuring import Bench, about, check_settings, job_of, set_up, 
 from ditattn.cli.messages import set_up_messages
 from ditattn.cli.outputs import Outbox, check_plain_name, default_name, write_media
 from ditattn.cli.settings import CompareSettings
-from ditattn.comparison.measure import Comparison, compare
-from ditattn.comparison.page import render_page
-from ditattn.comparison.record import comparison_record, plain
-from ditattn.comparison.setting import Clip, Setting, expand, foreign_keys
+from ditattn.compare.measure import Comparison, compare
+from ditattn.compare.page import render_page
+from ditattn.compare.record import comparison_record, plain
+from ditattn.compare.setting import Clip, Setting, expand, foreign_keys
 from ditattn.errors import ConfigError
 
 __all__ = ["run_compare"]

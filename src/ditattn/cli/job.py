@@ -85,7 +85,7 @@ def prepare(settings: GenerateSettings) -> Job:
 
 
 def _find_model(settings: GenerateSettings) -> ModelFacts:
-    from ditattn.pipelines.diffusers.loading import pipeline_class, read_index
+    from ditattn.hosts.diffusers.load import pipeline_class, read_index
 
     if settings.model_path is None:
         return _demo_model(settings)
@@ -94,8 +94,8 @@ def _find_model(settings: GenerateSettings) -> ModelFacts:
 
 
 def _demo_model(settings: GenerateSettings) -> ModelFacts:
-    from ditattn.pipelines.diffusers.demo_model import DEFAULTS, find_demo_model
-    from ditattn.pipelines.diffusers.loading import pipeline_class, read_index
+    from ditattn.hosts.diffusers.demo_model import DEFAULTS, find_demo_model
+    from ditattn.hosts.diffusers.load import pipeline_class, read_index
 
     if settings.revision is not None:
         raise ConfigError("--revision needs a --model-path on the hub")
@@ -108,7 +108,7 @@ def _demo_model(settings: GenerateSettings) -> ModelFacts:
 
 def _check_call(job: Job) -> None:
     """Does the pipeline take what was given, and does the file name fit what it makes?"""
-    from ditattn.pipelines.diffusers.call import call_defaults, check_arguments, makes_video
+    from ditattn.hosts.diffusers.call import call_defaults, check_arguments, makes_video
 
     pipeline_cls, settings = job.model.pipeline_cls, job.settings
     if pipeline_cls is None:

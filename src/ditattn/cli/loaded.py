@@ -16,7 +16,7 @@ def load(job: Job) -> tuple[Any, float]:
     Raises:
         ModelNotLoaded: says what is missing or wrong.
     """
-    from ditattn.pipelines.diffusers.loading import load_pipeline
+    from ditattn.hosts.diffusers.load import load_pipeline
 
     settings = job.settings
     with stage(f"load {job.model.pipeline} ({str(job.dtype).removeprefix('torch.')}, {job.device})") as loading:
@@ -33,14 +33,14 @@ def load(job: Job) -> tuple[Any, float]:
 
 def playing_rate(job: Job, pipe: Any) -> int:
     """Frames per second of the result: given, or the model's."""
-    from ditattn.pipelines.diffusers.call import frame_rate
+    from ditattn.hosts.diffusers.call import frame_rate
 
     return job.value("fps") or frame_rate(pipe)
 
 
 def pipeline_arguments(job: Job, pipe: Any, prompt: str) -> dict[str, Any]:
     """Arguments of the call; some pipelines want to know the rate too."""
-    from ditattn.pipelines.diffusers.call import call_defaults
+    from ditattn.hosts.diffusers.call import call_defaults
 
     arguments = job.call_arguments(prompt)
     if "frame_rate" in call_defaults(type(pipe)):

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ditattn.attention.interface import AttentionBackend, AttentionBackendEnum
-from ditattn.attention.selector import ENVIRONMENT_VARIABLE, load_backend, select_backend
+from ditattn.backends.base import AttentionBackend
+from ditattn.backends.selector import ENVIRONMENT_VARIABLE, backend_on, select_backend
+from ditattn.devices import DEVICES, find_device
 from ditattn.errors import BackendUnavailable, ConfigError, UnknownBackend
-from ditattn.platforms import PLATFORMS, get_platform
 
 __all__ = ["check_backend", "choose_device", "choose_dtype", "known_keys", "why_no_device"]
 
@@ -30,7 +30,7 @@ ANY_HEAD_SIZE = 64
 
 def why_no_device(device_type: str) -> str | None:
     """Why this machine has no device of that type, or None."""
-    return get_platform(device_type).why_not(AttentionBackendEnum.TORCH_SDPA)
+    return find_device(device_type).why_unavailable()
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -41,15 +41,15 @@ def choose_device(name: str | None) -> torch.device:
         BackendUnavailable: this machine has none.
     """
     if name is None:
-        accelerators = [device_type for device_type in PLATFORMS if device_type != "cpu"]
+        accelerators = [device_type for device_type in DEVICES if device_type != "cpu"]
         return torch.device(next((device_type for device_type in accelerators if why_no_device(device_type) is None), "cpu"))
     device_type, _, number = name.partition(":")
-    if device_type in PLATFORMS and (reason := why_no_device(device_type)):
+    if device_type in DEVICES and (reason := why_no_device(device_type)):
         raise BackendUnavailable(f"--device {name}: {reason}")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device {name} is no torch device; there is {', '.join(PLATFORMS)}") from None
+        raise ConfigError(f"--device {name} is no torch device; there is {', '.join(DEVICES)}") from None
     if reason := why_no_device(device_type):
         raise BackendUnavailable(f"--device {name}: {reason}")
     count = 1 if device_type == "cpu" else getattr(torch, device_type).device_count()
@@ -80,13 +80,13 @@ def check_backend(
         UnknownBackend, BackendUnavailable, ConfigError: as `install` would, but before the model is loaded.
     """
     for name in components.values():
-        get_platform(device).get_attn_backend_cls_str(name, ANY_HEAD_SIZE, dtype)
+        backend_on(find_device(device), name, ANY_HEAD_SIZE, dtype)
     chosen = _configured(backend, components, device, dtype)
     try:
         chosen.get_config_cls().from_mapping(config)
     except ConfigError as error:
         nobody = " (no --attention-backend is named)" if backend is None else ""
-        raise type(error)(f"{chosen.get_enum()}{nobody}: {error}") from None
+        raise type(error)(f"{chosen.name}{nobody}: {error}") from None
 
 
 def known_keys(backend: str, components: Mapping[str, str], device: torch.device, dtype: torch.dtype) -> frozenset[str]:
@@ -100,13 +100,13 @@ def known_keys(backend: str, components: Mapping[str, str], device: torch.device
 
 def _configured(backend: str | None, components: Mapping[str, str], device: torch.device, dtype: torch.dtype) -> type[AttentionBackend]:
     """Whose configuration it is."""
-    from ditattn.pipelines.diffusers.install import Request
+    from ditattn.hosts.diffusers.install import Request
 
     owner = Request(backend, components, {}).config_owner() or _named_by_environment()
-    return load_backend(get_platform(device).get_attn_backend_cls_str(owner, ANY_HEAD_SIZE, dtype))
+    return backend_on(find_device(device), owner, ANY_HEAD_SIZE, dtype)
 
 
-def _named_by_environment() -> AttentionBackendEnum | None:
+def _named_by_environment() -> str | None:
     try:
         return select_backend(environment=os.environ).backend
     except UnknownBackend as error:

@@ -15,13 +15,13 @@ from ditattn.cli.loaded import load, pipeline_arguments
 from ditattn.cli.machine import check_backend
 from ditattn.cli.records import versions
 from ditattn.cli.settings import CallSettings, GenerateSettings
-from ditattn.comparison.measure import References
-from ditattn.comparison.reference_cache import ReferenceCache
-from ditattn.comparison.runs import Workload
-from ditattn.comparison.setting import Setting
+from ditattn.compare.cache import ReferenceCache
+from ditattn.compare.measure import References
+from ditattn.compare.run import Workload
+from ditattn.compare.setting import Setting
+from ditattn.devices import find_device
 from ditattn.errors import BackendUnavailable
 from ditattn.packages import TORCHMETRICS
-from ditattn.platforms import get_platform
 
 __all__ = ["Bench", "about", "check_settings", "job_of", "set_up"]
 
@@ -69,7 +69,7 @@ def set_up(job: Job, *, strict: bool, cached: bool) -> Bench:
     Raises:
         ModelNotLoaded: says what is missing or wrong.
     """
-    from ditattn.pipelines.diffusers.demo_model import cache_folder
+    from ditattn.hosts.diffusers.demo_model import cache_folder
 
     pipe, _ = load(job)
     pipe.set_progress_bar_config(disable=True)
@@ -94,7 +94,7 @@ def about(bench: Bench, settings: CallSettings) -> dict[str, Any]:
 
 
 def _facts(job: Job, pipe: Any) -> dict[str, Any]:
-    from ditattn.pipelines.diffusers.fingerprint import model_fingerprint
+    from ditattn.hosts.diffusers.fingerprint import model_fingerprint
 
     arguments = pipeline_arguments(job, pipe, "")
     return {
@@ -103,7 +103,7 @@ def _facts(job: Job, pipe: Any) -> dict[str, Any]:
         "pipeline": job.model.pipeline,
         "arguments": {key: _plain(value) for key, value in arguments.items() if key != "prompt"},
         "dtype": str(job.dtype).removeprefix("torch."),
-        "device": {"type": job.device.type, "name": get_platform(job.device).device_name()},
+        "device": {"type": job.device.type, "name": find_device(job.device).device_name()},
         "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
         "versions": versions(),
     }

@@ -14,8 +14,8 @@ from ditattn._version import __version__
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON
 
 if TYPE_CHECKING:
-    from ditattn.pipelines.diffusers.call import CallTimes
-    from ditattn.pipelines.report import AttentionReport
+    from ditattn.hosts.diffusers.call import CallTimes
+    from ditattn.runtime.report import AttentionReport
 
 __all__ = ["RunRecord", "versions"]
 

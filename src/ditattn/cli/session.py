@@ -16,8 +16,8 @@ from ditattn.cli.messages import set_up_messages, stage
 from ditattn.cli.outputs import Outbox, check_file_name, default_name, numbered, write_media
 from ditattn.cli.records import RunRecord
 from ditattn.cli.settings import PIPELINE_KEYS, GenerateSettings
-from ditattn.pipelines.report import AttentionReport
-from ditattn.platforms import get_platform
+from ditattn.devices import find_device
+from ditattn.runtime.report import AttentionReport
 
 __all__ = ["run_generate"]
 
@@ -38,8 +38,8 @@ def run_generate(settings: GenerateSettings, *, debug: bool = False) -> None:
 
 
 def _make_one(job: Job, pipe: Any, number: int, load_ms: float) -> None:
-    from ditattn.pipelines.diffusers.call import call_defaults, call_pipeline
-    from ditattn.pipelines.diffusers.install import install
+    from ditattn.hosts.diffusers.call import call_defaults, call_pipeline
+    from ditattn.hosts.diffusers.install import install
 
     settings, prompt = job.settings, job.settings.prompt[number]
     arguments, fps = pipeline_arguments(job, pipe, prompt), playing_rate(job, pipe)
@@ -59,7 +59,7 @@ def _make_one(job: Job, pipe: Any, number: int, load_ms: float) -> None:
         model=job.model.facts(),
         given=settings.model_dump(exclude_unset=True),
         effective=_effective(job, arguments, call_defaults(type(pipe)), output, handle.report()),
-        device={"type": job.device.type, "name": get_platform(job.device).device_name()},
+        device={"type": job.device.type, "name": find_device(job.device).device_name()},
         dtype=str(job.dtype).removeprefix("torch."),
         seed=settings.seed,
         prompt=prompt,

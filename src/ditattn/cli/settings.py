@@ -8,8 +8,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat
 
-from ditattn.config import KnownKeys, parse_config, parse_value
 from ditattn.errors import ConfigError
+from ditattn.values import KnownKeys, parse_config, parse_value
 
 __all__ = [
     "PIPELINE_KEYS",

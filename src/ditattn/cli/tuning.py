@@ -11,20 +11,20 @@ from typing import Any
 
 import typer
 
-from ditattn.attention.interface import AttentionBackendEnum
+from ditattn.backends.registry import load_backend
 from ditattn.cli.measuring import Bench, check_settings, job_of, set_up, with_components
 from ditattn.cli.messages import set_up_messages
 from ditattn.cli.outputs import Outbox, check_plain_name
 from ditattn.cli.settings import TuneSettings
-from ditattn.comparison.setting import Clip, Setting
+from ditattn.compare.setting import Clip, Setting
 from ditattn.errors import ConfigError
 from ditattn.ops import cpu_library
-from ditattn.tuning.candidate import TUNED_KEYS, Candidate, Outcome, Target
-from ditattn.tuning.objective import Objective, check, probe
-from ditattn.tuning.report import Checked, Finding, count_clips, yaml_text
-from ditattn.tuning.search import Search, disagreements
-from ditattn.tuning.sensitivity import PROBED_SPARSITIES, Sensitivity
-from ditattn.tuning.state import TuneState
+from ditattn.tune.candidate import TUNED_KEYS, Candidate, Outcome, Target
+from ditattn.tune.objective import Objective, check, probe
+from ditattn.tune.result import Checked, Finding, count_clips, yaml_text
+from ditattn.tune.search import Search, disagreements
+from ditattn.tune.sensitivity import PROBED_SPARSITIES, Sensitivity
+from ditattn.tune.state import TuneState
 
 __all__ = ["EXIT_NOTHING_FOUND", "run_tune"]
 
@@ -86,12 +86,12 @@ def _plan(settings: TuneSettings) -> Plan:
         raise ConfigError("a target is needed: --target-psnr 30 (decibels against dense, on the worst clip)")
     if settings.output_file_name is not None:
         check_plain_name(settings.output_file_name)
-    backend = AttentionBackendEnum.parse(settings.attention_backend)
+    backend = load_backend(settings.attention_backend)
     if not backend.is_sparse:
-        raise ConfigError(f"{backend} is dense: there is nothing to tune; name a sparse backend")
+        raise ConfigError(f"{backend.name} is dense: there is nothing to tune; name a sparse backend")
     if taken := sorted(set(settings.attention_backend_config) & set(TUNED_KEYS)):
         raise ConfigError(f"{', '.join(taken)} cannot be held fixed: that is what tune finds")
-    setting = with_components([Setting(str(backend), settings.attention_backend_config)], settings.component_attention_backends)[0]
+    setting = with_components([Setting(backend.name, settings.attention_backend_config)], settings.component_attention_backends)[0]
     clips = [Clip(prompt, seed) for prompt in settings.prompt for seed in settings.seed]
     others = settings.check_prompt or settings.prompt
     held_out = [Clip(prompt, (seed + OTHER_SEEDS) % 2**63) for prompt in others for seed in settings.seed]

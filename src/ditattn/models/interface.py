@@ -7,11 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ditattn.attention.interface import AttentionBackendEnum
-
-__all__ = ["ALL_BACKENDS", "ModelFamily", "TokenLayout", "patch_triple", "text_length"]
-
-ALL_BACKENDS = frozenset(AttentionBackendEnum)
+__all__ = ["ModelFamily", "TokenLayout", "patch_triple", "text_length"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class ModelFamily:
         layout: (model configuration, forward's named arguments) -> TokenLayout; may raise if the arguments are of an unknown form.
         self_attention: regular expression of the module paths that are self-attention (joint attention counts as self-attention).
         dispatches: its processors go through diffusers' attention dispatcher; False means they call torch's SDPA directly.
-        supported: backends that make sense for it.
+        supported: names of the backends that make sense for it; None means every one.
         notes: one sentence for the compatibility matrix.
     """
 
@@ -59,7 +55,7 @@ class ModelFamily:
     layout: Callable[[Any, Mapping[str, Any]], TokenLayout]
     self_attention: str
     dispatches: bool = True
-    supported: frozenset[AttentionBackendEnum] = ALL_BACKENDS
+    supported: frozenset[str] | None = None
     notes: str = ""
 
     def is_self_attention(self, path: str) -> bool:

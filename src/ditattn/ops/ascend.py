@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ditattn.devices.npu import cann_version, soc_generation, soc_name
 from ditattn.packages import Package
-from ditattn.platforms.npu import cann_version, soc_generation, soc_name
 
 __all__ = ["Operator", "first_of", "padded_head_dim", "to_heads_first"]
 

@@ -7,10 +7,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
 from ditattn.errors import UnsupportedCall
 from ditattn.ops import cpu_library
 from ditattn.ops.cpu_library import Library, Tensor4
+from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 
 __all__ = ["HEAD_DIMS", "attention", "block_mean"]
 

@@ -8,11 +8,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import oracle
 from cases import DEVICES, DTYPES, LAYOUTS, MEAN_CASES
-from ditattn.attention.token_order import TokenOrder, token_order
 from ditattn.errors import UnsupportedCall
 from ditattn.ops import cpu_library
 from ditattn.ops.block_mean import TABLE, block_mean
 from ditattn.ops.table import CallFacts, explain
+from ditattn.plan.token_order import TokenOrder, token_order
 
 
 def _names(dtype: torch.dtype, device: str, dim: int = 64) -> list[str]:

@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_leaves
 import judge
 from ascend_calls import BLOCK_SPARSE, CASES, STORED, pairs, run, run_ordered, stand_in_operators
 from cases import Case, build
-from ditattn.attention.plan import BlockPlan
 from ditattn.errors import BackendUnavailable
 from ditattn.ops.ascend import Operator
 from ditattn.ops.block_sparse_attention import TABLE, ascend, ascend_layout, block_sparse_attention
 from ditattn.ops.block_sparse_attention.ascend_operands import counted_inputs, index_inputs, mask_inputs
 from ditattn.ops.table import CallFacts, Implementation
+from ditattn.plan.block_plan import BlockPlan
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import judge
 from cases import DEVICES, DTYPES, SPARSE_CASES, Case, build
-from ditattn.attention.plan import BlockPlan
-from ditattn.attention.token_order import TokenOrder, token_order
 from ditattn.errors import UnsupportedCall
 from ditattn.ops import cpu_library
 from ditattn.ops.block_mean import block_mean
 from ditattn.ops.block_sparse_attention import TABLE, block_sparse_attention, block_sparse_attention_with_lse, pure_torch
 from ditattn.ops.dense_attention import dense_attention
+from ditattn.plan.block_plan import BlockPlan
+from ditattn.plan.token_order import TokenOrder, token_order
 
 COMBINATIONS = [
     pytest.param(name, case, dtype, device, id=f"{name}-{case}-{str(dtype)[6:]}-{device}")

@@ -7,10 +7,10 @@ import torch
 
 import judge
 from cases import DEVICES, Case, build
-from ditattn.attention.plan import BlockPlan
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.block_sparse_attention import TABLE, block_sparse_attention, flex
 from ditattn.ops.table import CallFacts
+from ditattn.plan.block_plan import BlockPlan
 from sparse_calls import draw
 
 # one shape and one dtype, so that they share a compiled kernel

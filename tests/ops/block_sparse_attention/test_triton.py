@@ -122,7 +122,7 @@ def test_without_a_gpu_the_rows_say_why() -> None:
     assert not on_cpu.automatic
     assert "takes bfloat16, float16, not float32" in (on_cuda.mismatch(CallFacts("cuda", torch.float32, 128)) or "")
     query = draw(1, 130, 1, 32, dtype=torch.bfloat16)
-    from ditattn.attention.plan import BlockPlan
+    from ditattn.plan.block_plan import BlockPlan
 
     with pytest.raises(BackendUnavailable, match=r"'triton' was asked for.*Possible here: .*torch"):
         block_sparse_attention(query, query, query, BlockPlan.full(130, 130), implementation="triton")

@@ -1,6 +1,7 @@
 """Which key blocks hold the most softmax mass, by an operator that does it in one go: contract and table of implementations.
 
-Unlike the other ops this one chooses no portable row: where no operator takes a call, `attention.selection.antidiagonal` does it in torch.
+Unlike the other ops this one chooses no portable row: where no operator takes a call, the selection picks
+from the estimate of `pure_torch`.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from ditattn.attention.plan import BLOCK_SIZE
+from ditattn.ops.block_estimate.pure_torch import STRIDE
 from ditattn.ops.contract import call_facts, check_qkv
 from ditattn.ops.table import HALF, CallFacts, Implementation, load
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU
+from ditattn.plan.block_plan import BLOCK_SIZE
 
-__all__ = ["ELSEWHERE", "STRIDE", "TABLE", "block_estimate", "serving"]
+__all__ = ["PORTABLE", "STRIDE", "TABLE", "block_estimate", "serving"]
 
 _HERE = "ditattn.ops.block_estimate"
-STRIDE = 8
 
 TABLE: tuple[Implementation, ...] = tuple(
     Implementation(
@@ -40,10 +41,10 @@ TABLE: tuple[Implementation, ...] = tuple(
 )
 
 # what a listing adds: never chosen here, since the selection itself goes on where this op returns None
-ELSEWHERE = (
+PORTABLE = (
     Implementation(
         "torch",
-        "ditattn.attention.selection.antidiagonal:estimate",
+        "ditattn.ops.block_estimate.pure_torch:estimate",
         honours=frozenset({"causal", "key_lengths", "gqa", "unequal_lengths", "free_columns", "other_block_size"}),
     ),
 )

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ditattn.attention.plan import BLOCK_SIZE, num_blocks
 from ditattn.ops.ascend import Operator, padded_head_dim, to_heads_first
 from ditattn.ops.block_estimate import STRIDE
 from ditattn.ops.table import CallFacts
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, Package
+from ditattn.plan.block_plan import BLOCK_SIZE, num_blocks
 
 MAX_TOKENS = 128 * 1024
 # rows with fewer blocks are never capped

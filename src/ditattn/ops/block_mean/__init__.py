@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ditattn.attention.plan import BLOCK_SIZE, num_blocks
-from ditattn.attention.token_order import TokenOrder
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.table import CallFacts, Implementation, choose, load
 from ditattn.packages import TRITON
+from ditattn.plan.block_plan import BLOCK_SIZE, num_blocks
+from ditattn.plan.token_order import TokenOrder
 
 __all__ = ["TABLE", "block_mean"]
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
-from ditattn.attention.token_order import TokenOrder
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.contract import call_facts, check_qkv, checked_scale, without_autocast
 from ditattn.ops.table import HALF, CallFacts, Implementation, choose_to_run, load
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON, Package
+from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
+from ditattn.plan.token_order import TokenOrder
 
 __all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse"]
 

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ditattn.attention.plan import BlockPlan
+from ditattn.devices.npu import soc_generation
 from ditattn.ops.ascend import Operator, first_of
 from ditattn.ops.block_sparse_attention.ascend_layout import BNSD, TND, Reorder
 from ditattn.ops.block_sparse_attention.ascend_operands import counted_inputs, index_inputs, mask_inputs, mask_lse, output
 from ditattn.ops.table import CallFacts
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, Package
-from ditattn.platforms.npu import soc_generation
+from ditattn.plan.block_plan import BlockPlan
 
 # the kernels give each group of query heads a share of 128 rows
 GROUP_ROWS = 128

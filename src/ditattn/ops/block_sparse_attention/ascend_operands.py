@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ditattn.attention.plan import BlockPlan
 from ditattn.ops.ascend import padded_head_dim
 from ditattn.ops.block_sparse_attention.ascend_layout import BNSD, TND, Reorder, arranged, restored
+from ditattn.plan.block_plan import BlockPlan
 
 # the mask of the operator with counts: one row must fill whole 32-byte units
 COUNTED_MASK_COLUMNS = 32

@@ -6,8 +6,8 @@ from functools import partial
 
 from torch import Tensor
 
-from ditattn.attention.plan import BlockPlan
 from ditattn.ops import cpu_call
+from ditattn.plan.block_plan import BlockPlan
 
 
 def run(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditattn.attention.plan import BlockPlan
+from ditattn.plan.block_plan import BlockPlan
 
 __all__ = ["block_mask", "run", "why_not_compiled"]
 

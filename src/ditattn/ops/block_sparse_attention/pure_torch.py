@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ditattn.attention.plan import BlockPlan
+from ditattn.plan.block_plan import BlockPlan
 
 # 32 MiB of gathered keys and values: large enough to amortise the calls, small enough to stay near the caches
 CHUNK_BYTES = 32 * 2**20

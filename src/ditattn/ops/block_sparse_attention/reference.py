@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ditattn.attention.plan import BlockPlan
+from ditattn.plan.block_plan import BlockPlan
 
 
 def run(

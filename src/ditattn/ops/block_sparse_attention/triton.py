@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ditattn.attention.plan import BLOCK_SIZE, BlockPlan
 from ditattn.ops.block_sparse_attention.tiles import INTERPRETER, Tiles, tiles_for
+from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 
 __all__ = ["attend_kernel", "run", "start_order"]
 

@@ -1,1 +1,0 @@
-"""What to attend: backends, block plans, token orders, block selection."""

@@ -1,1 +1,0 @@
-"""What users name: one file per method."""

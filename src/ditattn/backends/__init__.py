@@ -1,0 +1,1 @@
+"""The attention backends that users name: one file per method."""

@@ -1,0 +1,42 @@
+"""What the dense backends share: one call of `dense_attention`, by the implementation that the backend asks for."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from ditattn.backends.base import AttentionImpl, AttentionMetadata, CallRecord
+from ditattn.ops.dense_attention import dense_attention
+
+__all__ = ["DENSE_BACKEND", "DenseAttentionImpl"]
+
+# the reason that a report gives for calls of a backend that is dense by nature
+DENSE_BACKEND = "dense backend"
+
+
+class DenseAttentionImpl(AttentionImpl):
+    """Every key of every query.
+
+    Attributes:
+        implementation: the implementation of `dense_attention` that the backend insists on; None takes the best one.
+    """
+
+    implementation: ClassVar[str | None] = None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> Tensor:
+        implementation, reason = self.choose(query, key, attn_metadata)
+        self._note(CallRecord(reason))
+        return dense_attention(
+            query,
+            key,
+            value,
+            scale=self.softmax_scale,
+            causal=self.causal,
+            key_lengths=attn_metadata.key_lengths,
+            implementation=implementation,
+        )
+
+    def choose(self, query: Tensor, key: Tensor, metadata: AttentionMetadata) -> tuple[str | None, str]:
+        """Implementation for this call (names separated by commas are tried in order), and what the report says about it."""
+        return self.implementation, DENSE_BACKEND

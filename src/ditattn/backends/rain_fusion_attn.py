@@ -1,0 +1,67 @@
+"""rain_fusion_attn: tokens in 8x8 tiles, block means pick the blocks, the first frame stays dense.
+
+Source: RainFusion2.0, arXiv 2512.24086. What differs from the Ascend original is listed in docs/originals.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ditattn.backends.base import AttentionBackend
+from ditattn.backends.config import RainFusionAttentionConfig
+from ditattn.backends.selection import mean_pool
+from ditattn.backends.sparse import SparseAttentionImpl, SparseAttentionMetadata, SparseAttentionMetadataBuilder
+from ditattn.errors import UnsupportedCall
+from ditattn.plan.block_plan import BlockPlan
+from ditattn.plan.token_order import TokenOrder
+
+__all__ = ["RainFusionAttentionBackend", "RainFusionAttentionImpl", "RainFusionAttentionMetadata", "RainFusionAttentionMetadataBuilder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RainFusionAttentionMetadata(SparseAttentionMetadata):
+    """The shared fields, in tile order by default."""
+
+    token_order: str = "tile"
+
+
+class RainFusionAttentionMetadataBuilder(SparseAttentionMetadataBuilder):
+    metadata_cls = RainFusionAttentionMetadata
+
+
+class RainFusionAttentionImpl(SparseAttentionImpl):
+    """Not causal.
+
+    Raises:
+        UnsupportedCall: causal=True.
+    """
+
+    def __init__(
+        self, num_heads: int, head_size: int, softmax_scale: float | None = None, causal: bool = False, *args: Any, **kwargs: Any
+    ) -> None:
+        if causal:
+            raise UnsupportedCall("rain_fusion_attn does not support causal attention; block_sparse_attn does")
+        super().__init__(num_heads, head_size, softmax_scale, causal, *args, **kwargs)
+
+    def plan(self, query: Tensor, key: Tensor, attn_metadata: SparseAttentionMetadata, order: TokenOrder, protected: Tensor) -> BlockPlan:
+        return mean_pool.select(
+            query,
+            key,
+            scale=self.softmax_scale,
+            sparsity=attn_metadata.sparsity,
+            protected=protected,
+            key_lengths=attn_metadata.key_lengths,
+            order=order,
+        )
+
+
+class RainFusionAttentionBackend(AttentionBackend):
+    name = "rain_fusion_attn"
+    impl_cls = RainFusionAttentionImpl
+    metadata_cls = RainFusionAttentionMetadata
+    builder_cls = RainFusionAttentionMetadataBuilder
+    config_cls = RainFusionAttentionConfig
+    ops = ("block_sparse_attention", "block_mean", "dense_attention")

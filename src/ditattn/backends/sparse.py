@@ -1,0 +1,289 @@
+"""What the sparse backends share: their metadata, when they run densely, and the road through order, plan and kernel."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ditattn.backends.base import KERNEL_HEAD_SIZES, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, CallRecord
+from ditattn.backends.config import check_skip_and_sparsity
+from ditattn.errors import ConfigError
+from ditattn.ops.block_sparse_attention import block_sparse_attention
+from ditattn.ops.dense_attention import dense_attention
+from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
+from ditattn.plan.reuse import Evaluation, PlanMemory, ReusePolicy
+from ditattn.plan.token_order import TokenOrder, token_order
+
+__all__ = ["Reason", "SparseAttentionImpl", "SparseAttentionMetadata", "SparseAttentionMetadataBuilder", "latent_grid"]
+
+logger = logging.getLogger("ditattn")
+
+
+class Reason:
+    """Why a sparse backend ran a call densely. The words users read in reports."""
+
+    SPARSITY_ZERO = "sparsity 0"
+    STEP_UNKNOWN = "step unknown"
+    FIRST_STEPS = "first steps"
+    LAST_STEPS = "last steps"
+    STEPS_UNKNOWN = "number of steps unknown"
+    SKIPPED_LAYER = "skipped layer"
+    LAYER_UNKNOWN = "layer unknown"
+    SHORT = "short sequence"
+    UNEQUAL_LENGTHS = "query and key lengths differ"
+    UNKNOWN_GEOMETRY = "unknown geometry"
+    TOKEN_COUNT = "token count does not match the grid"
+    PADDED_VIDEO = "padding reaches into the video"
+
+
+class NotReused:
+    """Why a call that could have reused a plan by its configuration made one of its own. The words users read in reports."""
+
+    STEP_UNKNOWN = "step unknown"
+    UNKNOWN_PADDING = "key lengths known to the device only"
+
+
+# conditions a user asked for; everything else makes strict=True raise
+EXPECTED_REASONS = frozenset({Reason.SPARSITY_ZERO, Reason.FIRST_STEPS, Reason.LAST_STEPS, Reason.SKIPPED_LAYER, Reason.SHORT})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseAttentionMetadata(AttentionMetadata):
+    """One step as a sparse backend sees it.
+
+    Attributes:
+        skip_first_steps: steps before this index run densely; None stands for a share of an unknown number of steps.
+        sparsity: asked share of key blocks to drop.
+        num_steps: steps of the run; None if unknown.
+        skip_last_steps: that many last steps run densely; None as above.
+        skip_layers: layers that run densely.
+        min_tokens: shorter sequences run densely.
+        latent_shape: token grid (F, Y, X) of the video, after patchify; None if unknown.
+        num_prefix_tokens, num_suffix_tokens: text or condition tokens before and after the video tokens.
+        token_order: "tile" or "raster". In "tile" only suffix tokens may be padding; that is checked where the host knows the key lengths.
+        first_frame_sink: keep the first frame's blocks whole.
+        plan_refresh_steps: the plan of step s serves the layer's calls of steps s .. s + plan_refresh_steps - 1.
+        share_plan_between_branches: a plan also serves the other branches of classifier-free guidance.
+        evaluation: run and branch of the forward; looked at only where plans are reused.
+    """
+
+    skip_first_steps: int | None = 10
+    sparsity: float = 0.2
+    num_steps: int | None = None
+    skip_last_steps: int | None = 0
+    skip_layers: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    latent_shape: tuple[int, int, int] | None = None
+    num_prefix_tokens: int = 0
+    num_suffix_tokens: int = 0
+    token_order: str = "raster"
+    first_frame_sink: bool = True
+    plan_refresh_steps: int = 1
+    share_plan_between_branches: bool = False
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    @property
+    def reuse(self) -> ReusePolicy:
+        """How long plans serve."""
+        return ReusePolicy(self.plan_refresh_steps, self.share_plan_between_branches)
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Length of the whole sequence; None if the grid is unknown."""
+        if self.latent_shape is None:
+            return None
+        frames, rows, columns = self.latent_shape
+        return self.num_prefix_tokens + frames * rows * columns + self.num_suffix_tokens
+
+
+def latent_grid(raw_latent_shape: Sequence[int], patch_size: int | Sequence[int]) -> tuple[int, int, int]:
+    """Token grid (F, Y, X) from a latent shape `[..., T, H, W]` and the patch of the model: (t, h, w), or p for (1, p, p).
+
+    Raises:
+        ConfigError: fewer than three axes, or a grid without tokens.
+    """
+    patch = (1, patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+    if len(raw_latent_shape) < 3 or len(patch) != 3:
+        raise ConfigError(f"need a latent shape [..., T, H, W] and a patch (t, h, w), not {tuple(raw_latent_shape)} and {patch_size}")
+    frames, rows, columns = (size // p for size, p in zip(tuple(raw_latent_shape)[-3:], patch, strict=True))
+    if min(frames, rows, columns) < 1:
+        raise ConfigError(f"latent shape {tuple(raw_latent_shape)} is smaller than one patch {patch}")
+    return frames, rows, columns
+
+
+class SparseAttentionMetadataBuilder(AttentionMetadataBuilder):
+    """Validates the facts of a step and makes the metadata. At sparsity 0 it warns once per process, not per step."""
+
+    metadata_cls: ClassVar[type[SparseAttentionMetadata]] = SparseAttentionMetadata
+
+    warned_at_zero: ClassVar[bool] = False
+
+    def build(
+        self,
+        *,
+        current_timestep: int | None = None,
+        raw_latent_shape: Sequence[int] | None = None,
+        patch_size: int | Sequence[int] = 1,
+        skip_first_steps: int | None = 10,
+        sparsity: float = 0.2,
+        **kwargs: Any,
+    ) -> SparseAttentionMetadata:
+        """Metadata of one step.
+
+        Args:
+            current_timestep: index of the step.
+            raw_latent_shape: whole latent shape `[B, C, T, H, W]`; None if unknown, then every call runs densely.
+            patch_size: patch of the model, (t, h, w) or p.
+            skip_first_steps, sparsity: see SparseAttentionConfig.
+            kwargs: further fields of the metadata class.
+
+        Raises:
+            ConfigError: skip_first_steps < 0 or sparsity outside [0, 1); names both values.
+        """
+        check_skip_and_sparsity(skip_first_steps or 0, sparsity)
+        if sparsity == 0 and not SparseAttentionMetadataBuilder.warned_at_zero:
+            SparseAttentionMetadataBuilder.warned_at_zero = True
+            logger.warning("sparsity is 0: every block is kept, so every call runs densely")
+        grid = None if raw_latent_shape is None else latent_grid(raw_latent_shape, patch_size)
+        return self.metadata_cls(
+            current_timestep=current_timestep,
+            latent_shape=grid,
+            skip_first_steps=skip_first_steps,
+            sparsity=sparsity,
+            **self.extra_fields(grid),
+            **kwargs,
+        )
+
+    def extra_fields(self, grid: tuple[int, int, int] | None) -> dict[str, Any]:
+        """Fields that a backend derives from the grid."""
+        return {}
+
+
+class SparseAttentionImpl(AttentionImpl):
+    """schedule says dense -> dense attention; otherwise order -> plan, made or kept -> block-sparse attention in that order."""
+
+    supported_head_sizes = KERNEL_HEAD_SIZES
+    is_sparse = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._plans = PlanMemory()
+
+    def end_run(self) -> None:
+        self._plans.forget()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> Tensor:
+        assert isinstance(attn_metadata, SparseAttentionMetadata)
+        reason = self.why_dense(query, key, attn_metadata)
+        if reason is not None:
+            self._note(CallRecord(reason))
+            return dense_attention(query, key, value, scale=self.softmax_scale, causal=self.causal, key_lengths=attn_metadata.key_lengths)
+        assert attn_metadata.latent_shape is not None
+        order = token_order(
+            attn_metadata.token_order,
+            attn_metadata.latent_shape,
+            attn_metadata.num_prefix_tokens,
+            attn_metadata.num_suffix_tokens,
+            query.device,
+        )
+        self._check_order(attn_metadata)
+        record = self._planned(query, key, attn_metadata, order)
+        assert record.plan is not None
+        out = block_sparse_attention(
+            query, key, value, record.plan, scale=self.softmax_scale, causal=self.causal, key_lengths=attn_metadata.key_lengths, order=order
+        )
+        self._note(record)
+        return out
+
+    def _planned(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata, order: TokenOrder) -> CallRecord:
+        """The call with its plan: a kept one where the metadata lets one serve, else a new one."""
+        step, policy = metadata.current_timestep, metadata.reuse
+        if not policy.reuses:
+            return CallRecord(None, self._new_plan(query, key, metadata, order))
+        unknown_padding = metadata.key_lengths is not None and metadata.known_key_lengths is None
+        if step is None or unknown_padding:
+            # asking the device whether two steps or branches pad alike would wait for it in every layer
+            why = NotReused.STEP_UNKNOWN if step is None else NotReused.UNKNOWN_PADDING
+            return CallRecord(None, self._new_plan(query, key, metadata, order), not_reused=why)
+        facts = _plan_facts(query, key, metadata)
+        kept = self._plans.find(step, metadata.evaluation, facts, policy)
+        if kept is not None:
+            return CallRecord(None, kept, reused=True)
+        plan = self._new_plan(query, key, metadata, order)
+        self._plans.keep(plan, step, metadata.evaluation, facts, policy)
+        return CallRecord(None, plan)
+
+    def _new_plan(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata, order: TokenOrder) -> BlockPlan:
+        assert metadata.latent_shape is not None
+        first_frame = metadata.first_frame_sink and metadata.latent_shape[0] > 1
+        return self.plan(query, key, metadata, order, order.protected_blocks(BLOCK_SIZE, first_frame, query.device))
+
+    @abstractmethod
+    def plan(self, query: Tensor, key: Tensor, attn_metadata: SparseAttentionMetadata, order: TokenOrder, protected: Tensor) -> BlockPlan:
+        """Which blocks of `order` to keep; query and key are in the model's order. `protected` is bool `[N]`."""
+
+    def why_dense(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> str | None:
+        """The reason why this call runs densely, one of `Reason`; None if it runs sparse."""
+        if self.keeps_everything(metadata):
+            return Reason.SPARSITY_ZERO
+        reason = _why_not_this_step(metadata)
+        if reason is not None:
+            return reason
+        if metadata.skip_layers and self.layer_index is None:
+            return Reason.LAYER_UNKNOWN
+        if self.layer_index in metadata.skip_layers:
+            return Reason.SKIPPED_LAYER
+        return _why_not_these_tokens(query.shape[1], key.shape[1], metadata)
+
+    def keeps_everything(self, metadata: SparseAttentionMetadata) -> bool:
+        """True if the settings can drop no block at all."""
+        return metadata.sparsity == 0
+
+    def _check_order(self, metadata: SparseAttentionMetadata) -> None:
+        if self.causal and metadata.token_order != "raster":
+            raise ConfigError("causal attention needs token_order='raster': in tile order the tokens before a token are not its past")
+
+
+def _plan_facts(query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> object:
+    """What a plan depends on besides the values of its tokens; the metadata brings the fields that a backend adds."""
+    timeless = replace(metadata, current_timestep=None, key_lengths=None, evaluation=Evaluation())
+    return (timeless, query.shape, key.shape, query.dtype, query.device)
+
+
+def _why_not_this_step(metadata: SparseAttentionMetadata) -> str | None:
+    step, first, last = metadata.current_timestep, metadata.skip_first_steps, metadata.skip_last_steps
+    if first is None or last is None or (last and metadata.num_steps is None):
+        return Reason.STEPS_UNKNOWN
+    if step is None:
+        return Reason.STEP_UNKNOWN if first or last else None
+    if step < first:
+        return Reason.FIRST_STEPS
+    if metadata.num_steps is not None and last and step >= metadata.num_steps - last:
+        return Reason.LAST_STEPS
+    return None
+
+
+def _why_not_these_tokens(query_tokens: int, key_tokens: int, metadata: SparseAttentionMetadata) -> str | None:
+    if query_tokens != key_tokens:
+        return Reason.UNEQUAL_LENGTHS
+    if query_tokens < metadata.min_tokens:
+        return Reason.SHORT
+    if metadata.num_tokens is None:
+        return Reason.UNKNOWN_GEOMETRY
+    if query_tokens != metadata.num_tokens:
+        return Reason.TOKEN_COUNT
+    # another order puts the video first and its tokens elsewhere: the leading keys of the model's order are then not the leading ones
+    first_free = query_tokens - metadata.num_suffix_tokens
+    if metadata.token_order != "raster" and min(metadata.known_key_lengths or (query_tokens,)) < first_free:
+        return Reason.PADDED_VIDEO
+    return None
+
+
+def block_frame_stride(grid: tuple[int, int, int], block_size: int = BLOCK_SIZE) -> int:
+    """Blocks that one frame of the grid fills: ceil(Y * X / block_size)."""
+    return -(-grid[1] * grid[2] // block_size)

@@ -1,0 +1,91 @@
+"""The questions of `ditattn bench` and `python -m benchmarks.cpu_attention`, in order, and the record of their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ditattn.bench.cpu_attention import Measured, measure_growth, measure_shape, measure_video, render, render_machine
+from ditattn.bench.timing import machine
+from ditattn.errors import BackendUnavailable
+from ditattn.ops import cpu_library
+from ditattn.ops.block_sparse_attention.flex import why_not_compiled
+
+__all__ = ["FULL", "QUICK", "Answers", "Sizes", "ask"]
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the problems are.
+
+    Attributes:
+        length: tokens of the dense and sparse calls.
+        growth: tokens of the calls whose time is followed.
+        video: token grid (F, Y, X) of the whole Rain Fusion call; None leaves it out.
+    """
+
+    length: int
+    growth: tuple[int, ...]
+    video: tuple[int, int, int] | None
+
+
+# the grid of wan2.1-1.3b-480p-81f
+FULL = Sizes(8192, (2048, 4096, 8192, 16384, 32768, 65536), (21, 30, 52))
+QUICK = Sizes(4096, (2048, 4096, 8192, 16384), None)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was measured, and what was not, with the reasons by call."""
+
+    rounds: int
+    measured: tuple[Measured, ...]
+    left_out: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "machine": machine(),
+            "kernels_passed_over": cpu_library.selection().rejected,
+            "rounds": self.rounds,
+            "seed": SEED,
+            "left_out": self.left_out,
+            "report": [measured.as_dict() for measured in self.measured],
+        }
+
+
+def ask(sizes: Sizes, rounds: int, flex: bool, tell: Callable[[str], None]) -> Answers:
+    """Measure everything. `tell` gets the machine and then every table as Markdown, each as soon as it is known.
+
+    Raises:
+        BackendUnavailable: this machine has no compiled kernel to measure; says why.
+    """
+    if reason := cpu_library.problem():
+        raise BackendUnavailable(f"nothing was measured, there is no compiled kernel: {reason}")
+    left_out = {} if flex else {"FlexAttention": "not asked for"}
+    if flex and (reason := why_not_compiled()):
+        left_out["FlexAttention"] = reason
+    tell(render_machine())
+    for name, reason in left_out.items():
+        tell(f"left out: {name}: {reason}")
+    torch.manual_seed(SEED)
+    measured = []
+    for answer in _answers(sizes, rounds, not left_out):
+        measured.append(answer)
+        tell(render(answer))
+    return Answers(rounds, tuple(measured), left_out)
+
+
+def _answers(sizes: Sizes, rounds: int, flex: bool) -> Iterator[Measured]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for head_dim in (128, 64):
+            yield measure_shape(sizes.length, 4, head_dim, dtype, rounds, flex and head_dim == 128)
+    yield measure_shape(sizes.length, 4, 128, torch.float16, rounds)
+    yield measure_growth(sizes.growth, 1, 128, torch.bfloat16, rounds)
+    if sizes.video:
+        # seconds per call: fewer rounds will do
+        yield measure_video(sizes.video, 12, 128, torch.bfloat16, max(3, rounds // 2))

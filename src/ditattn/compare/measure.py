@@ -1,0 +1,167 @@
+"""Runs of every setting over every clip, interleaved, each scored against the dense reference of its own clip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from ditattn.compare.cache import ReferenceCache
+from ditattn.compare.metrics import Scores, score
+from ditattn.compare.run import Run, Workload, run_clip, warm_up
+from ditattn.compare.setting import REFERENCE, Clip, Setting
+from ditattn.hosts.diffusers.install import Request
+from ditattn.hosts.diffusers.probing import probe_run
+from ditattn.runtime.probe import CellReading
+
+__all__ = ["Comparison", "Measured", "References", "compare"]
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One clip under one setting.
+
+    Attributes:
+        clip: prompt and seed.
+        runs: one or more, equal but for their times.
+        scores: against the reference; None for the reference itself.
+    """
+
+    clip: Clip
+    runs: list[Run]
+    scores: Scores | None
+
+    @property
+    def total_ms(self) -> float:
+        return median(run.total_ms for run in self.runs)
+
+    @property
+    def attention_ms(self) -> float:
+        return median(run.attention_ms for run in self.runs)
+
+    @property
+    def peak_memory_mb(self) -> float | None:
+        known = [run.peak_memory_mb for run in self.runs if run.peak_memory_mb is not None]
+        return max(known, default=None)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything measured.
+
+    Attributes:
+        clips: in the order of every list below.
+        reference: dense, clip by clip.
+        settings: what was compared.
+        measured: for each setting, clip by clip.
+        readings: for each setting, what it would do to the calls of a dense run of the first clip; None if not probed.
+    """
+
+    clips: list[Clip]
+    reference: list[Measured]
+    settings: list[Setting]
+    measured: list[list[Measured]]
+    readings: list[list[CellReading]] | None = None
+
+    def speed_ups(self, number: int) -> list[float]:
+        """Time of the reference over that of the setting, clip by clip."""
+        return [dense.total_ms / run.total_ms for dense, run in zip(self.reference, self.measured[number], strict=True)]
+
+
+@dataclass
+class References:
+    """Dense runs, from the cache where the very same run was made before.
+
+    Attributes:
+        cache: None makes every run anew and keeps none.
+        facts: everything but the clip that can change a run.
+    """
+
+    work: Workload
+    cache: ReferenceCache | None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def find(self, clip: Clip) -> Run | None:
+        """The cached run of a clip."""
+        return self.cache.find(self._key(clip)) if self.cache else None
+
+    def make(self, clip: Clip) -> Run:
+        """Run densely, and keep the run."""
+        run = run_clip(self.work, REFERENCE, clip)
+        if self.cache:
+            self.cache.keep(self._key(clip), run)
+        return run
+
+    def _key(self, clip: Clip) -> dict[str, Any]:
+        return {**self.facts, "prompt": clip.prompt, "seed": clip.seed}
+
+
+def compare(
+    references: References,
+    settings: Sequence[Setting],
+    clips: Sequence[Clip],
+    *,
+    repeats: int = 1,
+    probe: bool = True,
+    with_vmaf: bool = True,
+    progress: Progress = lambda _: None,
+) -> Comparison:
+    """Measure settings against the dense reference.
+
+    Args:
+        references: the pipeline and its dense runs.
+        settings, clips: what to compare, on what.
+        repeats: runs of each setting and clip; times are their medians. A cached reference is one run.
+        probe: also try the sparse settings on the attention calls of one dense run, which costs one run more.
+        with_vmaf: measure VMAF where ffmpeg can.
+        progress: told what begins.
+
+    Clip by clip all settings run once, and the order rotates from clip to clip, so that a machine that becomes slower or faster meanwhile
+    favours none of them.
+
+    Raises:
+        what `install` and `call_pipeline` raise.
+    """
+    work, contestants = references.work, [REFERENCE, *settings]
+    runs: dict[tuple[int, int], list[Run]] = {}
+    for number, clip in enumerate(clips):
+        if found := references.find(clip):
+            runs[0, number] = [found]
+    cached = set(runs)
+    for setting in contestants if len(cached) < len(clips) else settings:
+        progress(f"warm up: {setting.name}")
+        warm_up(work, setting, clips[0])
+    for who, number in _order(len(contestants), len(clips), repeats):
+        if (who, number) not in cached:
+            progress(f"clip {number + 1} of {len(clips)}: {contestants[who].name}")
+            made = references.make(clips[number]) if who == 0 else run_clip(work, contestants[who], clips[number])
+            runs.setdefault((who, number), []).append(made)
+    readings = None
+    if probe and settings:
+        progress("probe: dropped softmax mass, on the calls of a dense run")
+        readings = _probe(work, settings, clips[0])
+    progress("metrics")
+    reference = [Measured(clip, runs[0, number], None) for number, clip in enumerate(clips)]
+    measured = [
+        [_measured(clip, runs[who, number], runs[0, number][0], with_vmaf) for number, clip in enumerate(clips)]
+        for who in range(1, len(contestants))
+    ]
+    return Comparison(list(clips), reference, list(settings), measured, readings)
+
+
+def _order(contestants: int, clips: int, repeats: int) -> list[tuple[int, int]]:
+    """(contestant, clip): all contestants of a clip one after the other, begun with another one each time."""
+    rounds = [(turn, clip) for turn, (_, clip) in enumerate((repeat, clip) for repeat in range(repeats) for clip in range(clips))]
+    return [((turn + place) % contestants, clip) for turn, clip in rounds for place in range(contestants)]
+
+
+def _measured(clip: Clip, runs: list[Run], reference: Run, with_vmaf: bool) -> Measured:
+    return Measured(clip, runs, score(runs[0].frames, reference.frames, with_vmaf=with_vmaf))
+
+
+def _probe(work: Workload, settings: Sequence[Setting], clip: Clip) -> list[list[CellReading]]:
+    requests = [Request(setting.backend, setting.components, setting.config) for setting in settings]
+    return probe_run(work.pipe, work.arguments(clip.prompt), seed=clip.seed, requests=requests)

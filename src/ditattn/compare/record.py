@@ -1,0 +1,123 @@
+"""A comparison as plain values: what the JSON file holds and what the page and the table are made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ditattn.compare.measure import Comparison, Measured
+from ditattn.compare.statistics import spread
+from ditattn.runtime.probe import CellReading
+
+__all__ = ["METRICS", "comparison_record", "plain"]
+
+# name in the record: (unit, more is better, what it is)
+METRICS: dict[str, tuple[str, bool, str]] = {
+    "psnr": ("dB", True, "peak signal-to-noise ratio of the clip's mean squared error"),
+    "ssim": ("", True, "structural similarity, mean over the frames"),
+    "ms_ssim": ("", True, "SSIM in several scales, mean over the frames"),
+    "vmaf": ("", True, "Netflix's video quality metric, 0 to 100, mean over the frames"),
+    "flicker_ratio": ("x", False, "mean change from frame to frame over that of the reference"),
+    "computed_share": ("", False, "share of the query-key pairs of self-attention that was computed"),
+    "density": ("", False, "the same over the calls that ran sparse"),
+    "attention_ms": ("ms", False, "time in self-attention, token order and block selection included"),
+    "total_ms": ("ms", False, "time of the whole call"),
+    "attention_speed_up": ("x", True, "time in attention of the reference over the setting's"),
+    "speed_up": ("x", True, "time of the reference over the setting's"),
+    "peak_memory_mb": ("MiB", False, "most memory at once"),
+}
+
+
+def comparison_record(comparison: Comparison, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything of a comparison but the pixels.
+
+    Args:
+        comparison: what was measured.
+        about: model, device, versions and settings, as plain values.
+    """
+    settings = [_setting(comparison, number) for number in range(len(comparison.settings))]
+    return {
+        **about,
+        "metrics": {name: {"unit": unit, "more_is_better": more, "is": what} for name, (unit, more, what) in METRICS.items()},
+        "clips": [asdict(clip) for clip in comparison.clips],
+        "reference": {"name": "torch_sdpa", "clips": [_costs(one) for one in comparison.reference]},
+        "settings": settings,
+        "not_measured": {key: value for setting in settings for one in setting["clips"] for key, value in one["not_measured"].items()},
+    }
+
+
+def _setting(comparison: Comparison, number: int) -> dict[str, Any]:
+    setting, measured = comparison.settings[number], comparison.measured[number]
+    clips = [_clip(one, dense) for one, dense in zip(measured, comparison.reference, strict=True)]
+    return {
+        "name": setting.name,
+        "backend": setting.backend,
+        "config": dict(setting.config),
+        "components": dict(setting.components),
+        "statistics": {name: _spread([clip[name] for clip in clips], METRICS[name][1]) for name in METRICS},
+        "clips": clips,
+        "computed_by_step_and_layer": _mean_cells([one.runs[0].computed for one in measured]),
+        "probe": None if comparison.readings is None else _probe(comparison.readings[number]),
+    }
+
+
+def _clip(one: Measured, dense: Measured) -> dict[str, Any]:
+    assert one.scores is not None
+    scores = vars(one.scores)
+    return {
+        **scores,
+        "flicker_ratio": one.scores.flicker_ratio,
+        "computed_share": one.runs[0].computed_share,
+        "density": one.runs[0].density,
+        **_costs(one),
+        "speed_up": dense.total_ms / one.total_ms,
+        "attention_speed_up": dense.attention_ms / one.attention_ms if one.attention_ms else None,
+    }
+
+
+def _costs(one: Measured) -> dict[str, Any]:
+    first = one.runs[0]
+    return {
+        "total_ms": one.total_ms,
+        "total_ms_of_each_run": [run.total_ms for run in one.runs],
+        "attention_ms": one.attention_ms,
+        "stages_ms": first.stages_ms,
+        "steps_ms": first.steps_ms,
+        "peak_memory_mb": one.peak_memory_mb,
+        "memory_counts": first.memory_counts,
+        "measured_at": first.measured_at,
+        "cached": first.cached,
+        "attention": first.attention,
+    }
+
+
+def _spread(values: Sequence[float | None], more_is_better: bool) -> dict[str, Any] | None:
+    found = spread(values, more_is_better=more_is_better)
+    return None if found is None else asdict(found)
+
+
+def _mean_cells(runs: Sequence[Mapping[str, Sequence[Sequence[Any]]]]) -> dict[str, list[list[Any]]]:
+    """By component [step, layer, mean share over the clips]."""
+    sums: dict[str, dict[tuple[int, int], list[float]]] = {}
+    for run in runs:
+        for component, cells in run.items():
+            for step, layer, share in cells:
+                sums.setdefault(component, {}).setdefault((step, layer), []).append(share)
+    return {name: [[*place, math.fsum(all_) / len(all_)] for place, all_ in sorted(cells.items())] for name, cells in sums.items()}
+
+
+def _probe(readings: Sequence[CellReading]) -> list[dict[str, Any]]:
+    return [asdict(one) for one in readings]
+
+
+def plain(value: Any) -> Any:
+    """The value with infinite numbers as the text "inf", which JSON lacks; float("inf") reads it back."""
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value

@@ -1,0 +1,211 @@
+"""How a denoiser's forward becomes known: a hook on its root, light hooks on its self-attention modules."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ditattn.runtime.stage import DenoisingStage, ServedModel, attend, running
+
+__all__ = ["add_layer_hooks", "add_root_hook", "bind_arguments", "enter_layer", "is_listening", "leave_layer", "redirect_sdpa"]
+
+HOOK_NAME = "ditattn"
+
+
+def bind_arguments(signature: inspect.Signature, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A forward's arguments by name."""
+    return dict(signature.bind_partial(module, *args, **kwargs).arguments)
+
+
+class _NoState(BaseState):
+    def reset(self) -> None:
+        """Nothing to forget."""
+
+
+class _ContextSink(StateManager):
+    """Receives `cache_context()`: a string up to diffusers 0.40, an object with the step index from 0.41 on."""
+
+    def __init__(self) -> None:
+        super().__init__(_NoState)
+        self.pushed: Any = None
+
+    @property
+    def branch(self) -> str | None:
+        """Name of the CFG branch."""
+        return self.pushed if self.pushed is None or isinstance(self.pushed, str) else self.pushed.name
+
+    def set_context(self, context: Any) -> None:
+        self.pushed = context
+
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        self.pushed = None
+
+
+class _ContextHook(ModelHook):
+    """Only listens, to `cache_context()` and to the reset at the end of a pipeline call, which is why it is stateful."""
+
+    _is_stateful = True
+
+    def __init__(self, stage: DenoisingStage) -> None:
+        super().__init__()
+        self._stage = stage
+        self.sink = _ContextSink()
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.sink.reset()
+        self._stage.reset()
+        return module
+
+
+def is_listening(module: nn.Module) -> bool:
+    """True if an installation serves this denoiser."""
+    return HOOK_NAME in getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+
+
+def _listen(module: nn.Module, hook: _ContextHook) -> Callable[[], None]:
+    """Enter `hook` into the module's registry without the wrapper around `forward` that register_hook() makes.
+
+    Offloading takes wrappers off and puts its own back on after every pipeline call; ours would be lost in between. It is entered as the
+    innermost hook, so that the removal of any other one leaves it alone.
+    """
+    had_registry = hasattr(module, "_diffusers_hook")
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    registry.hooks[HOOK_NAME] = hook
+    registry._hook_order.insert(0, HOOK_NAME)
+    registry._fn_refs.insert(0, HookFunctionReference())
+
+    def remove() -> None:
+        position = registry._hook_order.index(HOOK_NAME)
+        registry._hook_order.pop(position)
+        registry._fn_refs.pop(position)
+        del registry.hooks[HOOK_NAME]
+        if not had_registry and not registry.hooks:
+            del module._diffusers_hook
+
+    return remove
+
+
+class _RootHooks:
+    """Torch's own hooks on a denoiser, around whatever its `forward` is at the time."""
+
+    def __init__(self, module: nn.Module, stage: DenoisingStage, model: ServedModel, sink: _ContextSink) -> None:
+        self._stage, self._model, self._sink = stage, model, sink
+        self._signature = inspect.signature(type(module).forward)
+
+    @torch.compiler.disable
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward begins."""
+        arguments = bind_arguments(self._signature, module, args, kwargs)
+        self._stage.enter(self._model, arguments, self._sink.pushed, self._sink.branch)
+
+    @torch.compiler.disable
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The forward ended, with or without an exception."""
+        forward = running()
+        if forward is not None and forward.model is self._model:
+            self._stage.leave(forward)
+        if output is None:
+            # it raised, and no pipeline goes on after that
+            self._stage.reset()
+
+
+def add_root_hook(module: nn.Module, stage: DenoisingStage, model: ServedModel) -> Callable[[], None]:
+    """Publish every forward of `module`. Returns the removal, which leaves the module exactly as it was."""
+    context_hook = _ContextHook(stage)
+    root = _RootHooks(module, stage, model, context_hook.sink)
+    removals = [
+        _listen(module, context_hook),
+        module.register_forward_pre_hook(root.begin, with_kwargs=True).remove,
+        module.register_forward_hook(root.end, always_call=True).remove,
+        stage.reset,
+    ]
+
+    def remove() -> None:
+        for undo in removals:
+            undo()
+
+    return remove
+
+
+class _SdpaRedirect(TorchFunctionMode):
+    """Torch's SDPA, which has `[B, H, S, D]`, comes to us."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        # torch takes the mode off while it runs, so that the SDPA call of our own kernel does not come back here
+        run = _attend_bhsd if func is nn.functional.scaled_dot_product_attention else func
+        return run(*args, **(kwargs or {}))
+
+
+def redirect_sdpa(processor: Any) -> Any:
+    """A copy of an attention processor that calls torch's SDPA itself, whose calls come to us. It also compiles."""
+    cls = type(processor)
+
+    class Redirected(cls):  # type: ignore[misc, valid-type]
+        # the attention module reads the signature to know which arguments to pass
+        @functools.wraps(cls.__call__)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            with _SdpaRedirect():
+                return cls.__call__(self, *args, **kwargs)
+
+    twin = copy.copy(processor)
+    twin.__class__ = Redirected
+    return twin
+
+
+def _attend_bhsd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`attend` behind the signature and layout of torch's SDPA."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return attend(q, k, v, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)
+
+
+def enter_layer(layer: int | None) -> None:
+    """Self-attention layer number `layer` begins; None for a module that is not served."""
+    # a compiled graph runs no Python here: there the layer is counted inside the operation
+    if torch.compiler.is_compiling():
+        return
+    forward = running()
+    if forward is not None:
+        forward.layer = layer
+
+
+def leave_layer() -> None:
+    """The attention module ended."""
+    enter_layer(None)
+
+
+def add_layer_hooks(layers: list[nn.Module]) -> Callable[[], None]:
+    """Tell the running forward which layer runs. Returns the removal."""
+    handles = []
+    for number, module in enumerate(layers):
+
+        def begin(_module: nn.Module, _args: Any, number: int = number) -> None:
+            enter_layer(number)
+
+        def end(_module: nn.Module, _args: Any, _output: Any) -> None:
+            leave_layer()
+
+        handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove

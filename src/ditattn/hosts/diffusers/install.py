@@ -1,0 +1,268 @@
+"""install: serve the self-attention of a pipeline's denoisers, and undo it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ditattn.backends.registry import parse_backend_name
+from ditattn.backends.selector import get_attn_backend
+from ditattn.errors import ConfigError, UnsupportedModel
+from ditattn.hosts.diffusers.dispatcher import add_private_backend
+from ditattn.hosts.diffusers.hooks import add_layer_hooks, add_root_hook, is_listening, redirect_sdpa
+from ditattn.models import MODELS, ModelFamily, find_family
+from ditattn.runtime.metadata import check_layers
+from ditattn.runtime.report import AttentionReport
+from ditattn.runtime.stage import DenoisingStage, Probe, ServedModel
+from ditattn.runtime.step import StepClock
+
+__all__ = ["Installation", "denoisers", "install", "self_attention_modules"]
+
+logger = logging.getLogger("ditattn")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for: a backend for the pipeline, others for single components, and configuration keys."""
+
+    backend: str | None
+    components: Mapping[str, str]
+    config: Mapping[str, Any]
+
+    def config_owner(self) -> str | None:
+        """The backend that the configuration belongs to; None if whatever is chosen takes it.
+
+        Raises:
+            ConfigError: the components name several backends and there is no pipeline backend to own the configuration.
+        """
+        if self.backend is not None:
+            return parse_backend_name(self.backend)
+        named = {parse_backend_name(other) for other in self.components.values()}
+        if self.config and len(named) > 1:
+            names = ", ".join(sorted(named))
+            raise ConfigError(f"whose are {', '.join(self.config)}? The components name {names}; name a backend for the pipeline too")
+        return named.pop() if len(named) == 1 else None
+
+
+class Installation:
+    """What `install` returns: a handle and a context manager.
+
+    Leaving it, or calling `remove`, restores the very same objects; the report stays readable.
+    """
+
+    def __init__(self, stage: DenoisingStage) -> None:
+        self._stage = stage
+        self._undo = contextlib.ExitStack()
+
+    def report(self) -> AttentionReport:
+        """What ran so far: calls, reasons, densities, time."""
+        return self._stage.report()
+
+    def computed_shares(self) -> dict[str, list[tuple[int, int, float]]]:
+        """(step, layer, share of query-key pairs that was computed) of every component."""
+        return {model.name: model.log.computed_shares() for model in self._stage.models}
+
+    def watch(self, probe: Probe) -> None:
+        """Let `probe` see every served call."""
+        self._stage.probe = probe
+
+    def remove(self) -> None:
+        """Restore the pipeline. Calling it twice does nothing."""
+        self._undo.close()
+
+    def on_remove(self, function: Callable[[], None]) -> None:
+        """Undo steps run in reverse order."""
+        self._undo.callback(function)
+
+    def __enter__(self) -> Installation:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.remove()
+
+
+def install(
+    target: Any,
+    backend: str | None = None,
+    *,
+    components: Mapping[str, str | None] | None = None,
+    strict: bool = False,
+    **config: Any,
+) -> Installation:
+    """Serve the self-attention of every denoiser of a pipeline.
+
+    Cross-attention, text encoders and other models stay as they were, and so does diffusers' process-wide backend.
+
+    Args:
+        target: a diffusers pipeline (preferred: it knows the step), or a bare transformer.
+        backend: a backend or its name; None takes DITATTN_ATTENTION_BACKEND or the platform's best dense backend.
+        components: other backends for single components, such as {"transformer_2": "torch_sdpa"}. `config` belongs to `backend` (without
+            one, to the backend that the components name); a component with a different backend runs with that one's defaults.
+        strict: raise DenseInStrictMode instead of running densely for a reason that nobody asked for, and UnsupportedModel for a
+            model that is not known.
+        config: keys of the backend's configuration, such as sparsity=0.5.
+
+    Returns:
+        A handle with `report()` and `remove()`; also a context manager.
+
+    Raises:
+        UnknownBackend, UnsupportedHeadSize, BackendUnavailable: the backend cannot serve this model on this machine.
+        UnknownKey, ConfigError: a configuration key or value.
+        UnsupportedModel: already installed, no denoiser found, context parallelism is on, the family does not support the backend, or
+            (strict) the family is unknown.
+    """
+    models = denoisers(target)
+    if not models:
+        raise UnsupportedModel(
+            f"{type(target).__name__} has no component named transformer*; it has {', '.join(_components(target)) or 'none'}"
+        )
+    unknown = sorted(set(components or {}) - set(models))
+    if unknown:
+        raise UnsupportedModel(f"no denoiser named {', '.join(unknown)}; there is {', '.join(models)}")
+    request = Request(backend, {name: other for name, other in (components or {}).items() if other is not None}, config)
+    stage = DenoisingStage(StepClock(None if isinstance(target, nn.Module) else lambda: getattr(target, "scheduler", None)), strict)
+    handle = Installation(stage)
+    try:
+        for name, module in models.items():
+            _install_one(handle, stage, name, module, request)
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+def denoisers(target: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline by name, or the one given, under its class name."""
+    if isinstance(target, nn.Module):
+        return {type(_unwrapped(target)).__name__: target}
+    parts = _components(target)
+    return {name: part for name, part in parts.items() if name.startswith("transformer") and isinstance(part, nn.Module)}
+
+
+def self_attention_modules(module: nn.Module, family: ModelFamily) -> dict[str, nn.Module]:
+    """Self-attention modules by path, in the order of the layers."""
+    return {path: part for path, part in module.named_modules() if family.is_self_attention(path) and hasattr(part, "processor")}
+
+
+def serve(module: Any, name: str, family: ModelFamily, request: Request) -> ServedModel:
+    """Choose the backend of one denoiser and validate its configuration."""
+    parameter = next(module.parameters())
+    chosen = get_attn_backend(
+        int(module.config.attention_head_dim),
+        parameter.dtype if parameter.dtype in (torch.float32, torch.float16) else torch.bfloat16,
+        device=_execution_device(module, parameter),
+        component=name,
+        component_backends=request.components,
+        pipeline_backend=request.backend,
+        supported=family.supported,
+        model=family.name,
+    )
+    owner = request.config_owner()
+    values = request.config if owner is None or owner == chosen.name else {}
+    layers = list(self_attention_modules(module, family))
+    served = ServedModel(name, family, module.config, chosen, chosen.get_config_cls().from_mapping(values), layers)
+    check_layers(served.config, len(layers), name)
+    return served
+
+
+def _install_one(
+    handle: Installation,
+    stage: DenoisingStage,
+    name: str,
+    module: nn.Module,
+    request: Request,
+) -> None:
+    module = _unwrapped(module)
+    family = find_family(type(module).__name__)
+    if family is None:
+        _leave_alone(stage, name, module)
+        return
+    if is_listening(module):
+        raise UnsupportedModel(f"{name} is served by another installation: remove() that one first")
+    modules = list(self_attention_modules(module, family).values())
+    if any(getattr(part.processor, "_parallel_config", None) is not None for part in modules):
+        raise UnsupportedModel(f"{name} runs with context parallelism, which is not supported yet")
+    served = serve(module, name, family, request)
+    stage.models.append(served)
+    handle.on_remove(add_root_hook(module, stage, served))
+    handle.on_remove(add_layer_hooks(modules))
+    if family.dispatches:
+        member, remove_member = add_private_backend(served.backend.name)
+        handle.on_remove(remove_member)
+        shared = _processors_elsewhere(module, modules)
+        for part in modules:
+            if id(part.processor) in shared:
+                handle.on_remove(_replace_processor(part, copy.copy(part.processor)))
+            handle.on_remove(_set_processor_backend(part.processor, member))
+    else:
+        for part in modules:
+            handle.on_remove(_replace_processor(part, redirect_sdpa(part.processor)))
+
+
+def _processors_elsewhere(module: nn.Module, served: list[nn.Module]) -> set[int]:
+    """Identities of the processors of the attention modules that are not served: one object may serve several modules."""
+    ours = set(map(id, served))
+    return {id(part.processor) for part in module.modules() if hasattr(part, "processor") and id(part) not in ours}
+
+
+def _replace_processor(part: nn.Module, processor: Any) -> Callable[[], None]:
+    before = part.processor
+    part.processor = processor
+
+    def restore() -> None:
+        part.processor = before
+
+    return restore
+
+
+def _leave_alone(stage: DenoisingStage, name: str, module: nn.Module) -> None:
+    known = ", ".join(cls for family in MODELS for cls in family.transformer_classes)
+    reason = f"{type(module).__name__} is not a known model family, so its attention stays as it was (known: {known})"
+    if stage.strict:
+        raise UnsupportedModel(f"{name}: {reason}")
+    logger.warning("%s: %s", name, reason)
+    stage.not_served[name] = reason
+
+
+def _set_processor_backend(processor: Any, member: Any) -> Callable[[], None]:
+    # the attribute usually lives on the class: restoring means removing ours from the instance
+    own = "_attention_backend" in vars(processor)
+    before = processor._attention_backend
+    processor._attention_backend = member
+
+    def restore() -> None:
+        if own:
+            processor._attention_backend = before
+        else:
+            vars(processor).pop("_attention_backend", None)
+
+    return restore
+
+
+def _execution_device(module: nn.Module, parameter: torch.Tensor) -> torch.device:
+    """Where the forward will run: offloaded models keep their weights elsewhere."""
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return parameter.device if device is None else torch.device(device)
+
+
+def _components(target: Any) -> dict[str, Any]:
+    parts = getattr(target, "components", None)
+    if not isinstance(parts, Mapping):
+        raise ConfigError(f"install needs a diffusers pipeline or a transformer, not {type(target).__name__}")
+    return dict(parts)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module behind torch.compile's wrapper."""
+    inner = getattr(module, "_orig_mod", module)
+    assert isinstance(inner, nn.Module)
+    return inner

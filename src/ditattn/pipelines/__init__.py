@@ -1,1 +1,0 @@
-"""From a running pipeline to attention calls: what step it is, what the tokens are, and what really ran."""

@@ -1,0 +1,1 @@
+"""What to attend: block plans, token orders, and which plans may serve again."""

@@ -1,0 +1,52 @@
+"""What the attention of one denoiser may know about a step, built from its configuration and the tokens' layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ditattn.backends.base import AttentionMetadata, AttentionMetadataBuilder
+from ditattn.backends.config import AttentionConfig, SparseAttentionConfig, parse_layers, resolve_steps
+from ditattn.backends.sparse import SparseAttentionMetadata
+from ditattn.errors import ConfigError
+from ditattn.models import TokenLayout
+from ditattn.plan.reuse import Evaluation
+from ditattn.runtime.step import Step
+
+__all__ = ["build_attn_metadata", "check_layers", "evaluated"]
+
+
+def build_attn_metadata(
+    builder: AttentionMetadataBuilder, config: AttentionConfig, step: Step, layout: TokenLayout | None
+) -> AttentionMetadata:
+    """The metadata of a step; without a layout the geometry stays unknown."""
+    if not isinstance(config, SparseAttentionConfig):
+        return builder.build(current_timestep=step.index)
+    fields = config.model_dump(exclude={"skip_first_steps", "skip_last_steps", "skip_layers"})
+    if layout is not None:
+        fields["num_prefix_tokens"] = layout.num_prefix_tokens
+        fields["num_suffix_tokens"] = layout.num_suffix_tokens
+    return builder.build(
+        current_timestep=step.index,
+        raw_latent_shape=None if layout is None else layout.raw_latent_shape,
+        patch_size=1 if layout is None else layout.patch_size,
+        num_steps=step.num_steps,
+        skip_first_steps=resolve_steps(config.skip_first_steps, step.num_steps),
+        skip_last_steps=resolve_steps(config.skip_last_steps, step.num_steps),
+        skip_layers=parse_layers(config.skip_layers),
+        **fields,
+    )
+
+
+def evaluated(metadata: AttentionMetadata, evaluation: Evaluation) -> AttentionMetadata:
+    """The metadata of a step as one forward of it needs it: where plans are reused, with its run and branch."""
+    if isinstance(metadata, SparseAttentionMetadata) and metadata.reuse.reuses:
+        return replace(metadata, evaluation=evaluation)
+    return metadata
+
+
+def check_layers(config: AttentionConfig, num_layers: int, name: str) -> None:
+    """Raise ConfigError if `skip_layers` names a layer that the model does not have."""
+    if isinstance(config, SparseAttentionConfig):
+        beyond = sorted(layer for layer in parse_layers(config.skip_layers) if layer >= num_layers)
+        if beyond:
+            raise ConfigError(f"skip_layers names {', '.join(map(str, beyond))}, but {name} has self-attention layers 0-{num_layers - 1}")

@@ -1,0 +1,207 @@
+"""What really ran: counts, reasons, densities and time, per component of a pipeline."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditattn.backends.base import CallRecord
+from ditattn.devices.clock import Stopwatch
+
+__all__ = ["AttentionReport", "ComponentLog", "ComponentReport"]
+
+
+@dataclass
+class Cell:
+    """Calls of one step and layer. The density stays on the device until somebody asks."""
+
+    sparse: int = 0
+    dense: int = 0
+    density_sum: Tensor | None = None
+
+    def add(self, record: CallRecord) -> None:
+        if record.plan is None:
+            self.dense += 1
+            return
+        self.sparse += 1
+        density = record.plan.density_tensor()
+        self.density_sum = density if self.density_sum is None else self.density_sum + density
+
+    def computed_share(self) -> float:
+        """Mean share of query-key pairs that was computed; a dense call computes all."""
+        kept = 0.0 if self.density_sum is None else float(self.density_sum)
+        return (kept + self.dense) / (self.sparse + self.dense)
+
+
+@dataclass
+class ComponentLog:
+    """Collects the calls of one component while it runs.
+
+    Attributes:
+        name: the component's name in the pipeline.
+        backend: the backend that serves it.
+        config: its validated configuration.
+        cells: calls by (step, layer); None where unknown.
+        reasons: dense calls by reason.
+        reused, not_reused: see ComponentReport.
+        step_sources: forwards by where the step index came from.
+        implementations: by op.
+        stopwatch: time in attention.
+    """
+
+    name: str
+    backend: str
+    config: dict[str, Any]
+    cells: dict[tuple[int | None, int | None], Cell] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
+    reused: int = 0
+    not_reused: Counter[str] = field(default_factory=Counter)
+    step_sources: Counter[str] = field(default_factory=Counter)
+    implementations: dict[str, str] = field(default_factory=dict)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+    def add(self, step: int | None, layer: int | None, record: CallRecord) -> None:
+        """Count one attention call."""
+        self.cells.setdefault((step, layer), Cell()).add(record)
+        if record.reason is not None:
+            self.reasons[record.reason] += 1
+        self.reused += record.reused
+        if record.not_reused is not None:
+            self.not_reused[record.not_reused] += 1
+
+    def note_implementation(self, op: str, name: str) -> None:
+        """An implementation of an op serves some of the calls."""
+        names = {*filter(None, self.implementations.get(op, "").split(", ")), name}
+        self.implementations[op] = ", ".join(sorted(names))
+
+    def report(self) -> ComponentReport:
+        """The state of the log, densities fetched from the device."""
+        sparse, dense = sum(cell.sparse for cell in self.cells.values()), sum(cell.dense for cell in self.cells.values())
+        return ComponentReport(
+            backend=self.backend,
+            config=self.config,
+            calls=sparse + dense,
+            sparse=sparse,
+            dense=dense,
+            reused_plans=self.reused,
+            not_reused_reasons=dict(self.not_reused.most_common()),
+            dense_reasons=dict(self.reasons.most_common()),
+            density=_mean_density(list(self.cells.values())),
+            density_by_step={step: _mean_density(self._of(0, step)) for step in self._keys(0)},
+            density_by_layer={layer: _mean_density(self._of(1, layer)) for layer in self._keys(1)},
+            step_sources=dict(self.step_sources.most_common()),
+            implementations=dict(self.implementations),
+            attention_ms=self.stopwatch.total_ms(),
+        )
+
+    def computed_shares(self) -> list[tuple[int, int, float]]:
+        """(step, layer, share of query-key pairs that was computed), of the calls whose step and layer are known."""
+        known = [(step, layer, cell) for (step, layer), cell in self.cells.items() if step is not None and layer is not None]
+        return sorted((step, layer, cell.computed_share()) for step, layer, cell in known)
+
+    def _keys(self, axis: int) -> list[int]:
+        return sorted({key[axis] for key in self.cells if key[axis] is not None})  # type: ignore[misc]
+
+    def _of(self, axis: int, value: int) -> list[Cell]:
+        return [cell for key, cell in self.cells.items() if key[axis] == value]
+
+
+def _mean_density(cells: list[Cell]) -> float | None:
+    """Mean kept share of the sparse calls; None if there was none."""
+    sums = [cell.density_sum for cell in cells if cell.density_sum is not None]
+    return float(torch.stack(sums).sum()) / sum(cell.sparse for cell in cells) if sums else None
+
+
+@dataclass(frozen=True)
+class ComponentReport:
+    """What one component's attention did.
+
+    Attributes:
+        backend, config: what was asked.
+        calls, sparse, dense: numbers of self-attention calls.
+        reused_plans: sparse calls whose plan an earlier call had made (`plan_refresh_steps`, `share_plan_between_branches`).
+        not_reused_reasons: sparse calls that could have reused a plan by those settings and had to make one, by reason.
+        dense_reasons: dense calls by reason.
+        density: mean kept share of query-key pairs over the sparse calls, protected blocks counted; None if nothing ran sparse.
+        density_by_step, density_by_layer: the same by step and by layer; dense ones are None.
+        step_sources: forwards by where the step index came from.
+        implementations: which implementation of each op served; several, separated by commas, where calls differ in what they need.
+        attention_ms: time in attention, order and selection included.
+    """
+
+    backend: str
+    config: dict[str, Any]
+    calls: int
+    sparse: int
+    dense: int
+    reused_plans: int
+    not_reused_reasons: dict[str, int]
+    dense_reasons: dict[str, int]
+    density: float | None
+    density_by_step: dict[int, float | None]
+    density_by_layer: dict[int, float | None]
+    step_sources: dict[str, int]
+    implementations: dict[str, str]
+    attention_ms: float
+
+    def sentence(self) -> str:
+        """One line for people."""
+        parts = []
+        if self.sparse:
+            asked = f"asked sparsity {self.config.get('sparsity')}"
+            parts.append(f"{self.sparse} sparse at density {self.density:.3f} ({asked}{self._reuse()})")
+        if self.dense:
+            parts.append(f"{self.dense} dense ({_counted(self.dense_reasons)})")
+        ran = " / ".join(parts) or self._no_calls()
+        return f"{self.backend}: {ran}; {self.attention_ms / 1e3:.2f} s in attention"
+
+    def _reuse(self) -> str:
+        reused = f"; {self.reused_plans} with a reused plan" if self.reused_plans else ""
+        refused = f"; no reuse of plans: {_counted(self.not_reused_reasons)}" if self.not_reused_reasons else ""
+        return reused + refused
+
+    def _no_calls(self) -> str:
+        forwards = sum(self.step_sources.values())
+        if not forwards:
+            return "no calls"
+        return f"no calls in {forwards} forwards; its attention processors or their backend were replaced after the installation"
+
+
+def _counted(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """Reports of all components.
+
+    Attributes:
+        components: by name in the pipeline.
+        not_served: components left as they were, with the reason.
+    """
+
+    components: dict[str, ComponentReport]
+    not_served: dict[str, str]
+
+    @property
+    def attention_ms(self) -> float:
+        """Time in attention of all components, milliseconds."""
+        return sum(component.attention_ms for component in self.components.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "components": {name: dict(vars(component)) for name, component in self.components.items()},
+            "not_served": dict(self.not_served),
+            "attention_ms": self.attention_ms,
+        }
+
+    def summary(self) -> str:
+        """What ran sparse, at what density, how long attention took and why calls were dense: a line per component."""
+        lines = [f"attention ({name}): {component.sentence()}" for name, component in self.components.items()]
+        lines += [f"attention ({name}): not served: {reason}" for name, reason in self.not_served.items()]
+        return "\n".join(lines) or "attention: no component was served"

@@ -1,0 +1,334 @@
+"""DenoisingStage: knows, for every forward of every denoiser, the step, the branch and the tokens, and serves its attention calls.
+
+Pure torch: how a host (diffusers) calls in here is the business of the host's adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ditattn.backends.base import AttentionBackend, AttentionImpl, AttentionMetadata, CallRecord
+from ditattn.backends.config import AttentionConfig
+from ditattn.backends.sparse import EXPECTED_REASONS, SparseAttentionImpl, SparseAttentionMetadata
+from ditattn.errors import DenseInStrictMode, UnsupportedCall
+from ditattn.models import ModelFamily, TokenLayout
+from ditattn.ops import block_sparse_attention as block_sparse_op
+from ditattn.ops import dense_attention as dense_op
+from ditattn.ops.contract import call_facts
+from ditattn.ops.dense_attention import dense_attention
+from ditattn.ops.table import choose
+from ditattn.plan.reuse import Evaluation
+from ditattn.runtime.branches import EvaluationCounter
+from ditattn.runtime.key_padding import MaskReader, broadcastable
+from ditattn.runtime.metadata import build_attn_metadata, evaluated
+from ditattn.runtime.report import AttentionReport, ComponentLog
+from ditattn.runtime.step import Step, StepClock
+
+__all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "running"]
+
+logger = logging.getLogger("ditattn")
+
+NOT_SELF_ATTENTION = "not self-attention of the denoiser"
+
+
+@dataclass
+class ServedModel:
+    """One denoiser and the backend that serves it.
+
+    Attributes:
+        name: its name in the pipeline (`transformer`, `transformer_2`), or its class name.
+        family: what is known about it.
+        model_config: the model's own configuration.
+        backend: backend class.
+        config: validated configuration of the backend.
+        layers: paths of its self-attention modules, in order; a layer's number is its place here.
+        layers_by_count: a call whose layer is unknown (compiled graphs run no module hooks) is the next self-attention call of the forward.
+    """
+
+    name: str
+    family: ModelFamily
+    model_config: Any
+    backend: type[AttentionBackend]
+    config: AttentionConfig
+    layers: list[str]
+    layers_by_count: bool = True
+    impls: dict[tuple[Any, ...], AttentionImpl] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.builder = self.backend.get_builder_cls()()
+        self.builder.prepare()
+        self.log = ComponentLog(self.name, self.backend.name, self.config.model_dump())
+
+
+@dataclass
+class Forward:
+    """One running forward of a denoiser: what an attention call inside it can know."""
+
+    stage: DenoisingStage
+    model: ServedModel
+    step: Step
+    evaluation: Evaluation
+    layout: TokenLayout | None
+    metadata: AttentionMetadata
+    layer: int | None = None
+    num_calls: int = 0
+    records: list[CallRecord] = field(default_factory=list)
+    masks: MaskReader = field(default_factory=MaskReader)
+
+
+class Probe(Protocol):
+    """Sees every self-attention call of a stage after it was served, and changes nothing."""
+
+    def look(
+        self,
+        forward: Forward,
+        layer: int | None,
+        impl: AttentionImpl,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        metadata: AttentionMetadata,
+        out: Tensor,
+    ) -> None: ...
+
+
+_local = threading.local()
+
+
+def running() -> Forward | None:
+    """The denoiser forward that runs in this thread, or None."""
+    stack = getattr(_local, "stack", None)
+    return stack[-1] if stack else None
+
+
+class DenoisingStage:
+    """The attention of one pipeline.
+
+    Args:
+        clock: tells the step of every forward.
+        strict: raise DenseInStrictMode where a sparse backend would run densely for a reason that nobody asked for.
+
+    Attributes:
+        probe: sees every served call; None for none.
+    """
+
+    def __init__(self, clock: StepClock, strict: bool = False) -> None:
+        self.clock = clock
+        self.strict = strict
+        self.models: list[ServedModel] = []
+        self.not_served: dict[str, str] = {}
+        self.probe: Probe | None = None
+        self._metadata: dict[str, tuple[tuple[Any, ...], AttentionMetadata]] = {}
+        self._evaluations = EvaluationCounter()
+
+    def enter(self, model: ServedModel, arguments: Mapping[str, Any], cache_context: Any = None, branch: str | None = None) -> Forward:
+        """A forward of `model` begins in this thread. `arguments` are the forward's arguments by name."""
+        others = [other for other in getattr(_local, "stack", []) if other.model is not model]
+        if len(others) < len(getattr(_local, "stack", [])):
+            # KeyboardInterrupt ended a forward without a word, since torch calls no hook then: another run begins
+            self._end_run()
+        step = self.clock.read(cache_context, branch, arguments.get("timestep"))
+        model.log.step_sources[step.source] += 1
+        if self._evaluations.goes_back(step.index):
+            self._forget_plans()
+        evaluation = self._evaluations.read(model.name, step.index, branch)
+        layout = _layout(model, arguments)
+        metadata = evaluated(self._build_attn_metadata(model, step, layout), evaluation)
+        forward = Forward(self, model, step, evaluation, layout, metadata)
+        _local.stack = [*others, forward]
+        return forward
+
+    def leave(self, forward: Forward) -> None:
+        """The forward ended, with or without an exception."""
+        stack: list[Forward] = _local.stack
+        if forward in stack:
+            del stack[stack.index(forward) :]
+
+    def reset(self) -> None:
+        """The run ended: the next forward is step 0."""
+        _local.stack = [other for other in getattr(_local, "stack", []) if other.stage is not self]
+        self._end_run()
+
+    def _end_run(self) -> None:
+        self.clock.reset()
+        self._metadata.clear()
+        self._forget_plans()
+
+    def _forget_plans(self) -> None:
+        self._evaluations.end_run()
+        for model in self.models:
+            for impl in model.impls.values():
+                impl.end_run()
+
+    def report(self) -> AttentionReport:
+        """What ran so far."""
+        return AttentionReport({model.name: model.log.report() for model in self.models}, dict(self.not_served))
+
+    def _build_attn_metadata(self, model: ServedModel, step: Step, layout: TokenLayout | None) -> AttentionMetadata:
+        """The metadata of a step, built once and shared by all layers and branches with the same tokens."""
+        key = (step, layout)
+        cached = self._metadata.get(model.name)
+        if cached is None or cached[0] != key:
+            cached = self._metadata[model.name] = (key, build_attn_metadata(model.builder, model.config, step, layout))
+        return cached[1]
+
+    def attend(
+        self,
+        forward: Forward,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Serve one attention call of a running forward: `[B, S, H, D]` in and out."""
+        model = forward.model
+        layer = forward.layer
+        if layer is None and model.layers_by_count:
+            layer = forward.num_calls
+        forward.num_calls += 1
+        with model.log.stopwatch.measure(query.device):
+            out = self._serve(forward, layer, query, key, value, attn_mask, is_causal, scale)
+        for record in forward.records:
+            model.log.add(forward.step.index, layer, record)
+        forward.records.clear()
+        return out
+
+    def _serve(
+        self,
+        forward: Forward,
+        layer: int | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+    ) -> Tensor:
+        metadata = forward.metadata
+        reason = NOT_SELF_ATTENTION if layer is None else None
+        if attn_mask is not None and reason is None:
+            padding, reason = forward.masks.read(attn_mask, key)
+            metadata = metadata if padding is None else replace(metadata, **padding._asdict())
+        if reason is not None:
+            self._refuse_if_strict(reason, forward)
+            forward.records.append(CallRecord(reason))
+            return _native(query, key, value, attn_mask, is_causal, scale)
+        impl = self._impl(forward.model, layer, query, key, is_causal, scale, metadata.key_lengths is not None)
+        if self.strict and isinstance(impl, SparseAttentionImpl):
+            assert isinstance(metadata, SparseAttentionMetadata)
+            self._refuse_if_strict(impl.why_dense(query, key, metadata), forward)
+        out = impl.forward(query, key, value, metadata)
+        if self.probe is not None:
+            self.probe.look(forward, layer, impl, query, key, value, metadata, out)
+        return out
+
+    def _refuse_if_strict(self, reason: str | None, forward: Forward) -> None:
+        if self.strict and reason is not None and reason not in EXPECTED_REASONS and forward.model.backend.is_sparse:
+            model = forward.model
+            raise DenseInStrictMode(f"{model.backend.name} on {model.name} would run densely in step {forward.step.index}: {reason}")
+
+    def _impl(
+        self, model: ServedModel, layer: int | None, query: Tensor, key: Tensor, causal: bool, scale: float | None, padded: bool
+    ) -> AttentionImpl:
+        """One implementation object per layer and call signature, made when first met."""
+        signature = (layer, query.shape[2], query.shape[3], key.shape[2], causal, scale, padded)
+        impl = model.impls.get(signature)
+        if impl is None:
+            _note_implementations(model, query, key, causal, padded)
+            impl = model.impls[signature] = model.backend.get_impl_cls()(
+                query.shape[2],
+                query.shape[3],
+                scale,
+                causal,
+                key.shape[2],
+                model.layers[layer] if layer is not None and layer < len(model.layers) else "",
+                layer_index=layer,
+                observer=_observe,
+            )
+        return impl
+
+
+def _observe(record: CallRecord) -> None:
+    forward = running()
+    if forward is not None:
+        forward.records.append(record)
+
+
+def _layout(model: ServedModel, arguments: Mapping[str, Any]) -> TokenLayout | None:
+    """An input form that the family does not know is no error here: the backend runs densely and counts "unknown geometry"."""
+    try:
+        return model.family.layout(model.model_config, arguments)
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        logger.debug("%s: token layout unknown: %s", model.name, error)
+        return None
+
+
+def _native(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+    """What a call that is not ours to serve would have run without us: torch's SDPA."""
+    mask = None if attn_mask is None else broadcastable(attn_mask)
+    return dense_attention(query, key, value, scale=scale, causal=is_causal, attn_mask=mask, implementation="torch")
+
+
+def _note_implementations(model: ServedModel, query: Tensor, key: Tensor, causal: bool, padded: bool) -> None:
+    facts = call_facts(query, key, causal=causal, key_lengths=padded)
+    tables = {"dense_attention": dense_op.TABLE, "block_sparse_attention": block_sparse_op.TABLE}
+    for op in model.backend.ops:
+        if op in tables:
+            names = model.backend.implementations_on(query.device.type) if op == model.backend.ops[0] else ()
+            # laser_attn on an NPU insists on its operators for the calls they take, and on no other
+            insists = any(row.mismatch(facts) is None for row in tables[op] if row.name in names)
+            model.log.note_implementation(op, choose(tables[op], facts, ",".join(names) if insists else None).name)
+
+
+@torch.library.custom_op("ditattn::attend", mutates_args=())
+def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+    forward = running()
+    if forward is None:
+        _warn_stray()
+        return _native(query, key, value, attn_mask, is_causal, scale)
+    return forward.stage.attend(forward, query, key, value, attn_mask, is_causal, scale)
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of the denoiser forward that runs in this thread, `[B, S, H, D]` in and out, as one opaque operation for torch.compile.
+
+    Step, branch, grid and layer are read inside the operation, so that a compiled graph stays right from step to step.
+
+    Raises:
+        UnsupportedCall: dropout, or a mask that is no tensor.
+        DenseInStrictMode: see DenoisingStage.
+    """
+    if dropout_p:
+        raise UnsupportedCall(f"attention dropout is for training; this package is forward only (got dropout_p={dropout_p})")
+    if attn_mask is not None and not isinstance(attn_mask, Tensor):
+        raise UnsupportedCall(f"a mask must be a tensor, not {type(attn_mask).__name__}")
+    out: Tensor = _attend(query, key, value, attn_mask, is_causal, scale)
+    return out
+
+
+def _warn_stray() -> None:
+    if not getattr(_local, "warned_stray", False):
+        _local.warned_stray = True
+        logger.warning("attention was called outside a denoiser's forward: no step and no grid, so it runs densely and is not counted")

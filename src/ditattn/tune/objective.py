@@ -1,0 +1,86 @@
+"""A candidate on a real pipeline: its pixels and its time against the dense references."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+from ditattn.compare.measure import Comparison, References, compare
+from ditattn.compare.metrics import frame_ssim, pooled_psnr
+from ditattn.compare.run import Run, run_clip, warm_up
+from ditattn.compare.setting import REFERENCE, Clip, Setting
+from ditattn.hosts.diffusers.install import Request
+from ditattn.hosts.diffusers.probing import probe_run
+from ditattn.runtime.probe import CellReading
+from ditattn.tune.candidate import Candidate, Outcome, Target
+from ditattn.tune.sensitivity import PROBED_SPARSITIES
+
+__all__ = ["Objective", "check", "probe"]
+
+
+@dataclass
+class Objective:
+    """Evaluates candidates on clips.
+
+    Attributes:
+        references: the pipeline and its dense runs.
+        setting: backend, fixed keys of its configuration, other backends for components.
+        clips: of the target; the one that missed last is run first, since it decides soonest.
+    """
+
+    references: References
+    setting: Setting
+    clips: list[Clip]
+    target: Target
+
+    def prepare(self, *, anew: bool) -> float:
+        """Make the dense runs (with `anew` even those that are in the cache, since their times are of another moment) and warm up.
+
+        Returns:
+            The share of the dense time that is self-attention.
+        """
+        warm_up(self.references.work, REFERENCE, self.clips[0])
+        self._dense: dict[Clip, Run] = {}
+        for clip in self.clips:
+            found = None if anew else self.references.find(clip)
+            self._dense[clip] = found or self.references.make(clip)
+        warm_up(self.references.work, self.setting, self.clips[0])
+        return fmean(run.attention_ms / run.total_ms for run in self._dense.values())
+
+    def setting_of(self, candidate: Candidate) -> Setting:
+        return Setting(self.setting.backend, {**self.setting.config, **candidate.config()}, self.setting.components, candidate.words())
+
+    def __call__(self, candidate: Candidate) -> Outcome:
+        psnr, ssim, shares = float("inf"), None if self.target.ssim is None else 1.0, []
+        for clip in list(self.clips):
+            run, dense = run_clip(self.references.work, self.setting_of(candidate), clip), self._dense[clip]
+            psnr = min(psnr, pooled_psnr(run.frames, dense.frames))
+            if ssim is not None:
+                ssim = min(ssim, fmean(frame_ssim(run.frames, dense.frames)))
+            shares.append(run.total_ms / dense.total_ms)
+            if not self.target.met_by(psnr, ssim):
+                self.clips.remove(clip)
+                self.clips.insert(0, clip)
+                break
+        return Outcome(psnr, ssim, median(shares), self.target.met_by(psnr, ssim))
+
+
+def probe(references: References, setting: Setting, clip: Clip) -> dict[float, list[CellReading]]:
+    """Readings by sparsity, of one dense run; every step and layer is tried."""
+    open_ = {"skip_first_steps": 0, "skip_last_steps": 0, "skip_layers": ""}
+    configs: list[Mapping[str, Any]] = [{**setting.config, **open_, "sparsity": sparsity} for sparsity in PROBED_SPARSITIES]
+    requests = [Request(setting.backend, setting.components, config) for config in configs]
+    work = references.work
+    found = probe_run(work.pipe, work.arguments(clip.prompt), seed=clip.seed, requests=requests)
+    return dict(zip(PROBED_SPARSITIES, found, strict=True))
+
+
+def check(references: References, setting: Setting, clips: Sequence[Clip], *, needs_ssim: bool) -> tuple[float, float | None, Comparison]:
+    """Worst PSNR and SSIM of a setting on clips that it was not tuned on, dense and sparse runs taking turns."""
+    fresh = References(references.work, None)
+    found = compare(fresh, [setting], clips, probe=False, with_vmaf=False)
+    scores = [one.scores for one in found.measured[0] if one.scores is not None]
+    ssims = [one.ssim for one in scores if one.ssim is not None]
+    return min(one.psnr for one in scores), min(ssims) if needs_ssim and ssims else None, found

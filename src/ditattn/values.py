@@ -1,0 +1,128 @@
+"""Settings as users write them: a fixed set of keys, read from a file, JSON text or `k=v,k=v`, and validated.
+
+Unknown keys are errors that name the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ditattn.errors import ConfigError, UnknownKey
+
+__all__ = ["KnownKeys", "parse_config", "parse_value"]
+
+SettingsT = TypeVar("SettingsT", bound="KnownKeys")
+
+
+class KnownKeys(BaseModel):
+    """Settings with a fixed set of keys. Immutable; `from_mapping` raises ConfigError instead of pydantic's own error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    @classmethod
+    def from_mapping(cls: type[SettingsT], values: Mapping[str, Any]) -> SettingsT:
+        """Validate `values`.
+
+        Raises:
+            UnknownKey: a key that does not exist, with the nearest one that does.
+            ConfigError: a value of the wrong type or outside its range.
+        """
+        for key in values:
+            if key not in cls.model_fields:
+                raise UnknownKey(_unknown_key(key, list(cls.model_fields)))
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_sentence(item) for item in error.errors())) from None
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """Read a configuration as users type it, without validating its keys.
+
+    Args:
+        text: the path of a `.json`, `.yaml` or `.yml` file (an `@` before it is allowed), JSON text, or `k=v,k=v`.
+
+    Raises:
+        ConfigError: says which of the three forms was tried and what is wrong with it.
+    """
+    text = text.strip()
+    if not text:
+        return {}
+    if text.startswith("@") or Path(text).suffix.lower() in (".json", ".yaml", ".yml"):
+        return _read_file(Path(text.removeprefix("@")))
+    if text.startswith("{"):
+        try:
+            return _mapping(json.loads(text), "JSON text")
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"not valid JSON: {error.msg} at character {error.pos + 1} of {text!r}") from None
+    return _read_pairs(text)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder, not a configuration file")
+    if not path.is_file():
+        raise ConfigError(f"configuration file {path} does not exist")
+    try:
+        return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")) or {}, str(path))
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file in UTF-8") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML or JSON: {' '.join(str(error).split())}") from None
+
+
+def _read_pairs(text: str) -> dict[str, Any]:
+    pairs: list[list[str]] = []
+    for piece in text.split(","):
+        key, equals, value = piece.partition("=")
+        if equals:
+            pairs.append([key.strip(), value.strip()])
+        elif pairs:
+            # a comma inside a value, as in skip_layers=0-1,38
+            pairs[-1][1] += "," + piece.strip()
+        else:
+            raise ConfigError(f"'{text}' is neither an existing .json/.yaml file, nor JSON text, nor k=v,k=v")
+    repeated = {key for key, _ in pairs if [other for other, _ in pairs].count(key) > 1}
+    if repeated:
+        raise ConfigError(f"given twice: {', '.join(sorted(repeated))}")
+    return {key: parse_value(key, value) for key, value in pairs}
+
+
+def parse_value(key: str, text: str) -> Any:
+    """One value as users type it: YAML, so that numbers, true and false are what they look like.
+
+    Raises:
+        ConfigError: the text means something else in YAML and is broken; names the key.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"{key}: {text!r} cannot be read; words with special characters need quotes inside the quotes of the shell"
+        ) from None
+
+
+def _mapping(value: Any, source: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{source} must hold keys and values, not {type(value).__name__}")
+    return value
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    if not known:
+        return f"unknown key '{key}': this backend has no configuration keys"
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+    return f"unknown key '{key}'; did you mean '{nearest}'? Known keys: {', '.join(known)}"
+
+
+def _sentence(item: Any) -> str:
+    key = ".".join(map(str, item["loc"]))
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{key}: {message} (got {item['input']!r})"

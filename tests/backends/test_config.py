@@ -1,0 +1,127 @@
+"""Configuration: three ways to write it, typed, validated, with errors that help."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ditattn.backends.config import (
+    BlockSparseAttentionConfig,
+    DenseAttentionConfig,
+    RainFusionAttentionConfig,
+    parse_layers,
+    resolve_steps,
+)
+from ditattn.errors import ConfigError, UnknownKey
+from ditattn.values import parse_config
+
+VALUES = {"sparsity": 0.5, "skip_first_steps": "20%", "skip_layers": "0-1,38", "first_frame_sink": False, "min_tokens": 0}
+
+
+def test_three_ways_to_write_the_same(tmp_path: Path) -> None:
+    as_json, as_yaml = tmp_path / "a.json", tmp_path / "a.yaml"
+    as_json.write_text(json.dumps(VALUES))
+    as_yaml.write_text("sparsity: 0.5\nskip_first_steps: 20%\nskip_layers: 0-1,38\nfirst_frame_sink: false\nmin_tokens: 0\n")
+    pairs = "sparsity=0.5,skip_first_steps=20%,skip_layers=0-1,38,first_frame_sink=false,min_tokens=0"
+    for text in (str(as_json), f"@{as_json}", str(as_yaml), json.dumps(VALUES), pairs):
+        assert parse_config(text) == VALUES
+    assert parse_config("  ") == {}
+
+
+def test_defaults_are_the_originals() -> None:
+    block_sparse, rain_fusion = BlockSparseAttentionConfig(), RainFusionAttentionConfig()
+    for config in (block_sparse, rain_fusion):
+        assert (config.sparsity, config.skip_first_steps, config.skip_last_steps) == (0.2, 10, 0)
+        assert (config.skip_layers, config.min_tokens, config.first_frame_sink) == ("", 4096, True)
+    assert (block_sparse.token_order, rain_fusion.token_order) == ("raster", "tile")
+    assert block_sparse.threshold == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nowhere.json", "nowhere.json does not exist"),
+        ("@nowhere.yaml", "nowhere.yaml does not exist"),
+        ('{"sparsity": 0.5', "not valid JSON"),
+        ("[1, 2]", "neither an existing"),
+        ("half", "neither an existing .json/.yaml file, nor JSON text, nor k=v,k=v"),
+        ("sparsity=0.5,sparsity=0.6", "given twice: sparsity"),
+        ("skip_layers=*", r"skip_layers: '\*' cannot be read"),
+        ("sparsity={0.5", "sparsity: '{0.5' cannot be read"),
+    ],
+)
+def test_what_cannot_be_read(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(text)
+
+
+def test_a_folder_is_no_configuration_file(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").mkdir()
+    with pytest.raises(ConfigError, match=r"settings\.yaml is a folder"):
+        parse_config(str(tmp_path / "settings.yaml"))
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("a: [1,\n")
+    with pytest.raises(ConfigError, match=r"broken\.yaml is not valid"):
+        parse_config(str(path))
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"broken\.yaml is not a text file in UTF-8"):
+        parse_config(str(path))
+    path.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="must hold keys and values, not list"):
+        parse_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sparsity": 1.0}, r"sparsity: .*less than 1.*1\.0"),
+        ({"sparsity": -0.1}, "sparsity: .*greater than or equal to 0"),
+        ({"sparsity": "much"}, "sparsity: .*number"),
+        ({"skip_first_steps": -1}, "skip_first_steps: -1 is negative"),
+        ({"skip_first_steps": 0.2}, "skip_first_steps: 0.2 is neither a number of steps nor a share"),
+        ({"skip_first_steps": "120%"}, "between 0% and 100%"),
+        ({"skip_first_steps": True}, "skip_first_steps: True is neither"),
+        ({"skip_last_steps": "some"}, "skip_last_steps: 'some' is neither"),
+        ({"skip_layers": "3-1"}, "'3-1' is neither a layer number nor a range"),
+        ({"token_order": "hilbert"}, "token_order: .*'tile' or 'raster'"),
+        ({"min_tokens": -4}, "min_tokens"),
+    ],
+)
+def test_bad_values_say_what_is_wrong(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RainFusionAttentionConfig.from_mapping(values)
+
+
+def test_unknown_keys_name_the_nearest() -> None:
+    with pytest.raises(UnknownKey, match="unknown key 'sparsty'; did you mean 'sparsity'"):
+        RainFusionAttentionConfig.from_mapping({"sparsty": 0.5})
+    with pytest.raises(UnknownKey, match="did you mean 'skip_first_steps'"):
+        BlockSparseAttentionConfig.from_mapping({"skip_first_step": 3})
+    with pytest.raises(UnknownKey, match="this backend has no configuration keys"):
+        DenseAttentionConfig.from_mapping({"sparsity": 0.5})
+    with pytest.raises(UnknownKey, match="threshold"):
+        RainFusionAttentionConfig.from_mapping({"threshold": 0.9})
+
+
+@pytest.mark.parametrize(
+    ("value", "num_steps", "expected"),
+    [(10, None, 10), ("20%", 20, 4), ("20%", 16, 4), ("33.3%", 30, 10), ("0%", 7, 0), ("20%", None, None)],
+)
+def test_steps(value: int | str, num_steps: int | None, expected: int | None) -> None:
+    assert resolve_steps(value, num_steps) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("", set()), ("0-1,38", {0, 1, 38}), (" 5 , 7-7", {5, 7}), ("3", {3})])
+def test_layers(text: str, expected: set[int]) -> None:
+    assert parse_layers(text) == expected
+
+
+def test_layers_may_be_a_list_or_a_number() -> None:
+    assert RainFusionAttentionConfig.from_mapping({"skip_layers": [0, 3]}).skip_layers == "0,3"
+    assert RainFusionAttentionConfig.from_mapping({"skip_layers": 5}).skip_layers == "5"

@@ -1,0 +1,346 @@
+"""DenoisingStage without a host: masks, metadata, layers, strictness, threads."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ditattn.backends.base import AttentionBackend
+from ditattn.backends.registry import load_backend
+from ditattn.errors import ConfigError, DenseInStrictMode, UnsupportedCall
+from ditattn.models import ModelFamily, TokenLayout
+from ditattn.ops import dense_attention
+from ditattn.ops.contract import call_facts
+from ditattn.ops.table import choose
+from ditattn.runtime import key_padding, stage
+from ditattn.runtime.metadata import check_layers
+from ditattn.runtime.report import ComponentReport
+from ditattn.runtime.stage import DenoisingStage, Forward, ServedModel, attend, running
+from ditattn.runtime.step import StepClock
+
+FRAMES, ROWS, COLUMNS = 3, 16, 16
+TEXT = 40
+LENGTH = FRAMES * ROWS * COLUMNS + TEXT
+SPARSE = {"sparsity": 0.5, "skip_first_steps": 0, "min_tokens": 0}
+
+
+def _layout(config: Any, arguments: Any) -> TokenLayout:
+    return TokenLayout(tuple(arguments["latents"].shape), (1, 2, 2), num_suffix_tokens=TEXT)
+
+
+FAMILY = ModelFamily("Test", ("TestTransformer",), _layout, r"blocks\.\d+\.attn")
+ARGUMENTS = {"latents": torch.empty(1, 4, FRAMES, 2 * ROWS, 2 * COLUMNS), "timestep": 900}
+
+
+def backend_class(name: str) -> type[AttentionBackend]:
+    return load_backend(name)
+
+
+def served(backend: str = "rain_fusion_attn", num_layers: int = 2, **config: Any) -> ServedModel:
+    cls = backend_class(backend)
+    values = cls.get_config_cls().from_mapping({**(SPARSE if cls.is_sparse else {}), **config})
+    return ServedModel("transformer", FAMILY, None, cls, values, [f"blocks.{i}.attn" for i in range(num_layers)])
+
+
+def stage_of(model: ServedModel, strict: bool = False) -> DenoisingStage:
+    stage = DenoisingStage(StepClock(), strict)
+    stage.models.append(model)
+    return stage
+
+
+@contextlib.contextmanager
+def forward_of(stage: DenoisingStage, **arguments: Any) -> Iterator[Forward]:
+    forward = stage.enter(stage.models[0], {**ARGUMENTS, **arguments})
+    try:
+        yield forward
+    finally:
+        stage.leave(forward)
+
+
+def report_of(stage: DenoisingStage) -> ComponentReport:
+    return stage.report().components["transformer"]
+
+
+def qkv(batch: int = 1, length: int = LENGTH) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(batch, length, 2, 32, generator=generator) for _ in range(3)]
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask).transpose(1, 2)
+
+
+def first(*counts: int) -> Tensor:
+    """bool [B, S]: so many leading keys of every sample are real."""
+    return torch.arange(LENGTH) < torch.tensor(counts).unsqueeze(1)
+
+
+# masks
+
+
+@pytest.mark.parametrize("form", ["two axes", "four axes", "one for all"])
+def test_padding_at_the_end_runs_sparse_and_hides_the_padded_keys(form: str) -> None:
+    q, k, v = qkv(2)
+    mask = first(LENGTH - 15, LENGTH - 15) if form == "one for all" else first(LENGTH, LENGTH - 15)
+    given = {"two axes": mask, "four axes": mask[:, None, None], "one for all": mask[:1, None, None]}[form]
+    # nothing is dropped at 1 % of 7 blocks, so that the sparse kernel must agree with dense attention
+    stage = stage_of(served(sparsity=0.01))
+    with forward_of(stage):
+        out = attend(q, k, v, given)
+    torch.testing.assert_close(out, dense(q, k, v, mask[:, None, None]), rtol=0, atol=1e-5)
+    assert (report_of(stage).sparse, report_of(stage).dense) == (1, 0)
+    k[1, -15:], v[1, -15:] = 9.0, 9.0
+    with forward_of(stage):
+        assert torch.equal(attend(q, k, v, given)[1], out[1])
+
+
+def test_a_mask_that_hides_nothing_changes_nothing() -> None:
+    q, k, v = qkv()
+    stage = stage_of(served())
+    with forward_of(stage):
+        assert torch.equal(attend(q, k, v, first(LENGTH)), attend(q, k, v))
+    assert report_of(stage).sparse == 2
+
+
+def _gaps() -> Tensor:
+    mask = first(LENGTH)
+    mask[:, 30:50] = False
+    return mask[:, None, None]
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (_gaps(), "mask with gaps"),
+        (~first(20)[:, None, None], "mask with gaps"),
+        (torch.linspace(-4, 0, LENGTH).expand(1, 1, 1, LENGTH), "mask that is not key padding"),
+        (torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril(), "mask that is not key padding"),
+    ],
+    ids=["gaps", "padding in front", "additive", "a row per query"],
+)
+def test_other_masks_run_densely_and_exactly_with_the_reason(mask: Tensor, reason: str) -> None:
+    q, k, v = qkv()
+    stage = stage_of(served())
+    with forward_of(stage):
+        out = attend(q, k, v, mask)
+    torch.testing.assert_close(out, dense(q, k, v, mask), rtol=0, atol=1e-5)
+    assert report_of(stage).dense_reasons == {reason: 1}
+    with pytest.raises(DenseInStrictMode, match=f"rain_fusion_attn on transformer would run densely in step 0: {reason}"):
+        attend_once(stage_of(served(), strict=True), q, k, v, mask)
+
+
+def attend_once(stage: DenoisingStage, *arguments: Any) -> Tensor:
+    with forward_of(stage):
+        return attend(*arguments)
+
+
+def test_the_mask_of_a_forward_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    read = key_padding._read
+    monkeypatch.setattr(key_padding, "_read", lambda *arguments: reads.append(1) or read(*arguments))
+    q, k, v = qkv()
+    mask, stage = first(LENGTH - 15)[:, None, None], stage_of(served(num_layers=3))
+    for _ in range(2):
+        with forward_of(stage):
+            for _ in range(3):
+                attend(q, k, v, mask)
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize(("arguments", "problem"), [({"dropout_p": 0.1}, "dropout"), ({"attn_mask": object()}, "must be a tensor")])
+def test_what_cannot_be_honoured_is_refused(arguments: dict[str, Any], problem: str) -> None:
+    with forward_of(stage_of(served())), pytest.raises(UnsupportedCall, match=problem):
+        attend(*qkv(), **arguments)
+
+
+# metadata
+
+
+def test_metadata_is_built_once_per_step_and_shared() -> None:
+    model = served()
+    stage, built = stage_of(model), []
+    build = model.builder.build
+    model.builder = SimpleNamespace(build=lambda **facts: built.append(facts) or build(**facts))  # type: ignore[assignment]
+    seen = []
+    for timestep in (900, 900, 600, 600):
+        with forward_of(stage, timestep=timestep) as forward:
+            seen.append(forward.metadata)
+    assert seen[0] is seen[1]
+    assert seen[2] is seen[3]
+    assert [facts["current_timestep"] for facts in built] == [0, 1]
+    assert built[0]["raw_latent_shape"] == (1, 4, FRAMES, 2 * ROWS, 2 * COLUMNS)
+    assert seen[0].latent_shape == (FRAMES, ROWS, COLUMNS)
+    assert (seen[0].num_prefix_tokens, seen[0].num_suffix_tokens) == (0, TEXT)
+
+
+def test_metadata_follows_the_tokens_of_a_branch() -> None:
+    stage = stage_of(served())
+    grids = []
+    for latents in (ARGUMENTS["latents"], torch.empty(1, 4, 1, 64, 64), ARGUMENTS["latents"]):
+        with forward_of(stage, latents=latents) as forward:
+            grids.append(forward.metadata.latent_shape)
+    assert grids == [(3, 16, 16), (1, 32, 32), (3, 16, 16)]
+
+
+def test_shares_of_steps_become_numbers() -> None:
+    model = served(skip_first_steps="30%", skip_last_steps="10%", skip_layers="0-1")
+    stage = DenoisingStage(StepClock(lambda: SimpleNamespace(timesteps=range(7))))
+    stage.models.append(model)
+    with forward_of(stage) as forward:
+        metadata = forward.metadata
+    assert (metadata.num_steps, metadata.skip_first_steps, metadata.skip_last_steps) == (7, 3, 1)
+    assert metadata.skip_layers == {0, 1}
+
+
+@pytest.mark.parametrize("latents", [None, torch.empty(3), torch.empty(1, 4, 3, 32, 1)])
+def test_arguments_of_an_unknown_form_run_densely_with_the_reason(latents: Any) -> None:
+    q, k, v = qkv()
+    stage = stage_of(served())
+    with forward_of(stage, latents=latents):
+        out = attend(q, k, v)
+    torch.testing.assert_close(out, dense(q, k, v), rtol=0, atol=1e-5)
+    assert report_of(stage).dense_reasons == {"unknown geometry": 1}
+    with pytest.raises(DenseInStrictMode, match="unknown geometry"), forward_of(stage_of(served(), strict=True), latents=latents):
+        attend(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "reason"), [((LENGTH - 1,) * 2, "token count does not match the grid"), ((LENGTH, 77), "query and key lengths differ")]
+)
+def test_calls_that_do_not_fit_the_grid_run_densely(lengths: tuple[int, int], reason: str) -> None:
+    q, (_, k, v) = qkv(length=lengths[0])[0], qkv(length=lengths[1])
+    stage = stage_of(served())
+    with forward_of(stage):
+        out = attend(q, k, v)
+    torch.testing.assert_close(out, dense(q, k, v), rtol=0, atol=1e-5)
+    assert report_of(stage).dense_reasons == {reason: 1}
+
+
+def test_strict_accepts_what_was_asked_for() -> None:
+    stage = stage_of(served(skip_first_steps=1, skip_layers="1"), strict=True)
+    q, k, v = qkv()
+    for timestep in (900, 600):
+        with forward_of(stage, timestep=timestep):
+            attend(q, k, v)
+            attend(q, k, v)
+    assert report_of(stage).dense_reasons == {"first steps": 2, "skipped layer": 1}
+    assert report_of(stage).sparse == 1
+
+
+# layers
+
+
+def test_layers_are_counted_where_no_hook_names_them() -> None:
+    stage = stage_of(served(num_layers=3, skip_layers="1"))
+    q, k, v = qkv()
+    with forward_of(stage):
+        for _ in range(3):
+            attend(q, k, v)
+    assert {layer: density is None for layer, density in report_of(stage).density_by_layer.items()} == {0: False, 1: True, 2: False}
+
+
+def test_a_named_layer_counts_whatever_was_called_before() -> None:
+    # block caches skip whole blocks
+    stage = stage_of(served(num_layers=3, skip_layers="2"))
+    with forward_of(stage) as forward:
+        forward.layer = 2
+        attend(*qkv())
+    assert report_of(stage).dense_reasons == {"skipped layer": 1}
+
+
+def test_without_counting_a_call_outside_the_layers_is_not_self_attention() -> None:
+    model = served()
+    model.layers_by_count = False
+    stage = stage_of(model)
+    q, k, v = qkv()
+    with forward_of(stage):
+        torch.testing.assert_close(attend(q, k, v), dense(q, k, v), rtol=0, atol=1e-5)
+    assert report_of(stage).dense_reasons == {"not self-attention of the denoiser": 1}
+
+
+def test_layers_that_do_not_exist_are_refused() -> None:
+    config = served(skip_layers="0,7-8").config
+    with pytest.raises(ConfigError, match="skip_layers names 7, 8, but transformer has self-attention layers 0-1"):
+        check_layers(config, 2, "transformer")
+    check_layers(config, 9, "transformer")
+    check_layers(served("fa").config, 0, "transformer")
+
+
+# forwards
+
+
+def test_there_is_no_forward_before_and_after() -> None:
+    stage = stage_of(served())
+    assert running() is None
+    with contextlib.suppress(ZeroDivisionError), forward_of(stage) as forward:
+        assert running() is forward
+        raise ZeroDivisionError
+    assert running() is None
+
+
+def test_forwards_nest() -> None:
+    outer, inner = stage_of(served()), stage_of(served())
+    with forward_of(outer) as first_forward:
+        with forward_of(inner) as second_forward:
+            assert running() is second_forward
+        assert running() is first_forward
+
+
+def test_a_forward_that_was_never_left_is_forgotten_and_its_run_too() -> None:
+    stage = stage_of(served())
+    stage.enter(stage.models[0], ARGUMENTS)
+    with forward_of(stage, timestep=600) as forward:
+        assert forward.step.index == 0
+    assert running() is None
+
+
+def test_a_call_outside_every_forward_is_dense_and_warns_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage._local, "warned_stray", False, raising=False)
+    q, k, v = qkv()
+    mask = first(LENGTH - 15)
+    with caplog.at_level(logging.WARNING, logger="ditattn"):
+        for _ in range(2):
+            torch.testing.assert_close(attend(q, k, v, mask), dense(q, k, v, mask[:, None, None]), rtol=0, atol=1e-5)
+    assert caplog.text.count("outside a denoiser's forward") == 1
+
+
+def test_threads_have_their_own_forwards() -> None:
+    together = threading.Barrier(2)
+    stages = [stage_of(served(skip_first_steps=steps)) for steps in (0, 1)]
+    inputs = qkv()
+
+    def run(stage: DenoisingStage) -> None:
+        for timestep in (900, 600):
+            with forward_of(stage, timestep=timestep) as forward:
+                together.wait(30)
+                assert running() is forward
+                attend(*inputs)
+                together.wait(30)
+
+    threads = [threading.Thread(target=run, args=(stage,)) for stage in stages]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [report_of(stage).dense_reasons for stage in stages] == [{}, {"first steps": 1}]
+    assert [report_of(stage).sparse for stage in stages] == [2, 1]
+
+
+def test_the_report_tells_which_implementations_served() -> None:
+    for name, ops in (("rain_fusion_attn", {"block_sparse_attention", "dense_attention"}), ("torch_sdpa", {"dense_attention"})):
+        stage = stage_of(served(name))
+        with forward_of(stage):
+            attend(*qkv())
+        assert set(report_of(stage).implementations) == ops
+        query, key, _ = qkv()
+        best = choose(dense_attention.TABLE, call_facts(query, key)).name
+        assert report_of(stage).implementations["dense_attention"] == ("torch" if name == "torch_sdpa" else best)
