@@ -5,6 +5,7 @@
     python -m benchmarks.cpu_attention --record   also append that line to benchmarks/results/cpu_attention.jsonl
 
 Times are medians of interleaved rounds in one process, ratios are taken within a round. Leave the machine alone meanwhile.
+What is being measured is shown on stderr; what is too slow for its share of --budget runs once, at a smaller size, and is marked.
 """
 
 from __future__ import annotations
@@ -14,21 +15,24 @@ import json
 from functools import partial
 from pathlib import Path
 
-from ditattn.bench import suite
+from ditattn.bench import status_line, suite
+from ditattn.bench.timing import Effort
 
 RESULTS = Path(__file__).parent / "results/cpu_attention.jsonl"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="at most, where the budget is enough")
+    parser.add_argument("--budget", type=float, default=90, help="seconds per table")
     parser.add_argument("--quick", action="store_true", help="shorter sequences, no whole video")
     parser.add_argument("--no-flex", action="store_true", help="without FlexAttention, which compiles for a minute")
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of tables")
     parser.add_argument("--record", action="store_true", help="append the JSON line to benchmarks/results")
     options = parser.parse_args()
     tell = (lambda text: None) if options.json else partial(print, flush=True)
-    answers = suite.ask(suite.QUICK if options.quick else suite.FULL, options.rounds, not options.no_flex, tell)
+    effort = Effort(options.rounds, options.budget, status_line.show)
+    answers = suite.ask(suite.QUICK if options.quick else suite.FULL, effort, not options.no_flex, tell)
     line = json.dumps(answers.as_dict())
     if options.json:
         print(line)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from ditattn.bench import cpu_attention, timing
-from ditattn.bench.timing import Timing, interleaved, machine, ratio
+from ditattn.bench.timing import Effort, Timing, interleaved, machine, ratio, seconds
 from ditattn.ops import cpu_library
 from ditattn.ops.block_sparse_attention import block_sparse_attention
 
 needs_kernel = pytest.mark.skipif(cpu_library.problem() is not None, reason=f"no CPU kernels: {cpu_library.problem()}")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call is not repeated until it has run for a while."""
+    monkeypatch.setattr(timing, "SHORTEST_S", 0)
 
 
 def test_ratios_are_taken_within_a_round() -> None:
@@ -22,17 +30,23 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert Timing("x", (3.0, 1.0, 2.0)).median_ms == 2.0
 
 
-def test_rounds_are_interleaved_and_the_first_does_not_count() -> None:
+def test_rounds_are_interleaved_and_the_first_does_not_count(quick: None) -> None:
     order: list[str] = []
-    times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, shortest_s=0)
+    effort = Effort(rounds=2)
+    times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, effort, effort.until_s())
     assert order == ["a", "b"] * 3
     assert len(times["a"].rounds_ms) == 2
 
 
-def test_fast_calls_are_repeated_and_their_best_run_kept() -> None:
-    lengths = iter([0.0, 0.003, 0.001, 0.003] + [0.002] * 100)
-    times = interleaved({"x": lambda: time.sleep(next(lengths))}, rounds=1, shortest_s=0.004)
-    assert times["x"].rounds_ms[0] < 3
+def test_fast_calls_are_repeated_and_their_best_run_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SHORTEST_S", 4.0)
+    now, lengths = [0.0], iter([3.0, 0.5, 1.0, 7.0])
+
+    def call() -> None:
+        now[0] += next(lengths)
+
+    assert seconds(call, lambda: now[0]) == 0.5
+    assert next(lengths) == 7.0
 
 
 @pytest.mark.parametrize("density", [0.5, 0.25, 0.125])
@@ -43,44 +57,180 @@ def test_random_plans_have_the_asked_density(density: float) -> None:
 
 
 @needs_kernel
-def test_a_report_has_every_ratio_and_is_json() -> None:
-    measured = cpu_attention.measure_shape(512, 2, 64, torch.bfloat16, rounds=2)
+def test_a_report_has_every_ratio_and_is_json(quick: None) -> None:
+    measured = cpu_attention.measure_shape(512, 2, 64, torch.bfloat16, Effort(rounds=2), matmul=128)
     found = json.loads(json.dumps({"machine": machine(), "report": [measured.as_dict()]}))
     assert found["machine"]["kernels"] in cpu_library.VARIANTS
     ratios = found["report"][0]["ratios"]
     assert {
         "dense / SDPA",
-        "dense rate / matmul 2048 rate",
+        "dense rate / matmul 128 rate",
         "sparse, 75.0% dropped / gather + SDPA",
         "all threads / one thread",
     } <= ratios.keys()
     assert all(low <= median <= high for median, low, high in ratios.values())
+    assert set(found["report"][0]["rounds"].values()) == {2}
+    assert found["report"][0]["smaller"] == found["report"][0]["left_out"] == {}
     text = cpu_attention.render(measured)
     assert "| sparse 0.25 |" in text
     assert "### B1 H2 S512 D64 bfloat16" in text
 
 
 @needs_kernel
+def test_a_slow_reference_runs_once_at_a_smaller_size_and_is_marked(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow()
+    monkeypatch.setattr(cpu_attention, "_matmul", slow.matmul)
+    measured = cpu_attention.measure_shape(256, 2, 64, torch.bfloat16, slow.effort(rounds=2, budget_s=240_000), matmul=2048)
+    # a share of 30000 s, an eighth; at 2048 one product would take 64000 s, at 1024 8000 s
+    assert slow.ran == [256, 256, 512, 1024]
+    found = json.loads(json.dumps(measured.as_dict()))
+    name = "matmul 2048, at n 1024"
+    assert "matmul 2048" not in found["ms"]
+    assert found["ms"][name] == pytest.approx(8e6, rel=0.01)
+    assert measured.gflops[name] == pytest.approx(2 * 1024**3 / 8e12, rel=0.01)
+    assert (found["rounds"][name], found["rounds"]["dense"]) == (1, 2)
+    assert list(found["smaller"]) == ["matmul 2048"]
+    assert found["smaller"]["matmul 2048"].startswith("measured once: by its rate at n 1024 it would take 640")
+    median, low, high = found["ratios"][f"dense rate / matmul 2048 rate (by the rate of {name})"]
+    assert median == low == high
+    assert median == pytest.approx(measured.gflops["dense"] / measured.gflops[name], rel=0.01)
+    assert "dense rate / matmul 2048 rate" not in found["ratios"]
+    assert "dense / SDPA" in found["ratios"]
+    text = cpu_attention.render(measured)
+    assert f"| {name} | 80" in text
+    assert "\nmatmul 2048: measured once: by its rate at n 1024" in text
+
+
+@needs_kernel
+def test_a_budget_reduces_the_rounds_and_the_table_says_how_many_ran(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow()
+    monkeypatch.setattr(cpu_attention, "_matmul", slow.matmul)
+    measured = cpu_attention.measure_shape(256, 2, 64, torch.bfloat16, slow.effort(rounds=70, budget_s=144_000), matmul=1024)
+    # a share of 18000 s holds two runs of 8000 s; 1250 s for two looks at 256 and one at 512 leave time for 17
+    assert slow.ran == [256, 256, 512] + 17 * [1024]
+    assert measured.as_dict()["rounds"] == {t.name: 16 for t in measured.times}
+    assert "| 16 |" in cpu_attention.render(measured)
+
+
+@needs_kernel
+def test_a_table_without_a_warm_up_round_says_so(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow()
+    monkeypatch.setattr(cpu_attention, "_matmul", slow.matmul)
+    # a single size is run without a look; a second run would end at 250 s
+    measured = cpu_attention.measure_shape(256, 2, 64, torch.bfloat16, slow.effort(rounds=7, budget_s=200), matmul=256)
+    assert slow.ran == [256]
+    assert measured.as_dict()["left_out"] == {"warm-up round": "the budget had time for one round only, which counts"}
+    assert "left out: warm-up round: the budget" in cpu_attention.render(measured)
+
+
+class Slow:
+    """A reference of 125 s at 256, by the cube of the size, on a clock that it moves instead of sleeping; other calls take milliseconds."""
+
+    def __init__(self) -> None:
+        self.slept_s = 0.0
+        self.ran: list[int] = []
+
+    def effort(self, rounds: int, budget_s: float) -> Effort:
+        return Effort(rounds, budget_s, clock=lambda: time.perf_counter() + self.slept_s)
+
+    def matmul(self, n: int, dtype: torch.dtype) -> Callable[[], object]:
+        def run() -> None:
+            self.ran.append(n)
+            self.slept_s += 125 * (n / 256) ** 3
+
+        return run
+
+
+@needs_kernel
 def test_growth_reports_an_exponent() -> None:
-    measured = cpu_attention.measure_growth((256, 512, 1024), 1, 64, torch.bfloat16, rounds=1)
+    measured = cpu_attention.measure_growth((256, 512, 1024), 1, 64, torch.bfloat16, Effort(rounds=1))
     assert [t.name for t in measured.times] == ["S 256", "S 512", "S 1024"]
     assert measured.ratios[0].median > 0
 
 
 @needs_kernel
-def test_a_whole_rain_fusion_call_is_measured_with_its_parts() -> None:
-    measured = cpu_attention.measure_video((3, 16, 16), 2, 64, torch.float32, rounds=1)
+def test_lengths_without_time_are_left_out_of_the_growth(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sleeping 1 s at 256, by the square of the length."""
+    slow = Slow()
+    ran = []
+
+    def sparse(self: cpu_attention.Problems, length: int, density: float) -> Callable[[], object]:
+        def run() -> None:
+            ran.append(length)
+            slow.slept_s += (length / 256) ** 2
+
+        return run
+
+    monkeypatch.setattr(cpu_attention.Problems, "sparse", sparse)
+    measured = cpu_attention.measure_growth((256, 512, 1024), 1, 64, torch.bfloat16, slow.effort(1, 50.0), density=1.0)
+    assert measured.left_out == {"S 1024": "the budget of 50 s is too short for it"}
+    assert 1024 not in ran
+    assert measured.ratios[0].median == pytest.approx(2, abs=0.1)
+    assert "left out: S 1024: the budget of 50 s" in cpu_attention.render(measured)
+    measured = cpu_attention.measure_growth((256, 512, 1024), 1, 64, torch.bfloat16, slow.effort(1, 5.0), density=1.0)
+    assert [t.name for t in measured.times] == ["S 256"]
+    assert list(measured.left_out) == ["S 512", "S 1024", "exponent of the time in S"]
+    assert "| ratio |" not in cpu_attention.render(measured)
+
+
+@needs_kernel
+def test_a_video_that_is_too_slow_has_smaller_frames(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call of it sleeps 1 s at 256 tokens, by the square."""
+    slow = Slow()
+
+    def parts(
+        problems: cpu_attention.Problems, grid: tuple[int, int, int], sparsity: float
+    ) -> tuple[dict[str, Callable[[], object]], float]:
+        names = ("Rain Fusion, whole call", "means and selection", "sparse attention", "sparse attention, ordering")
+
+        def run() -> None:
+            slow.slept_s += (math.prod(grid) / 256) ** 2
+
+        return dict.fromkeys(names, run), 0.5
+
+    monkeypatch.setattr(cpu_attention, "_video_parts", parts)
+    measured = cpu_attention.measure_video((2, 32, 32), 2, 64, torch.float32, slow.effort(1, 200.0))
+    # two runs of 16 s end in a share of 33 s; two of 64 s do not
+    assert "S1024 D64" in measured.title
+    assert measured.smaller["all calls"].startswith(
+        "token grid (2, 32, 16) instead of (2, 32, 32); the whole call: by its rate at S 1024 it would take 64 s"
+    )
+    assert {len(t.rounds_ms) for t in measured.times} == {1}
+
+
+@needs_kernel
+def test_a_whole_rain_fusion_call_is_measured_with_its_parts(quick: None) -> None:
+    measured = cpu_attention.measure_video((3, 16, 16), 2, 64, torch.float32, Effort(rounds=1))
     assert {t.name for t in measured.times} >= {"dense SDPA", "Rain Fusion, whole call", "means and selection", "sparse attention"}
     assert "density that ran" in measured.title
+
+
+def test_flex_attention_is_made_smaller_by_its_plan_and_compiled_before_the_time_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[float] = []
+    monkeypatch.setattr(cpu_attention, "_flex", lambda *tensors: lambda plan: lambda: ran.append(plan.density()))
+    told: list[str] = []
+    call = cpu_attention._flex_call(cpu_attention.Problems(2, 64, torch.bfloat16), 2048, 0.25, Effort(progress=told.append))
+    assert ran == [1 / 16]
+    assert told == ["compiling FlexAttention, for up to a minute"]
+    assert (call.name, call.sizes, call.label(2)) == ("FlexAttention 0.25", (1, 2, 4), "density 0.125")
+    assert call.work is not None
+    assert [call.work(kept) for kept in call.sizes] == [4 * 2048**2 * 2 * 64 * kept / 16 for kept in call.sizes]
+    call.make(4)()
+    assert ran[1:] == [0.25]
 
 
 @needs_kernel
 @pytest.mark.slow
 def test_flex_attention_runs_the_same_plan() -> None:
-    tensors, plan = cpu_attention._draw(512, 2, 64, torch.bfloat16), cpu_attention.random_plan(512, 2, 0.5)
-    flex = cpu_attention._flex(*tensors, plan)().transpose(1, 2).float()
-    own = block_sparse_attention(*tensors, plan, implementation="cpu").float()
-    assert (flex - own).norm() < 0.01 * own.norm()
+    tensors = cpu_attention.Problems(2, 64, torch.bfloat16).tensors(512)
+    flex = cpu_attention._flex(*tensors)
+    # one code for all plans of a shape
+    for density, stance in ((0.25, "default"), (0.5, "fail_on_recompile")):
+        plan = cpu_attention.random_plan(512, 2, density)
+        with torch.compiler.set_stance(stance):
+            found = flex(plan)().transpose(1, 2).float()
+        own = block_sparse_attention(*tensors, plan, implementation="cpu").float()
+        assert (found - own).norm() < 0.01 * own.norm()
 
 
 def test_the_commit_is_the_packages_own(tmp_path, monkeypatch) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
+import time
 
 import pytest
 
@@ -24,11 +24,10 @@ TITLES = (
 )
 FRESH = """
 import sys
-from functools import partial
 from ditattn.cli import main
-from ditattn.bench import cpu_attention, suite, timing
-cpu_attention.interleaved = partial(timing.interleaved, shortest_s=0)
-suite.FULL = suite.Sizes(256, (256, 512), None)
+from ditattn.bench import suite, timing
+timing.SHORTEST_S = 0
+suite.FULL = suite.Sizes(256, (256, 512), None, matmul=128)
 main(sys.argv[1:])
 """
 needs_kernel = pytest.mark.skipif(cpu_library.problem() is not None, reason=f"no CPU kernels: {cpu_library.problem()}")
@@ -37,9 +36,9 @@ needs_kernel = pytest.mark.skipif(cpu_library.problem() is not None, reason=f"no
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
     # a call is not repeated until it has run for a while
-    monkeypatch.setattr(cpu_attention, "interleaved", partial(timing.interleaved, shortest_s=0))
-    monkeypatch.setattr(suite, "FULL", suite.Sizes(256, (256, 512), (3, 16, 16)))
-    monkeypatch.setattr(suite, "QUICK", suite.Sizes(128, (128, 256), None))
+    monkeypatch.setattr(timing, "SHORTEST_S", 0)
+    monkeypatch.setattr(suite, "FULL", suite.Sizes(256, (256, 512), (3, 16, 16), matmul=128))
+    monkeypatch.setattr(suite, "QUICK", suite.Sizes(128, (128, 256), None, matmul=128))
 
 
 def fresh(isa):
@@ -73,7 +72,44 @@ def test_tables_for_people_begin_with_the_machine(ditattn):
     assert third == "left out: FlexAttention: not asked for"
     assert [line[4:] for line in done.out.splitlines() if line.startswith("### ")] == [t.replace("S256", "S128") for t in TITLES]
     assert done.out.count("| sparse, 75.0% dropped / own dense |") == 5
-    assert done.err == ""
+    # stderr has the progress and nothing else
+    assert all(line.startswith("table ") for line in done.err.splitlines())
+    for number, title in enumerate(TITLES, 1):
+        subject = f"table {number} of 6: {title.replace('S256', 'S128')}: "
+        told = [line.removeprefix(subject) for line in done.err.splitlines() if line.startswith(subject)]
+        assert told[-2:] == ["warm-up round", "round 1 of 1"]
+
+
+@needs_kernel
+def test_a_reference_that_is_too_slow_for_the_budget_is_marked_in_tables_and_json(ditattn, monkeypatch):
+    """A product that sleeps: 20 ms at 256, 160 ms at 512. Two runs there do not end in an eighth of a second."""
+    ran = []
+
+    def matmul(n, dtype):
+        return lambda: (ran.append(n), time.sleep(0.02 * (n / 256) ** 3))
+
+    monkeypatch.setattr(cpu_attention, "_matmul", matmul)
+    monkeypatch.setattr(suite, "QUICK", suite.Sizes(128, (128, 256), None, matmul=512))
+    done = ditattn("bench", "--quick", "--no-flex", "--rounds", 1, "--json", "--budget", 1)
+    assert done.status == 0, done.err
+    # five tables, each with a run to warm up and one that is timed
+    assert ran == [256] * 10
+    found = json.loads(done.out)
+    assert found["budget_s"] == 1
+    for answer in found["report"][:5]:
+        assert list(answer["smaller"]) == ["matmul 512"]
+        assert answer["ms"]["matmul 512, at n 256"] > 19
+        assert answer["rounds"]["matmul 512, at n 256"] == 1
+        assert "dense rate / matmul 512 rate (by the rate of matmul 512, at n 256)" in answer["ratios"]
+        assert not {"matmul 512", "dense rate / matmul 512 rate"} & {*answer["ms"], *answer["gflops"], *answer["ratios"]}
+    assert done.err.count("\nmatmul 512: measured once: by its rate at n 256 it would take ") == 5
+    assert done.err.count(": how long matmul 512 takes, at n 256\n") == 5
+
+
+@needs_kernel
+def test_the_json_says_how_many_rounds_ran(ditattn):
+    found = json.loads(ditattn("bench", "--quick", "--no-flex", "--rounds", 2, "--json").out)
+    assert [set(answer["rounds"].values()) for answer in found["report"]] == [{2}] * 6
 
 
 @needs_kernel
@@ -110,3 +146,10 @@ def test_wrong_numbers_of_rounds_are_refused(ditattn):
     assert done.status == 2
     assert len(done.error_lines) == 1
     assert "--rounds" in done.error_lines[0]
+
+
+def test_a_budget_without_time_is_refused(ditattn):
+    done = ditattn("bench", "--budget", 0)
+    assert done.status == 2
+    assert len(done.error_lines) == 1
+    assert "--budget" in done.error_lines[0]

@@ -1,31 +1,36 @@
 """How fast attention is on this CPU: the compiled kernel against torch's SDPA, gather + SDPA, FlexAttention and a plain matrix product.
 
 Times are medians of interleaved rounds; what is compared is the ratio of calls in the same round. Rates count the work that the plan
-keeps: 4 * D operations per kept query-key pair.
+keeps: 4 * D operations per kept query-key pair. A call that is too slow for its share of the time runs once at a smaller size, and is
+compared by its rate there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from ditattn.backends.rain_fusion_attn import RainFusionAttentionBackend
 from ditattn.backends.selection import mean_pool
-from ditattn.bench.timing import Timing, interleaved, machine, ratio
+from ditattn.bench.budget import Call, Row, compared, halvings, measure, settle
+from ditattn.bench.timing import Effort, Timing, machine
 from ditattn.ops import cpu_library
 from ditattn.ops.block_sparse_attention import block_sparse_attention
+from ditattn.ops.block_sparse_attention.flex import block_mask
 from ditattn.ops.dense_attention import dense_attention
-from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
+from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan, num_blocks
 from ditattn.plan.token_order import token_order
 
 __all__ = ["Measured", "Ratio", "measure_growth", "measure_shape", "measure_video", "render", "render_machine"]
 
-Calls = dict[str, Callable[[], object]]
 DENSITIES = (0.5, 0.25, 0.125)
+# tokens, and rows of a matrix, at which it is found out how slow a call is
+LEAST_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -40,69 +45,165 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Measured:
-    """One shape: its times, rates in GFLOP/s and ratios."""
+    """One shape: its times, rates in GFLOP/s and ratios; by name, why a call ran at a smaller size or not at all."""
 
     title: str
     times: tuple[Timing, ...]
     gflops: dict[str, float] = field(default_factory=dict)
     ratios: tuple[Ratio, ...] = ()
+    smaller: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         return {
             "title": self.title,
+            "rounds": {t.name: len(t.rounds_ms) for t in self.times},
             "ms": {t.name: round(t.median_ms, 3) for t in self.times},
             "gflops": {name: round(value, 1) for name, value in self.gflops.items()},
             "ratios": {r.what: [round(r.median, 3), round(r.low, 3), round(r.high, 3)] for r in self.ratios},
+            "smaller": self.smaller,
+            "left_out": self.left_out,
         }
 
 
-def measure_shape(length: int, heads: int, head_dim: int, dtype: torch.dtype, rounds: int, flex: bool = False) -> Measured:
-    """B 1, S `length`: dense and three densities, one thread, and the peers.
+class Problems:
+    """Self-attention on random tensors, B 1, at any number of tokens; what was drawn once is kept."""
+
+    def __init__(self, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        self.heads = heads
+        self.head_dim = head_dim
+        self.dtype = dtype
+        self.tensors = cache(self._draw)
+        self.plan = cache(lambda length, density: random_plan(length, heads, density))
+
+    def dense(self, length: int, implementation: str) -> Callable[[], object]:
+        return partial(dense_attention, *self.tensors(length), implementation=implementation)
+
+    def sparse(self, length: int, density: float, implementation: str = "cpu") -> Callable[[], object]:
+        return partial(block_sparse_attention, *self.tensors(length), self.plan(length, density), implementation=implementation)
+
+    def dense_work(self, length: int) -> float:
+        """Floating-point operations."""
+        return 4.0 * length * length * self.heads * self.head_dim
+
+    def sparse_work(self, length: int, density: float) -> float:
+        return self.dense_work(length) * self.plan(length, density).density()
+
+    def title(self, length: int | None = None) -> str:
+        tokens = "" if length is None else f" S{length}"
+        return f"B1 H{self.heads}{tokens} D{self.head_dim} {str(self.dtype)[6:]}"
+
+    def _draw(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        query, key, value = (torch.randn(1, length, self.heads, self.head_dim, generator=generator).to(self.dtype) for _ in range(3))
+        return query, key, value
+
+
+def measure_shape(
+    length: int, heads: int, head_dim: int, dtype: torch.dtype, effort: Effort, flex: bool = False, matmul: int = 2048
+) -> Measured:
+    """B 1, S `length`: dense and three densities, one thread, and the peers, among them a product of two `matmul` x `matmul` matrices.
 
     Raises:
         BackendUnavailable: there are no compiled kernels on this machine; says why.
     """
-    query, key, value = _draw(length, heads, head_dim, dtype)
-    plans = {density: random_plan(length, heads, density) for density in DENSITIES}
-    calls: Calls = {
-        "matmul 2048": _matmul(dtype),
-        "dense SDPA": lambda: dense_attention(query, key, value, implementation="torch"),
-        "dense": lambda: dense_attention(query, key, value, implementation="cpu"),
-        "dense, 1 thread": lambda: _on_one_thread(lambda: dense_attention(query, key, value, implementation="cpu")),
-    }
-    for density, plan in plans.items():
-        calls[f"sparse {density:g}"] = _sparse((query, key, value), plan)
-    calls["gather + SDPA 0.25"] = lambda: block_sparse_attention(query, key, value, plans[0.25], implementation="torch")
-    if flex:
-        calls["FlexAttention 0.25"] = _flex(query, key, value, plans[0.25])
-    times = interleaved(calls, rounds)
-    work = {name: _work(name, length, heads, head_dim) for name in times}
-    gflops = {name: work[name] / t.median_ms / 1e6 for name, t in times.items()}
-    return Measured(f"B1 H{heads} S{length} D{head_dim} {str(dtype)[6:]}", tuple(times.values()), gflops, tuple(_shape_ratios(times, work)))
+    problems = Problems(heads, head_dim, dtype)
+    title = problems.title(length)
+    effort = effort.about(title)
+    # FlexAttention is compiled here, before the time begins
+    calls = tuple(_shape_calls(problems, length, matmul, flex, effort))
+    rows = measure(calls, effort, effort.until_s())
+    work = problems.dense_work(length) / _matmul_work(matmul)
+    return _table(title, rows, tuple(_shape_ratios(rows, f"matmul {matmul}", work)))
 
 
-def _shape_ratios(times: dict[str, Timing], work: dict[str, float]) -> Iterator[Ratio]:
-    def pair(what: str, slow: str, fast: str, factor: float = 1.0) -> Ratio:
-        return Ratio(what, *(factor * value for value in ratio(times[slow], times[fast])))
+def _shape_calls(problems: Problems, length: int, matmul: int, flex: bool, effort: Effort) -> Iterator[Call]:
+    sizes = halvings(length, LEAST_SIZE)
 
-    yield pair("dense / SDPA", "dense SDPA", "dense")
-    yield pair("dense rate / matmul 2048 rate", "matmul 2048", "dense", work["dense"] / work["matmul 2048"])
+    def one_thread(n: int) -> Callable[[], object]:
+        return partial(_on_one_thread, problems.dense(n, "cpu"))
+
+    matrix = partial(_matmul, dtype=problems.dtype)
+    yield Call(f"matmul {matmul}", halvings(matmul, LEAST_SIZE), matrix, _matmul_work, "n {}".format)
+    yield Call("dense SDPA", sizes, partial(problems.dense, implementation="torch"), problems.dense_work)
+    yield Call("dense", sizes, partial(problems.dense, implementation="cpu"), problems.dense_work)
+    yield Call("dense, 1 thread", sizes, one_thread, problems.dense_work)
     for density in DENSITIES:
-        yield pair(f"sparse, {1 - density:.1%} dropped / own dense", "dense", f"sparse {density:g}")
-    yield pair("sparse, 75.0% dropped / dense SDPA", "dense SDPA", "sparse 0.25")
-    yield pair("sparse, 75.0% dropped / gather + SDPA", "gather + SDPA 0.25", "sparse 0.25")
-    if "FlexAttention 0.25" in times:
-        yield pair("sparse, 75.0% dropped / compiled FlexAttention", "FlexAttention 0.25", "sparse 0.25")
-    yield pair("all threads / one thread", "dense, 1 thread", "dense")
+        yield Call(f"sparse {density:g}", sizes, partial(problems.sparse, density=density), partial(problems.sparse_work, density=density))
+    gather = partial(problems.sparse, density=0.25, implementation="torch")
+    yield Call("gather + SDPA 0.25", sizes, gather, partial(problems.sparse_work, density=0.25))
+    if flex:
+        yield _flex_call(problems, length, 0.25, effort)
+
+
+def _shape_ratios(rows: dict[str, Row], matmul: str, work: float) -> Iterator[Ratio]:
+    """`work`: that of the dense call in matrix products."""
+    yield _ratio("dense / SDPA", rows["dense SDPA"], rows["dense"])
+    yield _ratio(f"dense rate / {matmul} rate", rows[matmul], rows["dense"], work)
+    for density in DENSITIES:
+        yield _ratio(f"sparse, {1 - density:.1%} dropped / own dense", rows["dense"], rows[f"sparse {density:g}"])
+    yield _ratio("sparse, 75.0% dropped / dense SDPA", rows["dense SDPA"], rows["sparse 0.25"])
+    yield _ratio("sparse, 75.0% dropped / gather + SDPA", rows["gather + SDPA 0.25"], rows["sparse 0.25"])
+    if "FlexAttention 0.25" in rows:
+        yield _ratio("sparse, 75.0% dropped / compiled FlexAttention", rows["FlexAttention 0.25"], rows["sparse 0.25"])
+    yield _ratio("all threads / one thread", rows["dense, 1 thread"], rows["dense"])
 
 
 def measure_video(
-    grid: tuple[int, int, int], heads: int, head_dim: int, dtype: torch.dtype, rounds: int, sparsity: float = 0.75
+    grid: tuple[int, int, int], heads: int, head_dim: int, dtype: torch.dtype, effort: Effort, sparsity: float = 0.75
 ) -> Measured:
-    """A whole Rain Fusion call (order, means, selection, attention, inverse order) against dense SDPA, and its parts."""
-    length = math.prod(grid)
-    query, key, value = _draw(length, heads, head_dim, dtype)
-    impl = RainFusionAttentionBackend.get_impl_cls()(heads, head_dim)
+    """A whole Rain Fusion call (order, means, selection, attention, inverse order) against dense SDPA, and its parts.
+
+    Where the whole call is too slow for its share of the time, frames are smaller.
+    """
+    problems = Problems(heads, head_dim, dtype)
+    title = f"Rain Fusion at {sparsity:.0%} dropped"
+    effort = effort.about(title)
+    until_s = effort.until_s()
+    grids = {math.prod(smaller): smaller for smaller in _smaller_frames(grid)}
+    sizes = tuple(grids)
+    parts = cache(lambda length: _video_parts(problems, grids[length], sparsity))
+
+    def part(name: str) -> Callable[[int], Callable[[], object]]:
+        return lambda length: parts(length)[0][name]
+
+    name = "Rain Fusion, whole call"
+    whole = Call(name, sizes, part(name), problems.dense_work)
+    # two of its parts take about as long, and dense attention longer
+    smaller = settle(whole, effort.budget_s / 6, effort)
+    length = sizes[-1] if smaller is None else smaller.size
+    calls, density = parts(length)
+    dense_sizes = halvings(length, LEAST_SIZE)
+    dense = [
+        Call("dense SDPA", dense_sizes, partial(problems.dense, implementation="torch"), problems.dense_work),
+        Call("dense", dense_sizes, partial(problems.dense, implementation="cpu"), problems.dense_work),
+    ]
+    rows = measure([*dense, *(Call(what, (length,), part(what)) for what in calls)], effort, until_s)
+    ratios = (
+        _ratio("Rain Fusion call / dense SDPA", rows["dense SDPA"], rows[name]),
+        _ratio("Rain Fusion call / own dense", rows["dense"], rows[name]),
+        _ratio("means and selection, share of attention", rows["means and selection"], rows["sparse attention"]),
+        _ratio("whole call / attention alone on ordered tensors", rows[name], rows["sparse attention"]),
+    )
+    table = _table(f"{title}, density that ran {density:.3f}: {problems.title(length)}", rows, ratios)
+    if smaller is None:
+        return table
+    shrunk = f"token grid {grids[length]} instead of {grid}; the whole call: {smaller.reason}"
+    return replace(table, smaller={"all calls": shrunk, **table.smaller})
+
+
+def _smaller_frames(grid: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+    """The grid and those with smaller frames, ascending: the longer side is halved. The number of frames decides the density, and stays."""
+    frames, height, width = grid
+    smaller = (frames, height, width // 2) if width >= height else (frames, height // 2, width)
+    return [*(_smaller_frames(smaller) if math.prod(smaller) >= LEAST_SIZE else []), grid]
+
+
+def _video_parts(problems: Problems, grid: tuple[int, int, int], sparsity: float) -> tuple[dict[str, Callable[[], object]], float]:
+    """The whole call and its parts at one grid, and the density that runs."""
+    query, key, value = problems.tensors(math.prod(grid))
+    scale = problems.head_dim**-0.5
+    impl = RainFusionAttentionBackend.get_impl_cls()(problems.heads, problems.head_dim)
     metadata = RainFusionAttentionBackend.get_builder_cls()().build(
         current_timestep=20, raw_latent_shape=(1, 16, *grid), patch_size=1, sparsity=sparsity
     )
@@ -111,43 +212,40 @@ def measure_video(
     ordered = [order.apply(x) for x in (query, key, value)]
 
     def select() -> BlockPlan:
-        return mean_pool.select(query, key, scale=head_dim**-0.5, sparsity=sparsity, protected=protected, order=order)
+        return mean_pool.select(query, key, scale=scale, sparsity=sparsity, protected=protected, order=order)
 
     plan = select()
-    times = interleaved(
-        {
-            "dense SDPA": lambda: dense_attention(query, key, value, implementation="torch"),
-            "dense": lambda: dense_attention(query, key, value, implementation="cpu"),
-            "Rain Fusion, whole call": lambda: impl.forward(query, key, value, metadata),
-            "means and selection": select,
-            "sparse attention": lambda: block_sparse_attention(ordered[0], ordered[1], ordered[2], plan, implementation="cpu"),
-            "sparse attention, ordering": lambda: block_sparse_attention(query, key, value, plan, order=order, implementation="cpu"),
-        },
-        rounds,
-    )
-    ratios = (
-        Ratio("Rain Fusion call / dense SDPA", *ratio(times["dense SDPA"], times["Rain Fusion, whole call"])),
-        Ratio("Rain Fusion call / own dense", *ratio(times["dense"], times["Rain Fusion, whole call"])),
-        Ratio("means and selection, share of attention", *ratio(times["means and selection"], times["sparse attention"])),
-        Ratio("whole call / attention alone on ordered tensors", *ratio(times["Rain Fusion, whole call"], times["sparse attention"])),
-    )
-    title = (
-        f"Rain Fusion at {sparsity:.0%} dropped, density that ran {plan.density():.3f}: B1 H{heads} S{length} D{head_dim} {str(dtype)[6:]}"
-    )
-    return Measured(title, tuple(times.values()), ratios=ratios)
+    return {
+        "Rain Fusion, whole call": lambda: impl.forward(query, key, value, metadata),
+        "means and selection": select,
+        "sparse attention": lambda: block_sparse_attention(ordered[0], ordered[1], ordered[2], plan, implementation="cpu"),
+        "sparse attention, ordering": lambda: block_sparse_attention(query, key, value, plan, order=order, implementation="cpu"),
+    }, plan.density()
 
 
-def measure_growth(lengths: tuple[int, ...], heads: int, head_dim: int, dtype: torch.dtype, rounds: int, density: float = 0.25) -> Measured:
-    """Time of the sparse call against S at a fixed density, and the exponent of a power law through the medians."""
-    calls: Calls = {}
-    for length in lengths:
-        calls[f"S {length}"] = _sparse(_draw(length, heads, head_dim, dtype), random_plan(length, heads, density))
-    times = interleaved(calls, rounds)
-    x = torch.tensor([math.log(length) for length in lengths], dtype=torch.float64)
-    y = torch.tensor([math.log(t.median_ms) for t in times.values()], dtype=torch.float64)
+def measure_growth(
+    lengths: tuple[int, ...], heads: int, head_dim: int, dtype: torch.dtype, effort: Effort, density: float = 0.25
+) -> Measured:
+    """Time of the sparse call against S at a fixed density, and the exponent of a power law through the medians.
+
+    Lengths that are too slow for the time are left out.
+    """
+    problems = Problems(heads, head_dim, dtype)
+    title = f"Growth with S at density {density:g}: {problems.title()}"
+    effort = effort.about(title)
+    ladder = Call("the sparse call", lengths, partial(problems.sparse, density=density), partial(problems.sparse_work, density=density))
+    # the longest takes most of the time, all the others together a third of its
+    until_s = effort.until_s()
+    reached = settle(ladder, effort.budget_s / 2, effort)
+    ran = [length for length in lengths if reached is None or length <= reached.size]
+    rows = measure([Call(f"S {length}", (length,), partial(problems.sparse, density=density)) for length in ran], effort, until_s)
+    left_out = {f"S {length}": f"the budget of {effort.budget_s:g} s is too short for it" for length in lengths if length not in ran}
+    if len(ran) < 2:
+        return _table(title, rows, left_out={**left_out, "exponent of the time in S": "it needs two lengths"})
+    x = torch.tensor([math.log(length) for length in ran], dtype=torch.float64)
+    y = torch.tensor([math.log(row.full_ms) for row in rows.values()], dtype=torch.float64)
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
-    title = f"Growth with S at density {density:g}: B1 H{heads} D{head_dim} {str(dtype)[6:]}"
-    return Measured(title, tuple(times.values()), ratios=(Ratio("exponent of the time in S", slope, slope, slope),))
+    return _table(title, rows, (Ratio("exponent of the time in S", slope, slope, slope),), left_out)
 
 
 def random_plan(length: int, heads: int, density: float) -> BlockPlan:
@@ -159,6 +257,26 @@ def random_plan(length: int, heads: int, density: float) -> BlockPlan:
     return BlockPlan.from_mask(ranks < kept, length, length).trimmed()
 
 
+def _table(title: str, rows: dict[str, Row], ratios: tuple[Ratio, ...] = (), left_out: dict[str, str] | None = None) -> Measured:
+    left_out = dict(left_out or {})
+    if not all(row.timing.warmed_up for row in rows.values()):
+        left_out["warm-up round"] = "the budget had time for one round only, which counts"
+    return Measured(
+        title,
+        tuple(row.timing for row in rows.values()),
+        {row.timing.name: row.gflops for row in rows.values() if row.gflops is not None},
+        ratios,
+        {name: f"measured once: {row.reason}" for name, row in rows.items() if not row.is_full},
+        left_out,
+    )
+
+
+def _ratio(what: str, slow: Row, fast: Row, factor: float = 1.0) -> Ratio:
+    """Of the times, times the factor. The name says which calls are compared by their rates at smaller sizes."""
+    smaller = " and ".join(row.timing.name for row in (slow, fast) if not row.is_full)
+    return Ratio(f"{what} (by the rate of {smaller})" if smaller else what, *(factor * value for value in compared(slow, fast)))
+
+
 def render_machine() -> str:
     """The machine in one line, and why better kernels than the chosen ones are not used."""
     facts = "; ".join(f"{name} {value}" for name, value in machine().items())
@@ -166,38 +284,31 @@ def render_machine() -> str:
 
 
 def render(measured: Measured) -> str:
-    """Markdown: one table of times and one of ratios."""
-    parts = [f"\n### {measured.title}\n", "| call | ms (median) | spread of rounds | GFLOP/s |\n|---|---|---|---|"]
+    """Markdown: one table of times, one of ratios, and what is to be said about single rows."""
+    parts = [f"\n### {measured.title}\n", "| call | ms (median) | spread of rounds | rounds | GFLOP/s |\n|---|---|---|---|---|"]
     for t in measured.times:
-        rate = f"{measured.gflops[t.name]:.0f}" if t.name in measured.gflops else ""
-        parts.append(f"| {t.name} | {t.median_ms:.2f} | {min(t.rounds_ms):.2f} - {max(t.rounds_ms):.2f} | {rate} |")
-    parts.append("\n| ratio | median | spread |\n|---|---|---|")
-    parts += [f"| {r.what} | {r.median:.3g} | {r.low:.3g} - {r.high:.3g} |" for r in measured.ratios]
+        rate = _digits(measured.gflops[t.name]) if t.name in measured.gflops else ""
+        parts.append(f"| {t.name} | {t.median_ms:.2f} | {min(t.rounds_ms):.2f} - {max(t.rounds_ms):.2f} | {len(t.rounds_ms)} | {rate} |")
+    if measured.ratios:
+        parts.append("\n| ratio | median | spread |\n|---|---|---|")
+        parts += [f"| {r.what} | {_digits(r.median)} | {_digits(r.low)} - {_digits(r.high)} |" for r in measured.ratios]
+    parts += [f"\n{name}: {reason}" for name, reason in measured.smaller.items()]
+    parts += [f"\nleft out: {name}: {reason}" for name, reason in measured.left_out.items()]
     return "\n".join(parts)
 
 
-def _draw(length: int, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, length, heads, head_dim, generator=generator).to(dtype) for _ in range(3))
-    return query, key, value
+def _digits(number: float) -> str:
+    """Three digits, or the whole number where it has more."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def _sparse(tensors: tuple[Tensor, Tensor, Tensor], plan: BlockPlan) -> Callable[[], object]:
-    query, key, value = tensors
-    return lambda: block_sparse_attention(query, key, value, plan, implementation="cpu")
-
-
-def _matmul(dtype: torch.dtype) -> Callable[[], object]:
-    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+def _matmul(n: int, dtype: torch.dtype) -> Callable[[], object]:
+    a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
     return lambda: a @ b
 
 
-def _work(name: str, length: int, heads: int, head_dim: int) -> float:
-    """Floating-point operations of the named call."""
-    if name.startswith("matmul"):
-        return 2.0 * 2048**3
-    density = float(name.rsplit(" ", 1)[-1]) if name[-1].isdigit() else 1.0
-    return 4.0 * length * length * heads * head_dim * density
+def _matmul_work(n: int) -> float:
+    return 2.0 * n**3
 
 
 def _on_one_thread(call: Callable[[], object]) -> None:
@@ -209,14 +320,36 @@ def _on_one_thread(call: Callable[[], object]) -> None:
         torch.set_num_threads(threads)
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan) -> Callable[[], object]:
-    """Compiled FlexAttention on the same plan, given as full blocks; both need S to be a multiple of the block."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+def _flex_call(problems: Problems, length: int, density: float, effort: Effort) -> Call:
+    """FlexAttention on the same plan. Its sizes are kept blocks per row, since code for another S would have to be compiled again."""
+    blocks = num_blocks(length)
+    flex = _flex(*problems.tensors(length))
+
+    def make(kept: int) -> Callable[[], object]:
+        return flex(problems.plan(length, kept / blocks))
+
+    sizes = halvings(max(1, round(blocks * density)), 1)
+    effort.progress("compiling FlexAttention, for up to a minute")
+    make(sizes[0])()
+    return Call(
+        f"FlexAttention {density:g}",
+        sizes,
+        make,
+        lambda kept: problems.sparse_work(length, kept / blocks),
+        lambda kept: f"density {kept / blocks:g}",
+    )
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor) -> Callable[[BlockPlan], Callable[[], object]]:
+    """Compiled FlexAttention for any plan, one code for all; S has to be a multiple of the block."""
+    from torch.nn.attention.flex_attention import flex_attention
 
     q, k, v = (x.transpose(1, 2).contiguous() for x in (query, key, value))
-    # it reads the number of key blocks off the width of the indices
-    indices = torch.nn.functional.pad(plan.indices.clamp(min=0), (0, plan.num_key_blocks - plan.indices.shape[-1]))
-    none = torch.zeros_like(plan.counts), torch.zeros_like(indices)
-    mask = BlockMask.from_kv_blocks(*none, plan.counts, indices, BLOCK_SIZE=BLOCK_SIZE)
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, block_mask=mask)
+
+    def call(plan: BlockPlan) -> Callable[[], object]:
+        # indices of one width, or every plan would be compiled for
+        indices = torch.nn.functional.pad(plan.indices, (0, plan.num_key_blocks - plan.indices.shape[-1]), value=-1)
+        return partial(compiled, q, k, v, block_mask=block_mask(replace(plan, indices=indices)))
+
+    return call

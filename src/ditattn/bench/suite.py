@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from ditattn.bench.cpu_attention import Measured, measure_growth, measure_shape, measure_video, render, render_machine
-from ditattn.bench.timing import machine
+from ditattn.bench.timing import Effort, machine
 from ditattn.errors import BackendUnavailable
 from ditattn.ops import cpu_library
 from ditattn.ops.block_sparse_attention.flex import why_not_compiled
@@ -27,11 +28,13 @@ class Sizes:
         length: tokens of the dense and sparse calls.
         growth: tokens of the calls whose time is followed.
         video: token grid (F, Y, X) of the whole Rain Fusion call; None leaves it out.
+        matmul: rows and columns of the matrices whose product is measured.
     """
 
     length: int
     growth: tuple[int, ...]
     video: tuple[int, int, int] | None
+    matmul: int = 2048
 
 
 # the grid of wan2.1-1.3b-480p-81f
@@ -41,9 +44,10 @@ QUICK = Sizes(4096, (2048, 4096, 8192, 16384), None)
 
 @dataclass(frozen=True)
 class Answers:
-    """What was measured, and what was not, with the reasons by call."""
+    """What was measured, in how many rounds at most and how many seconds per table, and what was not, with the reasons by call."""
 
     rounds: int
+    budget_s: float
     measured: tuple[Measured, ...]
     left_out: dict[str, str]
 
@@ -52,13 +56,14 @@ class Answers:
             "machine": machine(),
             "kernels_passed_over": cpu_library.selection().rejected,
             "rounds": self.rounds,
+            "budget_s": self.budget_s,
             "seed": SEED,
             "left_out": self.left_out,
             "report": [measured.as_dict() for measured in self.measured],
         }
 
 
-def ask(sizes: Sizes, rounds: int, flex: bool, tell: Callable[[str], None]) -> Answers:
+def ask(sizes: Sizes, effort: Effort, flex: bool, tell: Callable[[str], None]) -> Answers:
     """Measure everything. `tell` gets the machine and then every table as Markdown, each as soon as it is known.
 
     Raises:
@@ -73,19 +78,23 @@ def ask(sizes: Sizes, rounds: int, flex: bool, tell: Callable[[str], None]) -> A
     for name, reason in left_out.items():
         tell(f"left out: {name}: {reason}")
     torch.manual_seed(SEED)
-    measured = []
-    for answer in _answers(sizes, rounds, not left_out):
-        measured.append(answer)
-        tell(render(answer))
-    return Answers(rounds, tuple(measured), left_out)
+    tables, measured = _tables(sizes, not left_out), []
+    for number, table in enumerate(tables, 1):
+        measured.append(table(effort.about(f"table {number} of {len(tables)}")))
+        effort.progress("")
+        tell(render(measured[-1]))
+    return Answers(effort.rounds, effort.budget_s, tuple(measured), left_out)
 
 
-def _answers(sizes: Sizes, rounds: int, flex: bool) -> Iterator[Measured]:
-    for dtype in (torch.bfloat16, torch.float32):
-        for head_dim in (128, 64):
-            yield measure_shape(sizes.length, 4, head_dim, dtype, rounds, flex and head_dim == 128)
-    yield measure_shape(sizes.length, 4, 128, torch.float16, rounds)
-    yield measure_growth(sizes.growth, 1, 128, torch.bfloat16, rounds)
-    if sizes.video:
+def _tables(sizes: Sizes, flex: bool) -> list[Callable[[Effort], Measured]]:
+    tables: list[Callable[[Effort], Measured]] = [
+        partial(measure_shape, sizes.length, 4, head_dim, dtype, flex=flex and head_dim == 128, matmul=sizes.matmul)
+        for dtype in (torch.bfloat16, torch.float32)
+        for head_dim in (128, 64)
+    ]
+    tables.append(partial(measure_shape, sizes.length, 4, 128, torch.float16, matmul=sizes.matmul))
+    tables.append(partial(measure_growth, sizes.growth, 1, 128, torch.bfloat16))
+    if grid := sizes.video:
         # seconds per call: fewer rounds will do
-        yield measure_video(sizes.video, 12, 128, torch.bfloat16, max(3, rounds // 2))
+        tables.append(lambda effort: measure_video(grid, 12, 128, torch.bfloat16, replace(effort, rounds=max(3, effort.rounds // 2))))
+    return tables

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ditattn.devices.base import Device
 
-__all__ = ["Cpu"]
+__all__ = ["Cpu", "cpuinfo"]
 
 
 class Cpu(Device):
