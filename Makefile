@@ -12,7 +12,11 @@ NPU_TORCH := $(shell grep '^torch==' constraints-npu.txt)
 CLIP := --prompt "a big red circle moves right on a blue background" --output-path outputs
 RAIN_FUSION := --attention-backend rain_fusion_attn --attention-backend-config skip_first_steps=20%
 
-.PHONY: demo test test-npu check format clean
+# tests run side by side, one thread each; PROCESSES=0 runs them one after the other in one process
+PROCESSES ?= auto
+TESTS := -m pytest -q -n $(PROCESSES) --maxprocesses 8 --dist worksteal
+
+.PHONY: demo test test-npu test-isa check static format clean
 
 # the same clip densely and with three quarters of the key blocks dropped, then what that cost and saved, at other sparsities too
 demo: $(READY)
@@ -21,20 +25,27 @@ demo: $(READY)
 	$(BIN)/ditattn compare $(CLIP) $(RAIN_FUSION) --grid sparsity=0.5,0.75,0.9 --output-file-name demo
 
 test: $(READY) $(NPU_READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python $(TESTS) --durations=20
 	$(MAKE) test-npu
 
 # the real torch_npu and mindiesd, on a machine without an NPU
 test-npu: $(NPU_READY)
-	$(NPU_BIN)/python -m pytest -q tests/npu
+	$(NPU_BIN)/python $(TESTS) tests/npu
 
-check: $(READY)
+# the contract of every op on the CPU kernels of older processors
+test-isa: $(READY)
+	for isa in baseline avx2; do DITATTN_CPU_ISA=$$isa $(BIN)/python $(TESTS) $(wildcard tests/ops/*/test_contract.py) || exit 1; done
+
+# what needs no test run: format, lint, types, the floors of the imports
+static: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/check_imports.py
-	$(BIN)/python -m pytest -q -m "not slow"
+
+check: static
+	$(BIN)/python $(TESTS) -m "not slow"
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -52,7 +63,7 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard src/ditattn/csrc/cp
 $(NPU_READY): pyproject.toml constraints-npu.txt
 	$(PYTHON) -m venv $(NPU_VENV)
 	$(NPU_BIN)/python -m pip install --quiet --disable-pip-version-check "$(NPU_TORCH)"
-	$(NPU_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-npu.txt -e ".[diffusers,cli]" pytest hypothesis \
+	$(NPU_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-npu.txt -e ".[diffusers,cli]" pytest pytest-xdist hypothesis \
 	  torch-npu mindiesd \
 	  numpy pyyaml \
 	  einops

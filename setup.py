@@ -43,6 +43,8 @@ class BuildKernels(build_ext):
     """Compiles each variant on its own. One that fails is left out and its error is written down; the others serve."""
 
     def run(self) -> None:
+        # every variant is a compiler run of its own
+        self.parallel = self.parallel or os.cpu_count()
         self.report: dict[str, object] = {"compiler": None, "built": [], "failed": {}}
         self.cxx = compiler()
         if self.cxx is None:

@@ -9,6 +9,9 @@ import pytest
 
 # OpenMP threads that spin while they wait slow each other down many times over where processes share cores; torch reads it at import
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# processes that run side by side share the cores: one thread each, in their children too
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # where torch_npu is installed, torch would load it at once; tests/npu first puts stand-ins in place of CANN
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 

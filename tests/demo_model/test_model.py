@@ -106,4 +106,8 @@ def test_saved_folder_is_clean_and_loads_in_the_stock_pipeline(pipe, tmp_path):
     settings = {"height": 32, "width": 32, "num_frames": 2, "num_inference_steps": 2, "max_sequence_length": 32, "output_type": "np"}
     frames = [p(CAPTION, **settings, generator=torch.Generator().manual_seed(0)).frames for p in (pipe, loaded)]
     assert frames[0].shape == (1, 3, 32, 32, 3)
-    assert (frames[0] == frames[1]).all()
+    for name in ("transformer", "text_encoder", "vae"):
+        before, after = getattr(pipe, name).state_dict(), getattr(loaded, name).state_dict()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    # weights that lie elsewhere in memory may be multiplied in another order, so the last bits are the processor's affair
+    assert abs(frames[0] - frames[1]).max() < 1e-5

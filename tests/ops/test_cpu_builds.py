@@ -50,7 +50,7 @@ def test_sanitizers(variant: str, sanitizer: str, tmp_path: Path) -> None:
     """Exact-size buffers, every tail, dense and sparse: no access outside, no data race."""
     if not _runs_here(variant):
         pytest.skip(f"this CPU cannot run {variant}")
-    target = _build(tmp_path / "sanitize", "g++", "-O1", "-g", f"-fsanitize={sanitizer}", *FLAGS[variant])
+    target = _build(tmp_path / "sanitize", "g++", "-O1", "-g1", f"-fsanitize={sanitizer}", *FLAGS[variant])
     done = subprocess.run([str(target)], capture_output=True, text=True, timeout=570)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-500:]
 
