@@ -100,6 +100,7 @@ def test_the_picture_is_what_the_code_draws(tmp_path: Path, monkeypatch: pytest.
 
 def test_version_is_in_the_changelog() -> None:
     assert f"## {ditattn.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"version: {ditattn.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_ascend_page_names_every_implementation() -> None:
