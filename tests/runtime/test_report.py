@@ -28,7 +28,8 @@ def log() -> ComponentLog:
     for step, kept in ((1, 1), (1, 2), (2, 3)):
         log.add(step, 0, CallRecord(None, plan(kept)))
         log.add(step, 1, CallRecord("skipped layer"))
-    log.step_sources["scheduler"] += 4
+    for step in (0, 0, 1, 2):
+        log.note_step(step, 4, "scheduler")
     return log
 
 
@@ -38,6 +39,8 @@ def test_counts_and_reasons(log: ComponentLog) -> None:
     assert report.dense_reasons == {"skipped layer": 3, "first steps": 2}
     assert list(report.dense_reasons) == ["skipped layer", "first steps"], "the most frequent reason comes first"
     assert report.step_sources == {"scheduler": 4}
+    assert (report.steps_run, report.schedule_steps) == (3, 4)
+    assert "; 3 of the schedule's 4 steps ran;" in report.sentence()
 
 
 def test_density_is_a_mean_over_sparse_calls(log: ComponentLog) -> None:

@@ -65,6 +65,42 @@ def test_a_scheduler_without_a_step_index_still_tells_the_number_of_steps() -> N
     assert clock.read(None, None, 900) == Step(0, 6, "timestep")
 
 
+def schedule(*timesteps: float, **attributes: Any) -> SimpleNamespace:
+    config = SimpleNamespace(num_train_timesteps=1000)
+    return SimpleNamespace(timesteps=torch.tensor(timesteps), config=config, **attributes)
+
+
+NOBODY_STEPPED = {"step_index": None, "_step_index": None, "begin_index": None}
+
+
+@pytest.mark.parametrize(
+    "form", [lambda t: t, lambda t: t / 1000, lambda t: torch.tensor([t]).bfloat16() / 1000], ids=["t", "share", "bf16"]
+)
+def test_a_run_that_begins_in_the_middle_begins_with_a_later_step(form: Any) -> None:
+    # UniPC in WanVideoToVideoPipeline: nobody sets begin_index, and step_index is None until the first step() has ended
+    clock = StepClock(lambda: schedule(1000.0, 900.0, 600.0, 300.0, **NOBODY_STEPPED))
+    assert clock.read(None, None, form(600.0)) == Step(2, 4, "scheduler")
+
+
+def test_schedulers_without_a_step_index_are_read_by_the_place_of_the_timestep() -> None:
+    # CogVideoX's DPM and DDIM schedulers, video to video
+    clock = StepClock(lambda: schedule(999.0, 749.0, 499.0, 249.0))
+    assert [clock.read(None, None, t) for t in (499, 249)] == [Step(2, 4, "schedule"), Step(3, 4, "schedule")]
+
+
+def test_the_running_pipelines_scheduler_counts() -> None:
+    own, other = scheduler(3), scheduler(1, num_steps=9)
+    assert StepClock(lambda: own).read(None, None, 900, other) == Step(1, 9, "scheduler")
+
+
+def test_a_scheduler_that_another_loop_left_behind_is_not_believed() -> None:
+    # it has run to its end, or stands still while the timesteps fall
+    assert indices(StepClock(lambda: scheduler(4)), [900, 600, 300]) == [0, 1, 2]
+    clock = StepClock(lambda: scheduler(2))
+    found = [clock.read(None, None, timestep) for timestep in (900, 900, 600, 300)]
+    assert [(one.index, one.num_steps) for one in found] == [(2, 4), (2, 4), (1, None), (2, None)]
+
+
 def test_the_scheduler_is_looked_up_at_every_forward() -> None:
     holder = SimpleNamespace(scheduler=scheduler(1))
     clock = StepClock(lambda: holder.scheduler)

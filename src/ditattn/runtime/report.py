@@ -49,6 +49,8 @@ class ComponentLog:
         reasons: dense calls by reason.
         reused, not_reused: see ComponentReport.
         step_sources: forwards by where the step index came from.
+        steps: indices of the steps that ran.
+        schedule_steps: steps of the schedule; None if unknown.
         implementations: by op.
         stopwatch: time in attention.
     """
@@ -61,6 +63,8 @@ class ComponentLog:
     reused: int = 0
     not_reused: Counter[str] = field(default_factory=Counter)
     step_sources: Counter[str] = field(default_factory=Counter)
+    steps: set[int] = field(default_factory=set)
+    schedule_steps: int | None = None
     implementations: dict[str, str] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
@@ -72,6 +76,13 @@ class ComponentLog:
         self.reused += record.reused
         if record.not_reused is not None:
             self.not_reused[record.not_reused] += 1
+
+    def note_step(self, index: int | None, num_steps: int | None, source: str) -> None:
+        """A forward began in this step."""
+        self.step_sources[source] += 1
+        if index is not None:
+            self.steps.add(index)
+        self.schedule_steps = num_steps
 
     def note_implementation(self, op: str, name: str) -> None:
         """An implementation of an op serves some of the calls."""
@@ -94,6 +105,8 @@ class ComponentLog:
             density_by_step={step: _mean_density(self._of(0, step)) for step in self._keys(0)},
             density_by_layer={layer: _mean_density(self._of(1, layer)) for layer in self._keys(1)},
             step_sources=dict(self.step_sources.most_common()),
+            steps_run=len(self.steps),
+            schedule_steps=self.schedule_steps,
             implementations=dict(self.implementations),
             attention_ms=self.stopwatch.total_ms(),
         )
@@ -129,6 +142,8 @@ class ComponentReport:
         density: mean kept share of query-key pairs over the sparse calls, protected blocks counted; None if nothing ran sparse.
         density_by_step, density_by_layer: the same by step and by layer; dense ones are None.
         step_sources: forwards by where the step index came from.
+        steps_run: different steps that ran: fewer than `schedule_steps` where a run begins in the middle (image to image).
+        schedule_steps: steps of the schedule of the last forward; None if unknown.
         implementations: which implementation of each op served; several, separated by commas, where calls differ in what they need.
         attention_ms: time in attention, order and selection included.
     """
@@ -145,6 +160,8 @@ class ComponentReport:
     density_by_step: dict[int, float | None]
     density_by_layer: dict[int, float | None]
     step_sources: dict[str, int]
+    steps_run: int
+    schedule_steps: int | None
     implementations: dict[str, str]
     attention_ms: float
 
@@ -157,7 +174,12 @@ class ComponentReport:
         if self.dense:
             parts.append(f"{self.dense} dense ({_counted(self.dense_reasons)})")
         ran = " / ".join(parts) or self._no_calls()
-        return f"{self.backend}: {ran}; {self.attention_ms / 1e3:.2f} s in attention"
+        return f"{self.backend}: {ran}{self._part_of_schedule()}; {self.attention_ms / 1e3:.2f} s in attention"
+
+    def _part_of_schedule(self) -> str:
+        if self.schedule_steps is None or not 0 < self.steps_run < self.schedule_steps:
+            return ""
+        return f"; {self.steps_run} of the schedule's {self.schedule_steps} steps ran"
 
     def _reuse(self) -> str:
         reused = f"; {self.reused_plans} with a reused plan" if self.reused_plans else ""

@@ -128,14 +128,21 @@ class DenoisingStage:
         self._metadata: dict[str, tuple[tuple[Any, ...], AttentionMetadata]] = {}
         self._evaluations = EvaluationCounter()
 
-    def enter(self, model: ServedModel, arguments: Mapping[str, Any], cache_context: Any = None, branch: str | None = None) -> Forward:
-        """A forward of `model` begins in this thread. `arguments` are the forward's arguments by name."""
+    def enter(
+        self, model: ServedModel, arguments: Mapping[str, Any], cache_context: Any = None, branch: str | None = None, driver: Any = None
+    ) -> Forward:
+        """A forward of `model` begins in this thread.
+
+        Args:
+            arguments: of the forward, by name.
+            cache_context, branch, driver: see `StepClock.read`.
+        """
         others = [other for other in getattr(_local, "stack", []) if other.model is not model]
         if len(others) < len(getattr(_local, "stack", [])):
             # KeyboardInterrupt ended a forward without a word, since torch calls no hook then: another run begins
             self._end_run()
-        step = self.clock.read(cache_context, branch, arguments.get("timestep"))
-        model.log.step_sources[step.source] += 1
+        step = self.clock.read(cache_context, branch, arguments.get("timestep"), driver)
+        model.log.note_step(step.index, step.num_steps, step.source)
         if self._evaluations.goes_back(step.index):
             self._forget_plans()
         evaluation = self._evaluations.read(model.name, step.index, branch)

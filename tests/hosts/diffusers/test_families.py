@@ -61,8 +61,8 @@ CASES = {
     "flux kontext": Case(tiny_pipelines.flux_kontext, "scheduler", 2),
     "qwen image": Case(tiny_pipelines.qwen_image, "scheduler", 2),
     "ltx video": Case(tiny_pipelines.ltx_video, "scheduler", 1),
-    "cogvideox, DPM": Case(lambda: tiny_pipelines.cogvideox("CogVideoXDPMScheduler"), "timestep", 1),
-    "cogvideox, DDIM": Case(lambda: tiny_pipelines.cogvideox("CogVideoXDDIMScheduler"), "timestep", 1),
+    "cogvideox, DPM": Case(lambda: tiny_pipelines.cogvideox("CogVideoXDPMScheduler"), "schedule", 1),
+    "cogvideox, DDIM": Case(lambda: tiny_pipelines.cogvideox("CogVideoXDDIMScheduler"), "schedule", 1),
 }
 
 every_family = pytest.mark.parametrize("name", CASES)

@@ -14,6 +14,7 @@ from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ditattn.hosts.diffusers.driver import driving_scheduler
 from ditattn.runtime.stage import DenoisingStage, ServedModel, attend, running
 
 __all__ = ["add_layer_hooks", "add_root_hook", "bind_arguments", "enter_layer", "is_listening", "leave_layer", "redirect_sdpa"]
@@ -105,7 +106,7 @@ class _RootHooks:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward begins."""
         arguments = bind_arguments(self._signature, module, args, kwargs)
-        self._stage.enter(self._model, arguments, self._sink.pushed, self._sink.branch)
+        self._stage.enter(self._model, arguments, self._sink.pushed, self._sink.branch, driving_scheduler(module))
 
     @torch.compiler.disable
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
