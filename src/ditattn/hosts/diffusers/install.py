@@ -7,6 +7,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from ditattn.backends.registry import parse_backend_name
 from ditattn.backends.selector import get_attn_backend
 from ditattn.errors import ConfigError, UnsupportedModel
+from ditattn.hosts.diffusers.copies import copies_are_plain
 from ditattn.hosts.diffusers.dispatcher import add_private_backend
 from ditattn.hosts.diffusers.hooks import add_layer_hooks, add_root_hook, is_listening, redirect_sdpa
 from ditattn.models import MODELS, ModelFamily, find_family
@@ -199,12 +201,17 @@ def _install_one(
         handle.on_remove(remove_member)
         shared = _processors_elsewhere(module, modules)
         for part in modules:
-            if id(part.processor) in shared:
-                handle.on_remove(_replace_processor(part, copy.copy(part.processor)))
+            plain = part.processor
+            if id(plain) in shared:
+                handle.on_remove(_replace_processor(part, copy.copy(plain)))
+            # before the member is set: a copy of the part gets a processor without it
+            handle.on_remove(copies_are_plain(part, partial(copy.copy, copy.copy(plain))))
             handle.on_remove(_set_processor_backend(part.processor, member))
     else:
         for part in modules:
+            handle.on_remove(copies_are_plain(part, partial(copy.copy, part.processor)))
             handle.on_remove(_replace_processor(part, redirect_sdpa(part.processor)))
+    handle.on_remove(copies_are_plain(module))
 
 
 def _processors_elsewhere(module: nn.Module, served: list[nn.Module]) -> set[int]:
