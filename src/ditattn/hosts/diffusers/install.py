@@ -103,7 +103,7 @@ def install(
 
     Args:
         target: a diffusers pipeline (preferred: it knows the step), or a bare transformer.
-        backend: a backend or its name; None takes DITATTN_ATTENTION_BACKEND or the platform's best dense backend.
+        backend: a backend or its name; None takes DITATTN_ATTENTION_BACKEND or torch_sdpa.
         components: other backends for single components, such as {"transformer_2": "torch_sdpa"}. `config` belongs to `backend` (without
             one, to the backend that the components name); a component with a different backend runs with that one's defaults.
         strict: raise DenseInStrictMode instead of running densely for a reason that nobody asked for, and UnsupportedModel for a
