@@ -18,7 +18,15 @@ pytest.importorskip("diffusers", reason="a backend serves in its pipelines")
 import ditattn
 import tiny_pipelines
 from ditattn.backends.registry import BACKENDS, backend_names, left_out, load_backend, parse_backend_name, usable_backends
-from ditattn.errors import BackendUnavailable, ConfigError, DenseInStrictMode, UnknownBackend, UnknownKey, UnsupportedHeadSize
+from ditattn.errors import (
+    BackendUnavailable,
+    ConfigError,
+    DenseInStrictMode,
+    UnknownBackend,
+    UnknownKey,
+    UnsupportedCall,
+    UnsupportedHeadSize,
+)
 from ditattn.hosts.diffusers.install import Request
 from ditattn.hosts.diffusers.probing import probe_run
 from foreign_package import BROKEN, on_path, write_broken_package, write_documented_package
@@ -27,7 +35,7 @@ from tiny_pipelines.wan import transformer
 
 ROOT = Path(__file__).resolve().parents[2]
 
-NAME = "nearest_attn"
+NAME, PLAIN = "nearest_attn", "plain_attn"
 SPARSE = {"sparsity": 0.5, "skip_first_steps": 0, "min_tokens": 0}
 
 
@@ -60,7 +68,7 @@ def ran(tiny: TinyPipeline, **config: Any) -> Any:
 
 @pytest.mark.usefixtures("_installed")
 def test_its_name_is_registered_as_sparse() -> None:
-    assert backend_names() == (*BACKENDS, NAME)
+    assert backend_names() == (*BACKENDS, NAME, PLAIN)
     assert parse_backend_name("Nearest_Attn") == NAME
     backend = load_backend(NAME)
     assert backend.is_sparse
@@ -151,6 +159,35 @@ def test_the_probe_tries_it(wan: TinyPipeline) -> None:
     assert all(0 < cell.density < 1 and cell.error > 0 and cell.dropped_mass > 0 for cell in readings)
 
 
+@pytest.mark.usefixtures("_installed")
+def test_a_kernel_of_its_own_is_exact_and_counted(wan: TinyPipeline) -> None:
+    assert not load_backend(PLAIN).is_sparse
+    native = wan.run(2)
+    with ditattn.install(wan.pipe, PLAIN, strict=True) as handle:
+        torch.testing.assert_close(wan.run(2), native, rtol=0, atol=1e-4)
+    report = handle.report().components["transformer"]
+    assert report.dense_reasons == {"dense backend": report.calls}
+    assert report.calls == 8
+    padded = tiny_pipelines.hunyuan_video()
+    with ditattn.install(padded.pipe, PLAIN), pytest.raises(UnsupportedCall, match="plain_attn honours neither"):
+        padded.run(1)
+
+
+@pytest.mark.usefixtures("_installed")
+def test_a_sparse_one_that_says_nothing_is_counted_as_that(wan: TinyPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = load_backend(NAME)
+
+    class Silent(backend.impl_cls):  # type: ignore[name-defined, misc]
+        def _note(self, record: Any) -> None:
+            """Says nothing."""
+
+    monkeypatch.setattr(backend, "impl_cls", Silent)
+    report = ran(wan)
+    assert report.dense_reasons == {"the backend does not say what it ran": report.calls}
+    with ditattn.install(wan.pipe, NAME, strict=True, **SPARSE), pytest.raises(DenseInStrictMode, match="does not say"):
+        wan.run(1)
+
+
 FRESH = """
 import json
 from ditattn import AttentionBackendEnum
@@ -163,7 +200,7 @@ print(json.dumps([str(member), member.is_sparse, load_backend(member).get_enum()
 def test_a_fresh_process_has_it_in_the_enumeration(package: Path) -> None:
     path = os.pathsep.join([str(ROOT / "src"), str(package)])
     done = subprocess.run([sys.executable, "-c", FRESH], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [NAME, True, True, [*BACKENDS, NAME]]
+    assert json.loads(done.stdout) == [NAME, True, True, [*BACKENDS, NAME, PLAIN]]
 
 
 # packages that cannot be used
@@ -192,7 +229,7 @@ REASONS = {
 
 @pytest.mark.usefixtures("_broken")
 def test_what_cannot_be_used_is_left_out_with_its_reason() -> None:
-    assert [backend.name for backend in usable_backends()] == [*BACKENDS, NAME]
+    assert [backend.name for backend in usable_backends()] == [*BACKENDS, NAME, PLAIN]
     found = {one.name: one for one in left_out()}
     assert set(found) == set(REASONS) == set(BROKEN)
     for name, one in found.items():

@@ -19,7 +19,7 @@ from foreign_package import BROKEN, on_path, write_broken_package, write_documen
 
 ROOT = Path(__file__).resolve().parents[2]
 
-NAME = "nearest_attn"
+NAME, PLAIN = "nearest_attn", "plain_attn"
 BACKEND = ("--attention-backend", NAME)
 
 # 4 frames of 64 x 64 pixels: 1024 tokens, 8 blocks
@@ -130,15 +130,15 @@ def test_the_listing_has_its_rows(ditattn):
     assert f" {NAME} " in ditattn("backends", "--device", "cpu").out
 
 
-def test_a_backend_with_a_kernel_of_its_own_has_a_row(ditattn, monkeypatch, tmp_path):
-    write_documented_package(tmp_path)
-    with on_path(tmp_path):
-        from ditattn.backends.registry import load_backend
-
-        monkeypatch.setattr(load_backend(NAME), "ops", ())
-        rows = json.loads(ditattn("backends", "--json", "--device", "cpu").out)["backends"]
-    (row,) = [row for row in rows if row["backend"] == NAME]
-    assert (row["operation"], row["implementation"], row["available"], row["serves"]) == ("attention", NAME, True, True)
+@pytest.mark.usefixtures("_installed")
+def test_a_backend_with_a_kernel_of_its_own_has_a_row(ditattn):
+    rows = json.loads(ditattn("backends", "--json").out)["backends"]
+    found = {row["device"]: row for row in rows if row["backend"] == PLAIN}
+    assert set(found) == set(DEVICES)
+    assert all((row["operation"], row["implementation"], row["sparse"]) == ("attention", PLAIN, False) for row in found.values())
+    assert found["cpu"]["available"]
+    assert found["cpu"]["serves"]
+    assert all(row["available"] == row["serves"] == (row["reason"] is None) for row in found.values())
 
 
 # packages that cannot be used
