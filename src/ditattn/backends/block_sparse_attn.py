@@ -7,10 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ditattn.backends.base import AttentionBackend
 from ditattn.backends.config import BlockSparseAttentionConfig
 from ditattn.backends.selection import antidiagonal
-from ditattn.backends.sparse import SparseAttentionImpl, SparseAttentionMetadata, SparseAttentionMetadataBuilder, block_frame_stride
+from ditattn.backends.sparse import (
+    SparseAttentionBackend,
+    SparseAttentionImpl,
+    SparseAttentionMetadata,
+    SparseAttentionMetadataBuilder,
+    block_frame_stride,
+)
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
 
@@ -61,7 +66,7 @@ class BlockSparseAttentionImpl(SparseAttentionImpl):
         return metadata.sparsity == 0 and metadata.threshold == 1
 
 
-class BlockSparseAttentionBackend(AttentionBackend):
+class BlockSparseAttentionBackend(SparseAttentionBackend):
     name = "block_sparse_attn"
     impl_cls = BlockSparseAttentionImpl
     metadata_cls = BlockSparseAttentionMetadata

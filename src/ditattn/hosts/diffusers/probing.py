@@ -7,7 +7,7 @@ from typing import Any
 
 from ditattn.hosts.diffusers.call import call_pipeline
 from ditattn.hosts.diffusers.install import Request, denoisers, install, serve
-from ditattn.models import find_family
+from ditattn.models import find_family, unwrapped
 from ditattn.runtime.probe import CellReading, SparseProbe
 from ditattn.runtime.stage import ServedModel
 
@@ -38,7 +38,7 @@ def probe_run(pipe: Any, arguments: Mapping[str, Any], *, seed: int, requests: S
 def _sparse_models(pipe: Any, request: Request) -> dict[str, ServedModel]:
     served = {}
     for name, module in denoisers(pipe).items():
-        module = getattr(module, "_orig_mod", module)
+        module = unwrapped(module)
         family = find_family(type(module).__name__)
         if family is not None:
             served[name] = serve(module, name, family, request)
