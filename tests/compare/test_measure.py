@@ -14,11 +14,12 @@ pytest.importorskip("torchmetrics", reason="SSIM and MS-SSIM come from torchmetr
 from ditattn.compare import measure
 from ditattn.compare.cache import ReferenceCache, reference_key
 from ditattn.compare.measure import References, compare
-from ditattn.compare.run import WARM_UP_STEPS, Workload, run_clip, warm_up
+from ditattn.compare.run import WARM_UP_STEPS, run_clip, warm_up
 from ditattn.compare.setting import REFERENCE, Clip, expand
 from ditattn.errors import ConfigError
 from ditattn.hosts.diffusers.fingerprint import model_fingerprint
 from ditattn.hosts.diffusers.geometry import frames_to_ask
+from ditattn.hosts.diffusers.workload import PipelineWorkload
 
 EVERY_CALL = {"skip_first_steps": 0, "min_tokens": 0}
 CLIPS = [Clip("a cat", 1), Clip("a dog", 2)]
@@ -35,11 +36,11 @@ FACTS = {
 
 
 @pytest.fixture(scope="module")
-def compared(work, tmp_path_factory):
+def compared(workload, tmp_path_factory):
     settings = expand(["rain_fusion_attn"], [{**EVERY_CALL, "skip_layers": "1"}], {"sparsity": [0.0, 0.7]})
     cache = ReferenceCache(tmp_path_factory.mktemp("references"))
     said = []
-    return compare(References(work, cache, FACTS), settings, CLIPS, with_vmaf=False, progress=said.append), cache, said
+    return compare(References(workload, cache, FACTS), settings, CLIPS, with_vmaf=False, progress=said.append), cache, said
 
 
 def test_sparsity_zero_is_the_reference_and_sparse_is_not(compared):
@@ -85,9 +86,9 @@ def test_contestants_take_turns(compared):
     assert sorted(measure._order(3, 2, 2)) == sorted([(who, clip) for who in range(3) for clip in range(2)] * 2)
 
 
-def test_a_second_comparison_takes_the_reference_from_the_cache(compared, work, monkeypatch):
+def test_a_second_comparison_takes_the_reference_from_the_cache(compared, workload, monkeypatch):
     comparison, cache, _ = compared
-    again = References(work, cache, FACTS)
+    again = References(workload, cache, FACTS)
     monkeypatch.setattr(measure, "run_clip", lambda *_: pytest.fail("the reference was run again"))
     second = compare(again, [], CLIPS, repeats=3, probe=False)
     assert [len(one.runs) for one in second.reference] == [1, 1], "one run was measured, whatever is asked for now"
@@ -110,7 +111,7 @@ def test_a_second_comparison_takes_the_reference_from_the_cache(compared, work, 
     ],
     ids=str,
 )
-def test_any_changed_fact_misses(compared, work, changed):
+def test_any_changed_fact_misses(compared, workload, changed):
     _, cache, _ = compared
     facts = {**FACTS, "prompt": "a cat", "seed": 1}
     assert cache.find(facts) is not None
@@ -119,8 +120,8 @@ def test_any_changed_fact_misses(compared, work, changed):
 
 
 @pytest.mark.parametrize("damage", ["garbage", "truncated", "empty"])
-def test_a_damaged_entry_is_made_again(work, tmp_path, damage):
-    references = References(work, ReferenceCache(tmp_path / "deep" / "cache"), FACTS)
+def test_a_damaged_entry_is_made_again(workload, tmp_path, damage):
+    references = References(workload, ReferenceCache(tmp_path / "deep" / "cache"), FACTS)
     made = references.make(CLIPS[0])
     place = next((tmp_path / "deep" / "cache").iterdir())
     frames = place / "frames.npz"
@@ -149,11 +150,11 @@ def test_the_cache_forgets_what_was_used_longest_ago(compared, tmp_path):
     assert [cache.find(one) is not None for one in facts] == [False, True, False, False]
 
 
-def test_a_run_is_the_pipelines_own_and_measures_its_memory(work):
-    run = run_clip(work, REFERENCE, CLIPS[0])
+def test_a_run_is_the_pipelines_own_and_measures_its_memory(workload):
+    run = run_clip(workload, REFERENCE, CLIPS[0])
     generator = torch.Generator("cpu").manual_seed(CLIPS[0].seed)
-    arguments = {**work.arguments("a cat"), "num_frames": frames_to_ask(work.pipe, 4)}
-    frames = work.pipe(**arguments, generator=generator, output_type="np").frames[0]
+    arguments = {**workload.arguments("a cat"), "num_frames": frames_to_ask(workload.pipe, 4)}
+    frames = workload.pipe(**arguments, generator=generator, output_type="np").frames[0]
     np.testing.assert_array_equal(run.frames, (frames * 255).round().astype(np.uint8))
     assert run.computed_share == 1
     assert run.total_ms == pytest.approx(sum(run.stages_ms.values()))
@@ -204,14 +205,14 @@ def test_a_backend_is_spared_the_keys_that_only_another_one_understands():
     assert expand(["fa", "rain_fusion_attn"], [{"sparsty": 1}], {}, known)[0].config == {"sparsty": 1}
 
 
-def test_a_warm_up_is_short_where_the_number_of_steps_is_left_to_the_pipeline(work):
+def test_a_warm_up_is_short_where_the_number_of_steps_is_left_to_the_pipeline(workload):
     def arguments(prompt):
-        return {key: value for key, value in work.arguments(prompt).items() if key != "num_inference_steps"}
+        return {key: value for key, value in workload.arguments(prompt).items() if key != "num_inference_steps"}
 
     steps = []
-    hook = work.pipe.transformer.register_forward_hook(lambda *_: steps.append(1))
+    hook = workload.pipe.transformer.register_forward_hook(lambda *_: steps.append(1))
     try:
-        warm_up(Workload(work.pipe, arguments), REFERENCE, CLIPS[0])
+        warm_up(PipelineWorkload(workload.pipe, arguments), REFERENCE, CLIPS[0])
     finally:
         hook.remove()
     assert len(steps) == WARM_UP_STEPS

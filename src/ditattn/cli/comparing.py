@@ -64,7 +64,7 @@ def run_compare(settings: CompareSettings, *, debug: bool = False) -> None:
         progress=lambda line: typer.echo(line, err=True),
     )
     record = comparison_record(comparison, _origin(bench, settings, comparison))
-    page, numbers = _write(comparison, record, Path(settings.output_path), name, playing_rate(job, bench.work.pipe))
+    page, numbers = _write(comparison, record, Path(settings.output_path), name, playing_rate(job, bench.workload.pipe))
     _print_table(record)
     typer.echo(f"wrote {page} and {numbers.name}")
 
@@ -94,7 +94,7 @@ def _origin(bench: Bench, settings: CompareSettings, comparison: Comparison) -> 
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **about(bench, settings),
-        "output": {"num_frames": num_frames, "height": height, "width": width, "fps": playing_rate(bench.job, bench.work.pipe)},
+        "output": {"num_frames": num_frames, "height": height, "width": width, "fps": playing_rate(bench.job, bench.workload.pipe)},
     }
 
 

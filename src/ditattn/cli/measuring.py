@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,11 +17,13 @@ from ditattn.cli.records import versions
 from ditattn.cli.settings import CallSettings, GenerateSettings
 from ditattn.compare.cache import ReferenceCache
 from ditattn.compare.measure import References
-from ditattn.compare.run import Workload
 from ditattn.compare.setting import Setting
 from ditattn.devices import find_device
 from ditattn.errors import BackendUnavailable
 from ditattn.packages import TORCHMETRICS
+
+if TYPE_CHECKING:
+    from ditattn.hosts.diffusers.workload import PipelineWorkload
 
 __all__ = ["Bench", "about", "check_settings", "job_of", "set_up"]
 
@@ -35,7 +37,7 @@ class Bench:
     """
 
     job: Job
-    work: Workload
+    workload: PipelineWorkload
     references: References
     facts: dict[str, Any]
 
@@ -70,13 +72,14 @@ def set_up(job: Job, *, strict: bool, cached: bool) -> Bench:
         ModelNotLoaded: says what is missing or wrong.
     """
     from ditattn.hosts.diffusers.demo_model import cache_folder
+    from ditattn.hosts.diffusers.workload import PipelineWorkload
 
     pipe, _ = load(job)
     pipe.set_progress_bar_config(disable=True)
-    work = Workload(pipe, lambda prompt: pipeline_arguments(job, pipe, prompt), strict)
+    workload = PipelineWorkload(pipe, lambda prompt: pipeline_arguments(job, pipe, prompt), strict)
     facts = _facts(job, pipe)
     cache = ReferenceCache(cache_folder() / "references") if cached else None
-    return Bench(job, work, References(work, cache, facts), facts)
+    return Bench(job, workload, References(workload, cache, facts), facts)
 
 
 def about(bench: Bench, settings: CallSettings) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def _facts(bench: Bench, plan: Plan) -> dict[str, Any]:
         "components": dict(setting.components),
         "strict": plan.settings.strict,
         # DITATTN_CPU_ISA and a new installation change them, and with them every time
-        "kernels": cpu_library.selection().sentence() if bench.work.device.type == "cpu" else None,
+        "kernels": cpu_library.selection().sentence() if bench.workload.device.type == "cpu" else None,
     }
 
 

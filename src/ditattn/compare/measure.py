@@ -9,10 +9,9 @@ from typing import Any
 
 from ditattn.compare.cache import ReferenceCache
 from ditattn.compare.metrics import Scores, score
-from ditattn.compare.run import Run, Workload, run_clip, warm_up
+from ditattn.compare.run import Run, run_clip, warm_up
 from ditattn.compare.setting import REFERENCE, Clip, Setting
-from ditattn.hosts.diffusers.install import Request
-from ditattn.hosts.diffusers.probing import probe_run
+from ditattn.compare.workload import Workload
 from ditattn.runtime.probe import CellReading
 
 __all__ = ["Comparison", "Measured", "References", "compare"]
@@ -80,7 +79,7 @@ class References:
         facts: everything but the clip that can change a run.
     """
 
-    work: Workload
+    workload: Workload
     cache: ReferenceCache | None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -90,7 +89,7 @@ class References:
 
     def make(self, clip: Clip) -> Run:
         """Run densely, and keep the run."""
-        run = run_clip(self.work, REFERENCE, clip)
+        run = run_clip(self.workload, REFERENCE, clip)
         if self.cache:
             self.cache.keep(self._key(clip), run)
         return run
@@ -123,9 +122,9 @@ def compare(
     favours none of them.
 
     Raises:
-        what `install` and `call_pipeline` raise.
+        DitattnError: see `Workload.render`.
     """
-    work, contestants = references.work, [REFERENCE, *settings]
+    workload, contestants = references.workload, [REFERENCE, *settings]
     runs: dict[tuple[int, int], list[Run]] = {}
     for number, clip in enumerate(clips):
         if found := references.find(clip):
@@ -133,16 +132,16 @@ def compare(
     cached = set(runs)
     for setting in contestants if len(cached) < len(clips) else settings:
         progress(f"warm up: {setting.name}")
-        warm_up(work, setting, clips[0])
+        warm_up(workload, setting, clips[0])
     for who, number in _order(len(contestants), len(clips), repeats):
         if (who, number) not in cached:
             progress(f"clip {number + 1} of {len(clips)}: {contestants[who].name}")
-            made = references.make(clips[number]) if who == 0 else run_clip(work, contestants[who], clips[number])
+            made = references.make(clips[number]) if who == 0 else run_clip(workload, contestants[who], clips[number])
             runs.setdefault((who, number), []).append(made)
     readings = None
     if probe and settings:
         progress("probe: dropped softmax mass, on the calls of a dense run")
-        readings = _probe(work, settings, clips[0])
+        readings = workload.probe(settings, clips[0])
     progress("metrics")
     reference = [Measured(clip, runs[0, number], None) for number, clip in enumerate(clips)]
     measured = [
@@ -160,8 +159,3 @@ def _order(contestants: int, clips: int, repeats: int) -> list[tuple[int, int]]:
 
 def _measured(clip: Clip, runs: list[Run], reference: Run, with_vmaf: bool) -> Measured:
     return Measured(clip, runs, score(runs[0].frames, reference.frames, with_vmaf=with_vmaf))
-
-
-def _probe(work: Workload, settings: Sequence[Setting], clip: Clip) -> list[list[CellReading]]:
-    requests = [Request(setting.backend, setting.components, setting.config) for setting in settings]
-    return probe_run(work.pipe, work.arguments(clip.prompt), seed=clip.seed, requests=requests)

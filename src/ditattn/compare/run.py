@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
-import torch
 
 from ditattn.backends.registry import load_backend
 from ditattn.compare.memory import peak_memory
 from ditattn.compare.setting import Clip, Setting
-from ditattn.hosts.diffusers.call import call_defaults, call_pipeline
-from ditattn.hosts.diffusers.install import install
+from ditattn.compare.workload import Workload
 
-__all__ = ["Run", "Workload", "run_clip", "warm_up"]
+__all__ = ["Run", "run_clip", "warm_up"]
 
 # enough for every kind of call to be met once, kernels built and buffers allocated
 WARM_UP_STEPS = 2
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A loaded pipeline and how to call it.
-
-    Attributes:
-        pipe: the pipeline.
-        arguments: of its call, from a prompt.
-        strict: see `install`.
-    """
-
-    pipe: Any
-    arguments: Callable[[str], Mapping[str, Any]]
-    strict: bool = False
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.pipe.device)
 
 
 @dataclass(frozen=True)
@@ -83,36 +61,32 @@ class Run:
         return sum(part["density"] * part["sparse"] for part in parts) / calls if calls else None
 
 
-def run_clip(work: Workload, setting: Setting, clip: Clip, **changes: Any) -> Run:
-    """Make one clip. `changes` replace arguments of the pipeline's call.
+def run_clip(workload: Workload, setting: Setting, clip: Clip, **changes: Any) -> Run:
+    """Make one clip and measure it. `changes` replace arguments of the pipeline's call.
 
     Raises:
-        what `install` and `call_pipeline` raise.
+        DitattnError: see `Workload.render`.
     """
-    arguments = {**work.arguments(clip.prompt), **changes}
-    components = dict(setting.components)
-    with install(work.pipe, setting.backend, components=components, strict=work.strict, **setting.config) as handle:
-        with peak_memory(work.device) as memory:
-            frames, times = call_pipeline(work.pipe, arguments, seed=clip.seed)
-        report = handle.report()
-        return Run(
-            frames=frames,
-            total_ms=times.total_ms,
-            stages_ms=times.stages,
-            steps_ms=times.steps,
-            attention_ms=report.attention_ms,
-            attention=report.as_dict(),
-            summary=report.summary(),
-            computed={name: [list(cell) for cell in cells] for name, cells in handle.computed_shares().items()},
-            peak_memory_mb=memory.peak_mb,
-            memory_counts=memory.counts,
-            measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
+    with peak_memory(workload.device) as memory:
+        made = workload.render(setting, clip, **changes)
+    return Run(
+        frames=made.frames,
+        total_ms=sum(made.stages_ms.values()),
+        stages_ms=made.stages_ms,
+        steps_ms=made.steps_ms,
+        attention_ms=made.report.attention_ms,
+        attention=made.report.as_dict(),
+        summary=made.report.summary(),
+        computed={name: [list(cell) for cell in cells] for name, cells in made.computed.items()},
+        peak_memory_mb=memory.peak_mb,
+        memory_counts=memory.counts,
+        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
 
 
-def warm_up(work: Workload, setting: Setting, clip: Clip) -> None:
+def warm_up(workload: Workload, setting: Setting, clip: Clip) -> None:
     """Run a few steps, sparse ones from the first on, so that nothing is built or allocated for the first time while the clock runs."""
-    changes = {"num_inference_steps": WARM_UP_STEPS} if "num_inference_steps" in call_defaults(type(work.pipe)) else {}
+    changes = {"num_inference_steps": WARM_UP_STEPS} if workload.takes_num_inference_steps else {}
     is_sparse = load_backend(setting.backend).is_sparse
     schedule = {"skip_first_steps": 0, "skip_last_steps": 0} if is_sparse else {}
-    run_clip(work, replace(setting, config={**setting.config, **schedule}), clip, **changes)
+    run_clip(workload, replace(setting, config={**setting.config, **schedule}), clip, **changes)
