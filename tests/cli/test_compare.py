@@ -233,7 +233,7 @@ def test_two_transformers_each_with_its_own_map(ditattn, wan22_folder, tmp_path,
     assert "computed share, transformer_2" in (tmp_path / "x.html").read_text()
 
 
-def test_a_dense_backend_beside_a_sparse_one_is_spared_its_keys(ditattn, wan_folder, tmp_path, monkeypatch):
+def test_a_dense_backend_beside_a_sparse_one_goes_without_its_keys(ditattn, wan_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     arguments = ["--attention-backend", "fa", "--attention-backend", "rain_fusion_attn", "--grid", "sparsity=0.0,0.5", "--no-probe"]
     arguments += ["--attention-backend-config", "min_tokens=0", "--output-path", tmp_path, "--output-file-name", "x"]

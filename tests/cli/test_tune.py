@@ -80,7 +80,7 @@ def test_an_interrupted_tune_keeps_what_it_found_and_goes_on(ditattn, options, t
     def interrupted(work, setting, clip, **changes):
         if len(made) == 2:
             raise KeyboardInterrupt
-        made.append(setting.name)
+        made.append(setting.keys)
         return run_clip(work, setting, clip, **changes)
 
     with monkeypatch.context() as patch:
@@ -100,7 +100,7 @@ def test_an_interrupted_tune_keeps_what_it_found_and_goes_on(ditattn, options, t
     monkeypatch.setattr(objective, "probe", lambda *_: pytest.fail("the probe was run again"))
     monkeypatch.setattr(objective.References, "make", lambda *_: pytest.fail("the dense clip was made again"))
     monkeypatch.setattr("ditattn.cli.tuning.check", lambda *_, **__: pytest.skip("the check makes dense clips of its own"))
-    monkeypatch.setattr(objective, "run_clip", lambda *a, **k: made.append(a[1].name) or run_clip(*a, **k))
+    monkeypatch.setattr(objective, "run_clip", lambda *a, **k: made.append(a[1].keys) or run_clip(*a, **k))
     with pytest.raises(pytest.skip.Exception):
         ditattn(*command)
     after = json.loads(state.read_text())["outcomes"]
@@ -161,7 +161,7 @@ def test_a_search_that_fails_keeps_the_best_so_far(ditattn, options, tmp_path, m
     def fails(work, setting, clip, **changes):
         if made:
             raise error
-        made.append(setting.name)
+        made.append(setting.keys)
         return run_clip(work, setting, clip, **changes)
 
     monkeypatch.setattr(objective, "run_clip", fails)

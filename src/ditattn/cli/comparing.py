@@ -12,17 +12,16 @@ from typing import Any
 import numpy as np
 import typer
 
-from ditattn.cli.job import Job
+from ditattn.backends.setting import Setting
 from ditattn.cli.loaded import playing_rate
-from ditattn.cli.machine import known_keys
-from ditattn.cli.measuring import Bench, about, check_settings, job_of, set_up, with_components
+from ditattn.cli.measuring import Bench, about, check_settings, job_of, set_up
 from ditattn.cli.messages import set_up_messages
 from ditattn.cli.outputs import Outbox, check_plain_name, default_name, write_media
 from ditattn.cli.settings import CompareSettings
 from ditattn.compare.measure import Comparison, compare
 from ditattn.compare.page import render_page
 from ditattn.compare.record import comparison_record, plain
-from ditattn.compare.setting import Clip, Setting, expand, foreign_keys
+from ditattn.compare.setting import Clip, dropped_keys, expand
 from ditattn.errors import ConfigError
 
 __all__ = ["run_compare"]
@@ -51,13 +50,13 @@ def run_compare(settings: CompareSettings, *, debug: bool = False) -> None:
         raise ConfigError("what shall be compared? Name it: --attention-backend rain_fusion_attn (the reference is torch_sdpa)")
     name = _file_name(settings)
     job = job_of(settings)
-    contestants = _contestants(settings, job)
-    check_settings(job, contestants)
+    compared = _settings_of_the_attention(settings)
+    check_settings(job, compared)
     bench = set_up(job, strict=settings.strict, cached=settings.reference_cache)
     clips = [Clip(prompt, seed) for prompt in settings.prompt for seed in settings.seed]
     comparison = compare(
         bench.references,
-        contestants,
+        compared,
         clips,
         repeats=settings.repeats,
         probe=settings.probe,
@@ -69,15 +68,14 @@ def run_compare(settings: CompareSettings, *, debug: bool = False) -> None:
     typer.echo(f"wrote {page} and {numbers.name}")
 
 
-def _contestants(settings: CompareSettings, job: Job) -> list[Setting]:
-    """Every backend with the keys that it understands; keys that no named backend understands stay, to be refused with the rest."""
-    backends, configs, components = settings.attention_backend, settings.attention_backend_config, settings.component_attention_backends
-    known = {backend: known_keys(backend, components, job.device, job.dtype) for backend in backends}
-    for backend in known:
-        keys = (key for mapping in (*configs, settings.grid) for key in mapping)
-        if foreign := foreign_keys(backend, keys, known):
-            typer.echo(f"{backend} has no {', '.join(foreign)}: it is compared without", err=True)
-    return with_components(expand(backends, configs, settings.grid, known), components)
+def _settings_of_the_attention(settings: CompareSettings) -> list[Setting]:
+    """Every backend with the keys that it has; keys that no named backend has stay, to be refused with the rest."""
+    backends, configs, grid = settings.attention_backend, settings.attention_backend_config, settings.grid
+    expanded = expand(backends, configs, grid, settings.component_attention_backends)
+    for backend in dict.fromkeys(backends):
+        if dropped := dropped_keys(backend, (key for mapping in (*configs, grid) for key in mapping), backends):
+            typer.echo(f"{backend} has no {', '.join(dropped)}: it is compared without", err=True)
+    return expanded
 
 
 def _file_name(settings: CompareSettings) -> str:

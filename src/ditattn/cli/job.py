@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import typer
 
-from ditattn.cli.machine import check_backend, choose_device, choose_dtype
+from ditattn.backends.setting import Setting
+from ditattn.cli.machine import check_backends, choose_device, choose_dtype
 from ditattn.cli.outputs import check_file_name, check_folder
 from ditattn.cli.settings import PIPELINE_KEYS, GenerateSettings, flag
 from ditattn.errors import BackendUnavailable, ConfigError
@@ -48,6 +49,7 @@ class Job:
     """What the user, the model and the machine say together."""
 
     settings: GenerateSettings
+    setting: Setting
     model: ModelFacts
     device: torch.device
     dtype: torch.dtype
@@ -74,14 +76,24 @@ def prepare(settings: GenerateSettings) -> Job:
         raise BackendUnavailable(DIFFUSERS.sentence())
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
-    check_backend(settings.attention_backend, settings.component_attention_backends, settings.attention_backend_config, device, dtype)
+    setting = _attention(settings)
+    check_backends(setting, device, dtype)
     check_folder(Path(settings.output_path), "--output-path")
     if settings.perf_dump_path:
         _check_dump_path(Path(settings.perf_dump_path))
     image = _read_image(settings.image_path)
-    job = Job(settings, _find_model(settings), device, dtype, image)
+    job = Job(settings, setting, _find_model(settings), device, dtype, image)
     _check_call(job)
     return job
+
+
+def _attention(settings: GenerateSettings) -> Setting:
+    try:
+        return Setting.parse(settings.attention_backend, settings.attention_backend_config, settings.component_attention_backends)
+    except ConfigError as error:
+        if settings.attention_backend is not None:
+            raise
+        raise type(error)(f"{error} (no --attention-backend is named)") from None
 
 
 def _find_model(settings: GenerateSettings) -> ModelFacts:

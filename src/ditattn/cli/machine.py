@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
-from ditattn.backends.base import AttentionBackend
-from ditattn.backends.selector import ENVIRONMENT_VARIABLE, backend_on, select_backend
+from ditattn.backends.selector import backend_on
+from ditattn.backends.setting import Setting
 from ditattn.devices import DEVICES, find_device
-from ditattn.errors import BackendUnavailable, ConfigError, UnknownBackend
+from ditattn.errors import BackendUnavailable, ConfigError
 
-__all__ = ["check_backend", "choose_device", "choose_dtype", "known_keys", "why_no_device"]
+__all__ = ["check_backends", "choose_device", "choose_dtype", "why_no_device"]
 
 DTYPES = {
     "float32": torch.float32,
@@ -71,43 +67,7 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def check_backend(
-    backend: str | None, components: Mapping[str, str], config: Mapping[str, Any], device: torch.device, dtype: torch.dtype
-) -> None:
-    """Names, availability and configuration keys: everything that needs no model.
-
-    Raises:
-        UnknownBackend, BackendUnavailable, ConfigError: as `install` would, but before the model is loaded.
-    """
-    for name in components.values():
+def check_backends(setting: Setting, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise BackendUnavailable unless every backend of a setting can run here: as `install` would, but before a model is loaded."""
+    for name in dict.fromkeys([setting.config_owner, *setting.components.values()]):
         backend_on(find_device(device), name, ANY_HEAD_SIZE, dtype)
-    chosen = _configured(backend, components, device, dtype)
-    try:
-        chosen.get_config_cls().from_mapping(config)
-    except ConfigError as error:
-        nobody = " (no --attention-backend is named)" if backend is None else ""
-        raise type(error)(f"{chosen.name}{nobody}: {error}") from None
-
-
-def known_keys(backend: str, components: Mapping[str, str], device: torch.device, dtype: torch.dtype) -> frozenset[str]:
-    """Keys that `check_backend` takes.
-
-    Raises:
-        UnknownBackend, BackendUnavailable: as `check_backend`.
-    """
-    return frozenset(_configured(backend, components, device, dtype).get_config_cls().model_fields)
-
-
-def _configured(backend: str | None, components: Mapping[str, str], device: torch.device, dtype: torch.dtype) -> type[AttentionBackend]:
-    """Whose configuration it is."""
-    from ditattn.hosts.diffusers.install import Request
-
-    owner = Request(backend, components, {}).config_owner() or _named_by_environment()
-    return backend_on(find_device(device), owner, ANY_HEAD_SIZE, dtype)
-
-
-def _named_by_environment() -> str | None:
-    try:
-        return select_backend(environment=os.environ).backend
-    except UnknownBackend as error:
-        raise UnknownBackend(f"{ENVIRONMENT_VARIABLE}: {error}") from None

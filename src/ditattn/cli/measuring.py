@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ditattn.backends.setting import Setting
 from ditattn.cli.job import Job, prepare
 from ditattn.cli.loaded import load, pipeline_arguments
-from ditattn.cli.machine import check_backend
+from ditattn.cli.machine import check_backends
 from ditattn.cli.records import versions
 from ditattn.cli.settings import CallSettings, GenerateSettings
 from ditattn.compare.cache import ReferenceCache
 from ditattn.compare.measure import References
-from ditattn.compare.setting import Setting
 from ditattn.devices import find_device
 from ditattn.errors import BackendUnavailable
 from ditattn.packages import TORCHMETRICS
@@ -56,13 +56,13 @@ def job_of(settings: CallSettings) -> Job:
 
 
 def check_settings(job: Job, settings: Sequence[Setting]) -> None:
-    """Names and keys of what will be installed.
+    """Are the backends of these settings here?
 
     Raises:
-        UnknownBackend, BackendUnavailable, ConfigError: as `install` would, but before the model is loaded.
+        BackendUnavailable: as `install` would, but before the model is loaded.
     """
     for setting in settings:
-        check_backend(setting.backend, setting.components, setting.config, job.device, job.dtype)
+        check_backends(setting, job.device, job.dtype)
 
 
 def set_up(job: Job, *, strict: bool, cached: bool) -> Bench:
@@ -117,8 +117,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (str, int, float, type(None))):
         return value
     return hashlib.sha256(f"{value.size}{value.mode}".encode() + value.tobytes()).hexdigest()
-
-
-def with_components(settings: Sequence[Setting], components: Mapping[str, str]) -> list[Setting]:
-    """The settings with other backends for single denoisers."""
-    return [replace(setting, components=dict(components)) for setting in settings]

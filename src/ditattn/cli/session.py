@@ -39,17 +39,11 @@ def run_generate(settings: GenerateSettings, *, debug: bool = False) -> None:
 
 def _make_one(job: Job, pipe: Any, number: int, load_ms: float) -> None:
     from ditattn.hosts.diffusers.call import call_defaults, call_pipeline
-    from ditattn.hosts.diffusers.install import install
+    from ditattn.hosts.diffusers.install import install_setting
 
     settings, prompt = job.settings, job.settings.prompt[number]
     arguments, fps = pipeline_arguments(job, pipe, prompt), playing_rate(job, pipe)
-    handle = install(
-        pipe,
-        settings.attention_backend,
-        components=settings.component_attention_backends,
-        strict=settings.strict,
-        **settings.attention_backend_config,
-    )
+    handle = install_setting(pipe, job.setting, strict=settings.strict)
     with handle, stage("denoise and decode"):
         frames, times = call_pipeline(pipe, arguments, seed=settings.seed)
     path = _output_file(settings, number, ".mp4" if len(frames) > 1 else ".png")

@@ -12,11 +12,12 @@ from typing import Any
 import typer
 
 from ditattn.backends.registry import load_backend
-from ditattn.cli.measuring import Bench, check_settings, job_of, set_up, with_components
+from ditattn.backends.setting import Setting
+from ditattn.cli.measuring import Bench, check_settings, job_of, set_up
 from ditattn.cli.messages import set_up_messages
 from ditattn.cli.outputs import Outbox, check_plain_name
 from ditattn.cli.settings import TuneSettings
-from ditattn.compare.setting import Clip, Setting
+from ditattn.compare.setting import Clip
 from ditattn.errors import ConfigError
 from ditattn.ops import cpu_library
 from ditattn.tune.candidate import TUNED_KEYS, Candidate, Outcome, Target
@@ -55,7 +56,7 @@ def run_tune(settings: TuneSettings, *, debug: bool = False) -> None:
     set_up_messages(debug)
     plan = _plan(settings)
     job = job_of(settings)
-    check_settings(job, [Setting(plan.setting.backend, {**plan.setting.config, "sparsity": 0.5}, plan.setting.components)])
+    check_settings(job, [plan.setting.with_keys(**Candidate(0.5).keys)])
     bench = set_up(job, strict=settings.strict, cached=True)
     state = TuneState.open(Path(settings.output_path), _facts(bench, plan))
     objective = Objective(bench.references, plan.setting, list(plan.clips), plan.target)
@@ -69,7 +70,7 @@ def run_tune(settings: TuneSettings, *, debug: bool = False) -> None:
     # there even if the check is interrupted
     _write(path, _finding(plan, state, sensitivity, best, None))
     _say(f"check on {count_clips(len(plan.held_out))} that nothing was tuned on")
-    psnr, ssim, found = check(bench.references, objective.setting_of(best), plan.held_out, needs_ssim=plan.target.ssim is not None)
+    psnr, ssim, found = check(bench.references, plan.setting.with_keys(**best.keys), plan.held_out, needs_ssim=plan.target.ssim is not None)
     speed_ups = found.speed_ups(0)
     checked = Checked(len(plan.held_out), psnr, ssim, median(speed_ups), min(speed_ups), plan.target.met_by(psnr, ssim))
     finding = _finding(plan, state, sensitivity, best, checked)
@@ -91,7 +92,7 @@ def _plan(settings: TuneSettings) -> Plan:
         raise ConfigError(f"{backend.name} is dense: there is nothing to tune; name a sparse backend")
     if taken := sorted(set(settings.attention_backend_config) & set(TUNED_KEYS)):
         raise ConfigError(f"{', '.join(taken)} cannot be held fixed: that is what tune finds")
-    setting = with_components([Setting(backend.name, settings.attention_backend_config)], settings.component_attention_backends)[0]
+    setting = Setting.parse(backend.name, settings.attention_backend_config, settings.component_attention_backends)
     clips = [Clip(prompt, seed) for prompt in settings.prompt for seed in settings.seed]
     others = settings.check_prompt or settings.prompt
     held_out = [Clip(prompt, (seed + OTHER_SEEDS) % 2**63) for prompt in others for seed in settings.seed]
@@ -106,7 +107,7 @@ def _facts(bench: Bench, plan: Plan) -> dict[str, Any]:
         "clips": [[clip.prompt, clip.seed] for clip in plan.clips],
         "target": [plan.target.psnr, plan.target.ssim],
         "backend": setting.backend,
-        "config": dict(setting.config),
+        "config": setting.keys,
         "components": dict(setting.components),
         "strict": plan.settings.strict,
         # DITATTN_CPU_ISA and a new installation change them, and with them every time
@@ -134,7 +135,7 @@ def _search(plan: Plan, state: TuneState, objective: Objective, sensitivity: Sen
             advance(f"run {len(state.outcomes)} of at most {plan.settings.budget_runs}: {candidate.words()}: {outcome.words()}")
             return outcome
 
-        keeps_first_frame = "first_frame_sink" not in plan.setting.config
+        keeps_first_frame = "first_frame_sink" not in plan.setting.keys
         search = Search(sensitivity, plan.target, evaluate, plan.settings.budget_runs, keeps_first_frame, state.outcomes)
         try:
             search.run()
@@ -155,7 +156,7 @@ def _keep_best(plan: Plan, state: TuneState, sensitivity: Sensitivity, best: Can
 def _finding(plan: Plan, state: TuneState, sensitivity: Sensitivity, best: Candidate, checked: Checked | None) -> Finding:
     contradictions, pairs = disagreements(sensitivity, state.outcomes)
     return Finding(
-        setting=Setting(plan.setting.backend, {**plan.setting.config, **best.config()}, plan.setting.components),
+        setting=plan.setting.with_keys(**best.keys),
         best=best,
         target=plan.target,
         outcomes=state.outcomes,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ditattn.compare.measure import Comparison, Measured
+from ditattn.compare.measure import Comparison, MeasuredClip
 from ditattn.compare.statistics import spread
 from ditattn.runtime.probe import CellReading
 
@@ -52,9 +52,9 @@ def _setting(comparison: Comparison, number: int) -> dict[str, Any]:
     setting, measured = comparison.settings[number], comparison.measured[number]
     clips = [_clip(one, dense) for one, dense in zip(measured, comparison.reference, strict=True)]
     return {
-        "name": setting.name,
+        "name": comparison.names[number],
         "backend": setting.backend,
-        "config": dict(setting.config),
+        "config": setting.keys,
         "components": dict(setting.components),
         "statistics": {name: _spread([clip[name] for clip in clips], METRICS[name][1]) for name in METRICS},
         "clips": clips,
@@ -63,7 +63,7 @@ def _setting(comparison: Comparison, number: int) -> dict[str, Any]:
     }
 
 
-def _clip(one: Measured, dense: Measured) -> dict[str, Any]:
+def _clip(one: MeasuredClip, dense: MeasuredClip) -> dict[str, Any]:
     assert one.scores is not None
     scores = vars(one.scores)
     return {
@@ -77,7 +77,7 @@ def _clip(one: Measured, dense: Measured) -> dict[str, Any]:
     }
 
 
-def _costs(one: Measured) -> dict[str, Any]:
+def _costs(one: MeasuredClip) -> dict[str, Any]:
     first = one.runs[0]
     return {
         "total_ms": one.total_ms,

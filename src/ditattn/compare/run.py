@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
 
-from ditattn.backends.registry import load_backend
+from ditattn.backends.config import SparseAttentionConfig
+from ditattn.backends.setting import Setting
 from ditattn.compare.memory import peak_memory
-from ditattn.compare.setting import Clip, Setting
+from ditattn.compare.setting import Clip
 from ditattn.compare.workload import Workload
 
 __all__ = ["Run", "run_clip", "warm_up"]
@@ -87,6 +88,6 @@ def run_clip(workload: Workload, setting: Setting, clip: Clip, **changes: Any) -
 def warm_up(workload: Workload, setting: Setting, clip: Clip) -> None:
     """Run a few steps, sparse ones from the first on, so that nothing is built or allocated for the first time while the clock runs."""
     changes = {"num_inference_steps": WARM_UP_STEPS} if workload.takes_num_inference_steps else {}
-    is_sparse = load_backend(setting.backend).is_sparse
-    schedule = {"skip_first_steps": 0, "skip_last_steps": 0} if is_sparse else {}
-    run_clip(workload, replace(setting, config={**setting.config, **schedule}), clip, **changes)
+    if isinstance(setting.config, SparseAttentionConfig):
+        setting = setting.with_keys(skip_first_steps=0, skip_last_steps=0)
+    run_clip(workload, setting, clip, **changes)

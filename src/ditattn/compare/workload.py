@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ditattn.compare.setting import Clip, Setting
+from ditattn.backends.setting import Setting
+from ditattn.compare.setting import Clip
 from ditattn.runtime.probe import CellReading
 from ditattn.runtime.report import AttentionReport
 

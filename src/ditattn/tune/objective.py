@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Any
 
+from ditattn.backends.setting import Setting
 from ditattn.compare.measure import Comparison, References, compare
 from ditattn.compare.metrics import frame_ssim, pooled_psnr
 from ditattn.compare.run import Run, run_clip, warm_up
-from ditattn.compare.setting import REFERENCE, Clip, Setting
+from ditattn.compare.setting import REFERENCE, Clip
 from ditattn.runtime.probe import CellReading
 from ditattn.tune.candidate import Candidate, Outcome, Target
 from ditattn.tune.sensitivity import PROBED_SPARSITIES
@@ -47,13 +47,10 @@ class Objective:
         warm_up(self.references.workload, self.setting, self.clips[0])
         return fmean(run.attention_ms / run.total_ms for run in self._dense.values())
 
-    def setting_of(self, candidate: Candidate) -> Setting:
-        return Setting(self.setting.backend, {**self.setting.config, **candidate.config()}, self.setting.components, candidate.words())
-
     def __call__(self, candidate: Candidate) -> Outcome:
         psnr, ssim, shares = float("inf"), None if self.target.ssim is None else 1.0, []
         for clip in list(self.clips):
-            run, dense = run_clip(self.references.workload, self.setting_of(candidate), clip), self._dense[clip]
+            run, dense = run_clip(self.references.workload, self.setting.with_keys(**candidate.keys), clip), self._dense[clip]
             psnr = min(psnr, pooled_psnr(run.frames, dense.frames))
             if ssim is not None:
                 ssim = min(ssim, fmean(frame_ssim(run.frames, dense.frames)))
@@ -67,9 +64,8 @@ class Objective:
 
 def probe(references: References, setting: Setting, clip: Clip) -> dict[float, list[CellReading]]:
     """Readings by sparsity, of one dense run; every step and layer is tried."""
-    open_ = {"skip_first_steps": 0, "skip_last_steps": 0, "skip_layers": ""}
-    configs: list[Mapping[str, Any]] = [{**setting.config, **open_, "sparsity": sparsity} for sparsity in PROBED_SPARSITIES]
-    settings = [Setting(setting.backend, config, setting.components) for config in configs]
+    everywhere = setting.with_keys(skip_first_steps=0, skip_last_steps=0, skip_layers="")
+    settings = [everywhere.with_keys(sparsity=sparsity) for sparsity in PROBED_SPARSITIES]
     found = references.workload.probe(settings, clip)
     return dict(zip(PROBED_SPARSITIES, found, strict=True))
 

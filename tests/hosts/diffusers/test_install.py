@@ -10,6 +10,8 @@ from torch import nn
 
 import ditattn
 import tiny_pipelines
+from ditattn.backends.rain_fusion_attn import RainFusionAttentionImpl
+from ditattn.backends.setting import Setting
 from ditattn.errors import (
     ConfigError,
     DenseInStrictMode,
@@ -19,6 +21,7 @@ from ditattn.errors import (
     UnsupportedHeadSize,
     UnsupportedModel,
 )
+from ditattn.hosts.diffusers.install import install_setting
 from ditattn.runtime.report import ComponentReport
 from ditattn.runtime.stage import running
 from tiny_pipelines import TinyPipeline
@@ -52,6 +55,18 @@ def test_dense_steps(wan: TinyPipeline, config: dict[str, Any], expected: list[i
     assert sparse_steps(report) == expected
     assert set(report.dense_reasons) == {f"{end} steps" for end in ("first", "last") if config.get(f"skip_{end}_steps")}
     assert report.sparse == len(expected) * CALLS_PER_STEP
+
+
+def test_one_configuration_travels_from_the_request_to_every_call(wan: TinyPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, forward = [], RainFusionAttentionImpl.forward
+    monkeypatch.setattr(
+        RainFusionAttentionImpl, "forward", lambda self, q, k, v, metadata: seen.append(metadata.config) or forward(self, q, k, v, metadata)
+    )
+    setting = Setting.parse("rain_fusion_attn", SPARSE)
+    with install_setting(wan.pipe, setting):
+        wan.run(2)
+    assert len(seen) == 2 * CALLS_PER_STEP
+    assert all(config is setting.config for config in seen)
 
 
 def test_a_skipped_layer_is_dense_in_every_step(wan: TinyPipeline) -> None:

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 import ditattn
 import tiny_pipelines
 from ditattn.backends.rain_fusion_attn import RainFusionAttentionImpl
-from ditattn.hosts.diffusers.install import Request
+from ditattn.backends.setting import Setting
 from ditattn.hosts.diffusers.probing import probe_run
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.runtime.report import ComponentReport
@@ -188,7 +188,7 @@ def test_equally_padded_text_reuses_plans(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_probe_of_compare_and_tune_tries_reuse_as_a_run_would(made: Made) -> None:
     tiny = tiny_pipelines.wan()
     arguments = {**tiny.arguments, "num_inference_steps": 3}
-    probe_run(tiny.pipe, arguments, seed=0, requests=[Request("rain_fusion_attn", {}, {**SPARSE, "plan_refresh_steps": 2})])
+    probe_run(tiny.pipe, arguments, seed=0, settings=[Setting.parse("rain_fusion_attn", {**SPARSE, "plan_refresh_steps": 2})])
     assert made.by_step() == {0: LAYERS * BRANCHES, 2: LAYERS * BRANCHES}
 
 

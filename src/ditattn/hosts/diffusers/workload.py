@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ditattn.compare.setting import Clip, Setting
+from ditattn.backends.setting import Setting
+from ditattn.compare.setting import Clip
 from ditattn.compare.workload import Rendered, Workload
 from ditattn.hosts.diffusers.call import call_defaults, call_pipeline
-from ditattn.hosts.diffusers.install import Request, install
+from ditattn.hosts.diffusers.install import install_setting
 from ditattn.hosts.diffusers.probing import probe_run
 from ditattn.runtime.probe import CellReading
 
@@ -42,11 +43,9 @@ class PipelineWorkload(Workload):
 
     def render(self, setting: Setting, clip: Clip, **changes: Any) -> Rendered:
         arguments = {**self.arguments(clip.prompt), **changes}
-        components = dict(setting.components)
-        with install(self.pipe, setting.backend, components=components, strict=self.strict, **setting.config) as handle:
+        with install_setting(self.pipe, setting, strict=self.strict) as handle:
             frames, times = call_pipeline(self.pipe, arguments, seed=clip.seed)
             return Rendered(frames, times.stages, times.steps, handle.report(), handle.computed_shares())
 
     def probe(self, settings: Sequence[Setting], clip: Clip) -> list[list[CellReading]]:
-        requests = [Request(setting.backend, setting.components, setting.config) for setting in settings]
-        return probe_run(self.pipe, self.arguments(clip.prompt), seed=clip.seed, requests=requests)
+        return probe_run(self.pipe, self.arguments(clip.prompt), seed=clip.seed, settings=settings)
