@@ -99,7 +99,7 @@ def test_an_interrupted_tune_keeps_what_it_found_and_goes_on(ditattn, options, t
     made.clear()
     monkeypatch.setattr(objective, "probe", lambda *_: pytest.fail("the probe was run again"))
     monkeypatch.setattr(objective.References, "make", lambda *_: pytest.fail("the dense clip was made again"))
-    monkeypatch.setattr("ditattn.cli.tuning.check", lambda *_, **__: pytest.skip("the check makes dense clips of its own"))
+    monkeypatch.setattr("ditattn.cli.tune.check", lambda *_, **__: pytest.skip("the check makes dense clips of its own"))
     monkeypatch.setattr(objective, "run_clip", lambda *a, **k: made.append(a[1].keys) or run_clip(*a, **k))
     with pytest.raises(pytest.skip.Exception):
         ditattn(*command)
@@ -112,7 +112,7 @@ def test_a_check_that_is_interrupted_leaves_the_file(ditattn, options, tmp_path,
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ditattn.cli.tuning.check", stop)
+    monkeypatch.setattr("ditattn.cli.tune.check", stop)
     done = ditattn(*options, "--target-psnr", 20, "--budget-runs", 1, "--output-file-name", "tuned.yaml")
     assert done.status == 130
     text = (tmp_path / "out" / "tuned.yaml").read_text()

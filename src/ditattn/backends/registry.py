@@ -17,9 +17,12 @@ from collections.abc import Mapping
 from enum import Enum
 from functools import cache
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
-from ditattn.backends.base import AttentionBackend
 from ditattn.errors import BackendUnavailable, UnknownBackend
+
+if TYPE_CHECKING:
+    from ditattn.backends.base import AttentionBackend
 
 __all__ = ["BACKENDS", "DEFAULT_BACKEND", "ENTRY_POINTS", "AttentionBackendEnum", "backend_names", "load_backend", "parse_backend_name"]
 
@@ -83,6 +86,9 @@ def load_backend(name: str) -> type[AttentionBackend]:
 
 @cache
 def _load(name: str) -> type[AttentionBackend]:
+    # names alone need no torch
+    from ditattn.backends.base import AttentionBackend
+
     target = _targets()[name]
     module, _, attribute = target.partition(":")
     try:

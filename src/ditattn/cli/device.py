@@ -1,15 +1,13 @@
-"""Device, dtype and backend as users name them, checked before anything is loaded."""
+"""Device and dtype as users name them, checked before anything is loaded."""
 
 from __future__ import annotations
 
 import torch
 
-from ditattn.backends.selector import backend_on
-from ditattn.backends.setting import Setting
 from ditattn.devices import DEVICES, find_device
 from ditattn.errors import BackendUnavailable, ConfigError
 
-__all__ = ["check_backends", "choose_device", "choose_dtype", "why_no_device"]
+__all__ = ["choose_device", "choose_dtype", "why_no_device"]
 
 DTYPES = {
     "float32": torch.float32,
@@ -19,9 +17,6 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-
-# possible for every backend that has limits; the model's own head size is checked when the backend is installed
-ANY_HEAD_SIZE = 64
 
 
 def why_no_device(device_type: str) -> str | None:
@@ -65,9 +60,3 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"--dtype {name} is none of float32, bfloat16, float16")
     return DTYPES[name]
-
-
-def check_backends(setting: Setting, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise BackendUnavailable unless every backend of a setting can run here: as `install` would, but before a model is loaded."""
-    for name in dict.fromkeys([setting.config_owner, *setting.components.values()]):
-        backend_on(find_device(device), name, ANY_HEAD_SIZE, dtype)
