@@ -46,7 +46,7 @@ def test_video_sidecar_perf_dump_and_summary_tell_the_same(ditattn, small, tmp_p
     component = sidecar["attention"]["components"]["transformer"]
     # 4 steps x 2 branches x 1 layer; half of the steps dense
     assert (component["calls"], component["sparse"], component["dense_reasons"]) == (8, 4, {"first steps": 4})
-    assert 0.5 <= component["density"] < 1
+    assert 0.5 <= component["sparse_density"] < 1
     assert sidecar["settings"]["given"]["attention_backend_config"] == {"sparsity": 0.5, "skip_first_steps": "50%", "min_tokens": 0}
     effective = sidecar["settings"]["effective"]
     assert (effective["height"], effective["num_frames"], effective["fps"], effective["seed"]) == (64, 5, 5, 7)

@@ -49,13 +49,13 @@ def test_sparsity_zero_is_the_reference_and_sparse_is_not(compared):
     # not the same bits: the reference is torch's attention, sparsity 0 the fastest exact kernel of the machine
     assert all(one.scores.psnr > 80 for one in whole)
     assert all(20 < one.scores.psnr < 80 for one in sparse)
-    assert [one.runs[0].density for one in whole] == [None, None]
+    assert [one.runs[0].sparse_density for one in whole] == [None, None]
     # layer 1 is dense, layer 0 is not
-    computed = sparse[0].runs[0].computed["transformer"]
+    computed = sparse[0].runs[0].densities["transformer"]
     assert [(step, layer) for step, layer, _ in computed] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [share == 1 for _, _, share in computed] == [False, True, False, True]
-    density = sparse[0].runs[0].density
-    assert sparse[0].runs[0].computed_share == pytest.approx((density + 1) / 2)
+    density = sparse[0].runs[0].sparse_density
+    assert sparse[0].runs[0].overall_density == pytest.approx((density + 1) / 2)
     assert comparison.speed_ups(1)[0] == comparison.reference[0].total_ms / sparse[0].total_ms
 
 
@@ -66,7 +66,7 @@ def test_names_hold_what_differs(compared):
 def test_the_probe_sees_what_runs_saw(compared):
     comparison, _, _ = compared
     readings = {(one.step, one.layer): one for one in comparison.readings[1]}
-    computed = {(step, layer): share for step, layer, share in comparison.measured[1][0].runs[0].computed["transformer"]}
+    computed = {(step, layer): share for step, layer, share in comparison.measured[1][0].runs[0].densities["transformer"]}
     assert readings.keys() == computed.keys()
     # the first cell of a run has the same inputs as in the dense run; mean pooling of others differs a little, its count does not
     assert readings[0, 0].density == pytest.approx(computed[0, 0])
@@ -156,7 +156,7 @@ def test_a_run_is_the_pipelines_own_and_measures_its_memory(workload):
     arguments = {**workload.arguments("a cat"), "num_frames": frames_to_ask(workload.pipe, 4)}
     frames = workload.pipe(**arguments, generator=generator, output_type="np").frames[0]
     np.testing.assert_array_equal(run.frames, (frames * 255).round().astype(np.uint8))
-    assert run.computed_share == 1
+    assert run.overall_density == 1
     assert run.total_ms == pytest.approx(sum(run.stages_ms.values()))
     if run.peak_memory_mb is None:
         pytest.skip("this machine does not tell the peak of the resident set")

@@ -32,7 +32,7 @@ COLUMNS = (
     ("ssim", "SSIM", 4, 1),
     ("ms_ssim", "MS-SSIM", 4, 1),
     ("vmaf", "VMAF", 1, 1),
-    ("computed_share", "computed", 3, 1),
+    ("overall_density", "overall density", 3, 1),
     ("attention_ms", "attention s", 2, 1000),
     ("total_ms", "all s", 2, 1000),
     ("speed_up", "speed-up", 2, 1),

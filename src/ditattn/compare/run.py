@@ -29,7 +29,7 @@ class Run:
         total_ms: the whole call; `stages_ms` and `steps_ms` its parts.
         attention_ms: in self-attention, order and selection included.
         attention: the attention report as plain values; `summary` the same in words.
-        computed: by component: [step, layer, share of query-key pairs that was computed].
+        densities: by component: [step, layer, overall density]; a dense call counts as 1.
         peak_memory_mb: MiB, None where unknown; `memory_counts` says of what.
         measured_at: UTC.
         cached: it was made by an earlier comparison.
@@ -42,24 +42,24 @@ class Run:
     attention_ms: float
     attention: dict[str, Any]
     summary: str
-    computed: dict[str, list[list[Any]]]
+    densities: dict[str, list[list[Any]]]
     peak_memory_mb: float | None
     memory_counts: str
     measured_at: str
     cached: bool = False
 
     @property
-    def computed_share(self) -> float | None:
-        """Share of all query-key pairs of self-attention that was computed; None if step or layer of every call is unknown."""
-        shares = [share for cells in self.computed.values() for _, _, share in cells]
-        return sum(shares) / len(shares) if shares else None
+    def overall_density(self) -> float | None:
+        """Mean density over all calls of self-attention, a dense one counting as 1; None if step or layer of every call is unknown."""
+        found = [density for cells in self.densities.values() for _, _, density in cells]
+        return sum(found) / len(found) if found else None
 
     @property
-    def density(self) -> float | None:
-        """Mean kept share over the calls that ran sparse; None if none did."""
-        parts = [part for part in self.attention["components"].values() if part["density"] is not None]
+    def sparse_density(self) -> float | None:
+        """Mean density over the calls that ran sparse; None if none did."""
+        parts = [part for part in self.attention["components"].values() if part["sparse_density"] is not None]
         calls = sum(part["sparse"] for part in parts)
-        return sum(part["density"] * part["sparse"] for part in parts) / calls if calls else None
+        return sum(part["sparse_density"] * part["sparse"] for part in parts) / calls if calls else None
 
 
 def run_clip(workload: Workload, setting: Setting, clip: Clip, **changes: Any) -> Run:
@@ -78,7 +78,7 @@ def run_clip(workload: Workload, setting: Setting, clip: Clip, **changes: Any) -
         attention_ms=made.report.attention_ms,
         attention=made.report.as_dict(),
         summary=made.report.summary(),
-        computed={name: [list(cell) for cell in cells] for name, cells in made.computed.items()},
+        densities={name: [list(cell) for cell in cells] for name, cells in made.densities.items()},
         peak_memory_mb=memory.peak_mb,
         memory_counts=memory.counts,
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -26,14 +26,14 @@ class Rendered:
         frames: `[F, H, W, 3]` uint8.
         stages_ms, steps_ms: times of the call's parts, and of its denoising steps.
         report: what the attention did.
-        computed: by component: (step, layer, share of query-key pairs that was computed).
+        densities: by component: (step, layer, overall density); a dense call counts as 1.
     """
 
     frames: np.ndarray[Any, Any]
     stages_ms: dict[str, float]
     steps_ms: list[float]
     report: AttentionReport
-    computed: dict[str, list[tuple[int, int, float]]]
+    densities: dict[str, list[tuple[int, int, float]]]
 
 
 class Workload(ABC):

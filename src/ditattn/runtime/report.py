@@ -31,8 +31,8 @@ class Cell:
         density = record.plan.density_tensor()
         self.density_sum = density if self.density_sum is None else self.density_sum + density
 
-    def computed_share(self) -> float:
-        """Mean share of query-key pairs that was computed; a dense call computes all."""
+    def overall_density(self) -> float:
+        """Mean density over all calls of the cell: the share of query-key pairs that was computed; a dense call counts as 1."""
         kept = 0.0 if self.density_sum is None else float(self.density_sum)
         return (kept + self.dense) / (self.sparse + self.dense)
 
@@ -90,18 +90,18 @@ class ComponentLog:
             reused_plans=self.reused,
             not_reused_reasons=dict(self.not_reused.most_common()),
             dense_reasons=dict(self.reasons.most_common()),
-            density=_mean_density(list(self.cells.values())),
-            density_by_step={step: _mean_density(self._of(0, step)) for step in self._keys(0)},
-            density_by_layer={layer: _mean_density(self._of(1, layer)) for layer in self._keys(1)},
+            sparse_density=_mean_density(list(self.cells.values())),
+            sparse_density_by_step={step: _mean_density(self._of(0, step)) for step in self._keys(0)},
+            sparse_density_by_layer={layer: _mean_density(self._of(1, layer)) for layer in self._keys(1)},
             step_sources=dict(self.step_sources.most_common()),
             implementations=dict(self.implementations),
             attention_ms=self.stopwatch.total_ms(),
         )
 
-    def computed_shares(self) -> list[tuple[int, int, float]]:
-        """(step, layer, share of query-key pairs that was computed), of the calls whose step and layer are known."""
+    def overall_densities(self) -> list[tuple[int, int, float]]:
+        """(step, layer, overall density), of the calls whose step and layer are known."""
         known = [(step, layer, cell) for (step, layer), cell in self.cells.items() if step is not None and layer is not None]
-        return sorted((step, layer, cell.computed_share()) for step, layer, cell in known)
+        return sorted((step, layer, cell.overall_density()) for step, layer, cell in known)
 
     def _keys(self, axis: int) -> list[int]:
         return sorted({key[axis] for key in self.cells if key[axis] is not None})  # type: ignore[misc]
@@ -126,8 +126,9 @@ class ComponentReport:
         reused_plans: sparse calls whose plan an earlier call had made (`plan_refresh_steps`, `share_plan_between_branches`).
         not_reused_reasons: sparse calls that could have reused a plan by those settings and had to make one, by reason.
         dense_reasons: dense calls by reason.
-        density: mean kept share of query-key pairs over the sparse calls, protected blocks counted; None if nothing ran sparse.
-        density_by_step, density_by_layer: the same by step and by layer; dense ones are None.
+        sparse_density: mean density over the sparse calls alone: kept share of query-key pairs, protected blocks counted; None if there
+            were none.
+        sparse_density_by_step, sparse_density_by_layer: the same by step and by layer; dense ones are None.
         step_sources: forwards by where the step index came from.
         implementations: which implementation of each op served; several, separated by commas, where calls differ in what they need.
         attention_ms: time in attention, order and selection included.
@@ -141,9 +142,9 @@ class ComponentReport:
     reused_plans: int
     not_reused_reasons: dict[str, int]
     dense_reasons: dict[str, int]
-    density: float | None
-    density_by_step: dict[int, float | None]
-    density_by_layer: dict[int, float | None]
+    sparse_density: float | None
+    sparse_density_by_step: dict[int, float | None]
+    sparse_density_by_layer: dict[int, float | None]
     step_sources: dict[str, int]
     implementations: dict[str, str]
     attention_ms: float
@@ -153,7 +154,7 @@ class ComponentReport:
         parts = []
         if self.sparse:
             asked = f"asked sparsity {self.config.get('sparsity')}"
-            parts.append(f"{self.sparse} sparse at density {self.density:.3f} ({asked}{self._reuse()})")
+            parts.append(f"{self.sparse} sparse at density {self.sparse_density:.3f} ({asked}{self._reuse()})")
         if self.dense:
             parts.append(f"{self.dense} dense ({_counted(self.dense_reasons)})")
         ran = " / ".join(parts) or self._no_calls()

@@ -108,7 +108,7 @@ def test_reuse_changes_the_result_only_where_it_happens(wan: TinyPipeline) -> No
     reused, report = ran(wan, plan_refresh_steps=4)
     assert not torch.equal(reused, plain)
     # the densities of calls with a reused plan are those of the plan that ran
-    assert set(report.density_by_step.values()) == {report.density_by_step[0]}
+    assert set(report.sparse_density_by_step.values()) == {report.sparse_density_by_step[0]}
     assert f"; {report.reused_plans} with a reused plan)" in report.sentence()
 
 

@@ -42,9 +42,9 @@ class Installation:
         """What ran so far: calls, reasons, densities, time."""
         return self._stage.report()
 
-    def computed_shares(self) -> dict[str, list[tuple[int, int, float]]]:
-        """(step, layer, share of query-key pairs that was computed) of every component."""
-        return {model.name: model.log.computed_shares() for model in self._stage.models}
+    def overall_densities(self) -> dict[str, list[tuple[int, int, float]]]:
+        """(step, layer, overall density) of every component: a dense call counts as 1."""
+        return {model.name: model.log.overall_densities() for model in self._stage.models}
 
     def watch(self, probe: Probe) -> None:
         """Let `probe` see every served call."""

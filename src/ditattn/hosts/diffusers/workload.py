@@ -45,7 +45,7 @@ class PipelineWorkload(Workload):
         arguments = {**self.arguments(clip.prompt), **changes}
         with install_setting(self.pipe, setting, strict=self.strict) as handle:
             frames, times = call_pipeline(self.pipe, arguments, seed=clip.seed)
-            return Rendered(frames, times.stages, times.steps, handle.report(), handle.computed_shares())
+            return Rendered(frames, times.stages, times.steps, handle.report(), handle.overall_densities())
 
     def probe(self, settings: Sequence[Setting], clip: Clip) -> list[list[CellReading]]:
         return probe_run(self.pipe, self.arguments(clip.prompt), seed=clip.seed, settings=settings)
