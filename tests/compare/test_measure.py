@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("torchmetrics", reason="SSIM and MS-SSIM come from torchmetrics")
 
 from ditattn.compare import measure
-from ditattn.compare.cache import ReferenceCache, reference_key
+from ditattn.compare.cache import ReferenceCache, facts_digest
 from ditattn.compare.measure import References, compare
 from ditattn.compare.run import WARM_UP_STEPS, run_clip, warm_up
 from ditattn.compare.setting import REFERENCE, Clip, expand, setting_names
@@ -116,7 +116,7 @@ def test_any_changed_fact_misses(compared, workload, changed):
     facts = {**FACTS, "prompt": "a cat", "seed": 1}
     assert cache.find(facts) is not None
     assert cache.find({**facts, **changed}) is None
-    assert reference_key(dict(reversed(facts.items()))) == reference_key(facts)
+    assert facts_digest(dict(reversed(facts.items()))) == facts_digest(facts)
 
 
 @pytest.mark.parametrize("damage", ["garbage", "truncated", "empty"])
@@ -138,8 +138,8 @@ def test_the_cache_forgets_what_was_used_longest_ago(compared, tmp_path):
     facts = [{"number": number} for number in range(4)]
     for number in range(3):
         cache.keep(facts[number], run)
-        os.utime(tmp_path / reference_key(facts[number]), (number, number))
-    size = sum(file.stat().st_size for file in (tmp_path / reference_key(facts[0])).iterdir())
+        os.utime(tmp_path / facts_digest(facts[number]), (number, number))
+    size = sum(file.stat().st_size for file in (tmp_path / facts_digest(facts[0])).iterdir())
     # the oldest one is used, so the second one goes
     assert cache.find(facts[0]) is not None
     cache.max_bytes = 3 * size + size // 2
