@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 import judge
 import oracle
 from ditattn.backends.base import AttentionBackend
-from ditattn.backends.sparse import Reason, SparseAttentionMetadataBuilder
+from ditattn.backends.config import SparseAttentionConfig
+from ditattn.backends.sparse import Reason, SparseAttentionMetadata, SparseAttentionMetadataBuilder
 from ditattn.errors import ConfigError, UnsupportedHeadSize
 from ditattn.plan.token_order import token_order
 from sparse_calls import SPARSE_BACKENDS, call, draw
@@ -270,3 +272,20 @@ def test_metadata_holds_the_configuration_and_reads_like_it(backend: type[Attent
         _ = metadata.sparsty
     with pytest.raises(TypeError, match="sparsty"):
         backend.get_builder_cls()().build(current_timestep=0, sparsty=0.5)
+
+
+class NearestConfig(SparseAttentionConfig):
+    reach: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearestMetadata(SparseAttentionMetadata):
+    reach: int = 0
+
+
+def test_keys_of_another_package_reach_its_metadata_with_and_without_a_field() -> None:
+    config = NearestConfig.from_mapping({"reach": 5})
+    for metadata_cls in (SparseAttentionMetadata, NearestMetadata):
+        builder = type("Builder", (SparseAttentionMetadataBuilder,), {"metadata_cls": metadata_cls, "config_cls": NearestConfig})()
+        assert builder.build(current_timestep=0, config=config).reach == 5
+        assert builder.build(current_timestep=0, reach=7).reach == 7

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -76,11 +76,11 @@ class SparseAttentionMetadata(AttentionMetadata):
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __getattr__(self, key: str) -> Any:
-        """A key of the configuration."""
+        """A key of the configuration; kept, so that the layers that share this step find it as quickly as a field."""
         config = vars(self).get("config")
         if config is None or key not in type(config).model_fields:
             raise AttributeError(f"{type(self).__name__} has no attribute '{key}'")
-        return getattr(config, key)
+        return vars(self).setdefault(key, getattr(config, key))
 
     @cached_property
     def skip_first_steps(self) -> int | None:
@@ -163,7 +163,9 @@ class SparseAttentionMetadataBuilder(AttentionMetadataBuilder):
             SparseAttentionMetadataBuilder.warned_at_zero = True
             logger.warning("sparsity is 0: every block is kept, so every call runs densely")
         grid = None if raw_latent_shape is None else latent_grid(raw_latent_shape, patch_size)
-        return self.metadata_cls(current_timestep=current_timestep, latent_shape=grid, config=config, **kwargs)
+        # a metadata class of another package may have fields for its keys, as sglang's have
+        own = {one.name: getattr(config, one.name) for one in fields(self.metadata_cls) if one.name in type(config).model_fields}
+        return self.metadata_cls(current_timestep=current_timestep, latent_shape=grid, config=config, **own, **kwargs)
 
     def _parse(self, keys: dict[str, Any]) -> SparseAttentionConfig:
         try:
