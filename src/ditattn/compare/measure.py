@@ -130,33 +130,37 @@ def compare(
     Raises:
         DitattnError: see `Workload.render`.
     """
-    workload, all_settings = references.workload, [REFERENCE, *settings]
-    names = [REFERENCE_NAME, *setting_names(settings)]
-    runs: dict[tuple[int, int], list[Run]] = {}
-    for number, clip in enumerate(clips):
-        if found := references.find(clip):
-            runs[0, number] = [found]
-    cached = set(runs)
-    for which, setting in enumerate(all_settings):
-        if which > 0 or len(cached) < len(clips):
-            progress(f"warm up: {names[which]}")
-            warm_up(workload, setting, clips[0])
-    for which, number in _order(len(all_settings), len(clips), repeats):
-        if (which, number) not in cached:
-            progress(f"clip {number + 1} of {len(clips)}: {names[which]}")
-            made = references.make(clips[number]) if which == 0 else run_clip(workload, all_settings[which], clips[number])
-            runs.setdefault((which, number), []).append(made)
+    runs = _runs(references, settings, clips, repeats, progress)
     readings = None
     if probe and settings:
         progress("probe: dropped softmax mass, on the calls of a dense run")
-        readings = workload.probe(settings, clips[0])
+        readings = references.workload.probe(settings, clips[0])
     progress("metrics")
     reference = [MeasuredClip(clip, runs[0, number], None) for number, clip in enumerate(clips)]
     measured = [
         [_measured(clip, runs[which, number], runs[0, number][0], with_vmaf) for number, clip in enumerate(clips)]
-        for which in range(1, len(all_settings))
+        for which in range(1, 1 + len(settings))
     ]
     return Comparison(list(clips), reference, list(settings), measured, readings)
+
+
+def _runs(
+    references: References, settings: Sequence[Setting], clips: Sequence[Clip], repeats: int, progress: Progress
+) -> dict[tuple[int, int], list[Run]]:
+    """Runs by setting and clip, both numbered; setting 0 is the reference, which runs only for clips that the cache does not have."""
+    workload, names = references.workload, [REFERENCE_NAME, *setting_names(settings)]
+    runs = {(0, number): [found] for number, clip in enumerate(clips) if (found := references.find(clip))}
+    cached = set(runs)
+    for which, setting in enumerate([REFERENCE, *settings]):
+        if which > 0 or len(cached) < len(clips):
+            progress(f"warm up: {names[which]}")
+            warm_up(workload, setting, clips[0])
+    for which, number in _order(1 + len(settings), len(clips), repeats):
+        if (which, number) not in cached:
+            progress(f"clip {number + 1} of {len(clips)}: {names[which]}")
+            made = references.make(clips[number]) if which == 0 else run_clip(workload, settings[which - 1], clips[number])
+            runs.setdefault((which, number), []).append(made)
+    return runs
 
 
 def _order(num_settings: int, num_clips: int, repeats: int) -> list[tuple[int, int]]:

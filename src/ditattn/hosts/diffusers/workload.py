@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from ditattn.backends.setting import Setting
-from ditattn.compare.setting import Clip
+from ditattn.compare.setting import REFERENCE, Clip
 from ditattn.compare.workload import Rendered, Workload
 from ditattn.hosts.diffusers.call import call_defaults, call_pipeline
-from ditattn.hosts.diffusers.install import install_setting
-from ditattn.hosts.diffusers.probing import probe_run
-from ditattn.runtime.probe import CellReading
+from ditattn.hosts.diffusers.install import denoisers, install_setting, serve
+from ditattn.models import find_family
+from ditattn.runtime.probe import CellReading, SparseProbe
+from ditattn.runtime.stage import ServedModel
 
 __all__ = ["PipelineWorkload"]
 
@@ -48,4 +49,19 @@ class PipelineWorkload(Workload):
             return Rendered(frames, times.stages, times.steps, handle.report(), handle.overall_densities())
 
     def probe(self, settings: Sequence[Setting], clip: Clip) -> list[list[CellReading]]:
-        return probe_run(self.pipe, self.arguments(clip.prompt), seed=clip.seed, settings=settings)
+        probe = SparseProbe([_sparse_models(self.pipe, setting) for setting in settings])
+        with install_setting(self.pipe, REFERENCE) as handle:
+            handle.watch(probe)
+            call_pipeline(self.pipe, self.arguments(clip.prompt), seed=clip.seed)
+        return [probe.readings(number) for number in range(len(settings))]
+
+
+def _sparse_models(pipe: Any, setting: Setting) -> dict[str, ServedModel]:
+    """The denoisers that the setting serves with a sparse backend; the others, and unknown models, have no readings."""
+    served = {}
+    for name, module in denoisers(pipe).items():
+        module = getattr(module, "_orig_mod", module)
+        family = find_family(type(module).__name__)
+        if family is not None:
+            served[name] = serve(module, name, family, setting)
+    return {name: model for name, model in served.items() if model.backend.is_sparse}
