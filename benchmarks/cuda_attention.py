@@ -28,12 +28,11 @@ from torch import Tensor
 
 from benchmarks.cuda_peers import PEERS, prepare
 from ditattn.backends.rain_fusion_attn import RainFusionAttentionBackend
-from ditattn.backends.selection.mean_pool import num_kept
 from ditattn.devices.clock import Stopwatch
 from ditattn.errors import DitattnError
 from ditattn.ops.block_sparse_attention import block_sparse_attention
 from ditattn.ops.dense_attention import dense_attention
-from ditattn.plan.block_plan import BlockPlan, num_blocks
+from ditattn.plan.block_plan import BlockPlan, num_blocks, num_kept
 
 RESULTS = Path(__file__).parent / "results" / "cuda_attention.jsonl"
 SPARSITIES = (0.5, 0.75, 0.9)

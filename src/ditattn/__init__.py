@@ -17,8 +17,15 @@ if TYPE_CHECKING:
         AttentionMetadata,
         AttentionMetadataBuilder,
     )
+    from ditattn.backends.config import SparseAttentionConfig
     from ditattn.backends.registry import AttentionBackendEnum
     from ditattn.backends.selector import force_attn_backend, get_attn_backend
+    from ditattn.backends.sparse import (
+        SparseAttentionBackend,
+        SparseAttentionImpl,
+        SparseAttentionMetadata,
+        SparseAttentionMetadataBuilder,
+    )
     from ditattn.errors import BackendUnavailable, DitattnError
     from ditattn.hosts.diffusers.install import install
     from ditattn.hosts.diffusers.register import register
@@ -37,6 +44,11 @@ _WHERE = {
     "BackendUnavailable": "ditattn.errors",
     "BlockPlan": "ditattn.plan.block_plan",
     "DitattnError": "ditattn.errors",
+    "SparseAttentionBackend": "ditattn.backends.sparse",
+    "SparseAttentionConfig": "ditattn.backends.config",
+    "SparseAttentionImpl": "ditattn.backends.sparse",
+    "SparseAttentionMetadata": "ditattn.backends.sparse",
+    "SparseAttentionMetadataBuilder": "ditattn.backends.sparse",
     "block_mean": "ditattn.ops.block_mean",
     "block_sparse_attention": "ditattn.ops.block_sparse_attention",
     "dense_attention": "ditattn.ops.dense_attention",
@@ -56,6 +68,11 @@ __all__ = [
     "BackendUnavailable",
     "BlockPlan",
     "DitattnError",
+    "SparseAttentionBackend",
+    "SparseAttentionConfig",
+    "SparseAttentionImpl",
+    "SparseAttentionMetadata",
+    "SparseAttentionMetadataBuilder",
     "__version__",
     "block_mean",
     "block_sparse_attention",

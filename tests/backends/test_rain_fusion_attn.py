@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ditattn.backends.rain_fusion_attn import RainFusionAttentionBackend, RainFusionAttentionImpl
-from ditattn.backends.selection.mean_pool import num_kept
+from ditattn.plan.block_plan import num_kept
 from ditattn.plan.token_order import token_order
 from sparse_calls import call, draw
 

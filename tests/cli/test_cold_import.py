@@ -40,6 +40,14 @@ def test_the_interface_needs_torch_and_nothing_optional():
     assert modules & set(HEAVY) <= loaded("import torch")
 
 
+def test_every_public_name_is_there_and_no_other_is_listed():
+    import ditattn
+
+    assert sorted(set(ditattn._WHERE) | {"__version__"}) == ditattn.__dir__() == sorted(set(ditattn.__all__))
+    for name in ditattn.__all__:
+        assert getattr(ditattn, name) is not None
+
+
 def test_importing_ours_costs_little_beside_torch():
     done = fresh(
         """

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ditattn.models import MODELS, TokenLayout, find_family
+from ditattn.models.base import ModelFamily
 from ditattn.models.cogvideox import COGVIDEOX
 from ditattn.models.flux import FLUX
 from ditattn.models.hunyuan_video import HUNYUAN_VIDEO
-from ditattn.models.interface import ModelFamily
 from ditattn.models.ltx_video import LTX_VIDEO
 from ditattn.models.qwen_image import QWEN_IMAGE
 from ditattn.models.wan import WAN

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ditattn.backends.base import AttentionBackend
 from ditattn.backends.config import BlockSparseAttentionConfig
 from ditattn.backends.selection import antidiagonal
-from ditattn.backends.sparse import SparseAttentionImpl, SparseAttentionMetadata, SparseAttentionMetadataBuilder
+from ditattn.backends.sparse import SparseAttentionBackend, SparseAttentionImpl, SparseAttentionMetadata, SparseAttentionMetadataBuilder
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
 
@@ -51,7 +50,7 @@ class BlockSparseAttentionImpl(SparseAttentionImpl):
         return metadata.sparsity == 0 and metadata.threshold == 1
 
 
-class BlockSparseAttentionBackend(AttentionBackend):
+class BlockSparseAttentionBackend(SparseAttentionBackend):
     name = "block_sparse_attn"
     impl_cls = BlockSparseAttentionImpl
     metadata_cls = BlockSparseAttentionMetadata

@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ditattn.backends.base import AttentionBackend
 from ditattn.backends.config import RainFusionAttentionConfig
 from ditattn.backends.selection import mean_pool
-from ditattn.backends.sparse import SparseAttentionImpl, SparseAttentionMetadata, SparseAttentionMetadataBuilder
+from ditattn.backends.sparse import SparseAttentionBackend, SparseAttentionImpl, SparseAttentionMetadata, SparseAttentionMetadataBuilder
 from ditattn.errors import UnsupportedCall
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
@@ -59,7 +58,7 @@ class RainFusionAttentionImpl(SparseAttentionImpl):
         )
 
 
-class RainFusionAttentionBackend(AttentionBackend):
+class RainFusionAttentionBackend(SparseAttentionBackend):
     name = "rain_fusion_attn"
     impl_cls = RainFusionAttentionImpl
     metadata_cls = RainFusionAttentionMetadata

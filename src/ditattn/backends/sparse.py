@@ -11,8 +11,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ditattn.backends.base import KERNEL_HEAD_SIZES, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, CallRecord
-from ditattn.backends.config import SparseAttentionConfig, parse_layers, resolve_steps
+from ditattn.backends.base import (
+    KERNEL_HEAD_SIZES,
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CallRecord,
+)
+from ditattn.backends.config import AttentionConfig, SparseAttentionConfig, parse_layers, resolve_steps
 from ditattn.errors import ConfigError
 from ditattn.ops.block_sparse_attention import block_sparse_attention
 from ditattn.ops.dense_attention import dense_attention
@@ -20,7 +27,14 @@ from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 from ditattn.plan.reuse import Evaluation, PlanMemory, ReusePolicy
 from ditattn.plan.token_order import TokenOrder, token_order
 
-__all__ = ["Reason", "SparseAttentionImpl", "SparseAttentionMetadata", "SparseAttentionMetadataBuilder", "latent_grid"]
+__all__ = [
+    "Reason",
+    "SparseAttentionBackend",
+    "SparseAttentionImpl",
+    "SparseAttentionMetadata",
+    "SparseAttentionMetadataBuilder",
+    "latent_grid",
+]
 
 logger = logging.getLogger("ditattn")
 
@@ -258,6 +272,15 @@ class SparseAttentionImpl(AttentionImpl):
     def _check_order(self, metadata: SparseAttentionMetadata) -> None:
         if self.causal and metadata.token_order != "raster":
             raise ConfigError("causal attention needs token_order='raster': in tile order the tokens before a token are not its past")
+
+
+class SparseAttentionBackend(AttentionBackend):
+    """Base of the sparse methods: a subclass sets `name`, `impl_cls`, and what it does not share."""
+
+    metadata_cls: ClassVar[type[AttentionMetadata]] = SparseAttentionMetadata
+    builder_cls: ClassVar[type[AttentionMetadataBuilder]] = SparseAttentionMetadataBuilder
+    config_cls: ClassVar[type[AttentionConfig]] = SparseAttentionConfig
+    ops: ClassVar[tuple[str, ...]] = ("block_sparse_attention", "dense_attention")
 
 
 def _plan_facts(query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> object:

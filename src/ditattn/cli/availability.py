@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ditattn.backends.base import AttentionBackend
-from ditattn.backends.registry import backend_names, load_backend
+from ditattn.backends.registry import usable_backends
 from ditattn.cli.device import why_no_device
 from ditattn.cli.job import ANY_HEAD_SIZE
 from ditattn.devices import DEVICES, Device, find_device
@@ -62,12 +62,8 @@ def devices(only: str | None = None) -> list[dict[str, Any]]:
 
 def availability(only: str | None = None) -> list[Row]:
     """Every row, device by device."""
-    return [
-        row
-        for device_type in _device_types(only)
-        for name in backend_names()
-        for row in _rows(find_device(device_type), load_backend(name))
-    ]
+    backends = usable_backends()
+    return [row for device_type in _device_types(only) for backend in backends for row in _rows(find_device(device_type), backend)]
 
 
 def _device_types(only: str | None) -> list[str]:
@@ -86,6 +82,8 @@ def _device_types(only: str | None) -> list[str]:
 def _rows(device: Device, backend: type[AttentionBackend]) -> Iterator[Row]:
     device_type = device.device_type
     refused = backend.why_not(device)
+    if not backend.ops:
+        yield _own_kernel(device, backend, refused)
     for operation in backend.ops:
         named = backend.implementations_on(device_type) if operation == backend.ops[0] else ()
         served = False
@@ -108,9 +106,26 @@ def _rows(device: Device, backend: type[AttentionBackend]) -> Iterator[Row]:
                 available=reason is None,
                 serves=serves,
                 reason=reason,
-                install=_install(device, backend, implementation) if reason else None,
+                install=_install(device, backend, implementation.packages) if reason else None,
                 note=None if named or reason else verdict.note,
             )
+
+
+def _own_kernel(device: Device, backend: type[AttentionBackend], refused: str | None) -> Row:
+    """The row of a backend that is computed by none of our operations."""
+    return Row(
+        device=device.device_type,
+        backend=backend.name,
+        sparse=backend.is_sparse,
+        operation="attention",
+        implementation=backend.name,
+        automatic=True,
+        available=refused is None,
+        serves=refused is None,
+        reason=refused,
+        install=_install(device, backend, ()) if refused else None,
+        note=None,
+    )
 
 
 def _verdicts(operation: str, device_type: str) -> list[Verdict]:
@@ -129,7 +144,7 @@ def _joined(*reasons: str | None) -> str | None:
     return "; ".join(dict.fromkeys(part for reason in reasons if reason for part in reason.split("; "))) or None
 
 
-def _install(device: Device, backend: type[AttentionBackend], implementation: Implementation) -> str | None:
-    needed: tuple[Package, ...] = (*device.packages, *backend.packages.get(device.device_type, ()), *implementation.packages)
+def _install(device: Device, backend: type[AttentionBackend], further: tuple[Package, ...]) -> str | None:
+    needed = (*device.packages, *backend.packages.get(device.device_type, ()), *further)
     commands = dict.fromkeys(package.install for package in needed if package.missing())
     return "; ".join(commands) or None

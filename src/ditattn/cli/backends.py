@@ -25,13 +25,18 @@ def backends(as_json: AsJson = False, device: OnlyDevice = None, debug: Debug = 
     "serves" marks the implementation that runs when you name the backend (for bfloat16 and head size 64); a "ready" one can run too.
     Numbers lead to the reasons below the table, and to what was measured here where a measurement chooses between exact kernels.
     """
+    from ditattn.backends.registry import left_out
     from ditattn.cli.availability import availability, devices
 
     facts, rows = devices(device), availability(device)
     if as_json:
-        typer.echo(json.dumps({"devices": facts, "backends": [vars(row) for row in rows]}, indent=2))
+        typer.echo(
+            json.dumps({"devices": facts, "backends": [vars(row) for row in rows], "left_out": list(map(vars, left_out()))}, indent=2)
+        )
         return
     _print_table(facts, rows)
+    for one in left_out():
+        typer.echo(one.sentence())
 
 
 def _print_table(facts: list[dict[str, Any]], rows: list[Row]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditattn.models.interface import ModelFamily, TokenLayout, patch_triple, text_length
+from ditattn.models.base import ModelFamily, TokenLayout, patch_triple, text_length
 
 __all__ = ["COGVIDEOX"]
 
@@ -16,11 +16,17 @@ def layout(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
     return TokenLayout((batch, channels, frames, rows, columns), patch_triple(config), num_prefix_tokens=text_length(arguments))
 
 
+def frame_rate(pipeline_config: Any) -> int:
+    """CogVideoX was trained on slow videos."""
+    return 8
+
+
 COGVIDEOX = ModelFamily(
     name="CogVideoX",
     transformer_classes=("CogVideoXTransformer3DModel",),
     layout=layout,
     self_attention=r"transformer_blocks\.\d+\.attn1",
+    frame_rate=frame_rate,
     dispatches=False,
     notes="text before video, protected; bypasses diffusers' dispatcher, so SDPA calls inside its attention modules are redirected",
 )

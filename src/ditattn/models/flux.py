@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ditattn.models.interface import ModelFamily, TokenLayout, text_length
+from ditattn.models.base import ModelFamily, TokenLayout, text_length
 
 __all__ = ["FLUX"]
 

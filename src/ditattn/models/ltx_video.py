@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditattn.models.interface import ModelFamily, TokenLayout
+from ditattn.models.base import ModelFamily, TokenLayout
 
 __all__ = ["LTX_VIDEO"]
 

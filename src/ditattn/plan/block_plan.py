@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ditattn.errors import UnsupportedCall
 
-__all__ = ["BLOCK_SIZE", "BlockPlan", "num_blocks"]
+__all__ = ["BLOCK_SIZE", "BlockPlan", "num_blocks", "num_kept"]
 
 BLOCK_SIZE = 128
 
@@ -23,6 +23,12 @@ BLOCK_SIZE = 128
 def num_blocks(num_tokens: int, block_size: int = BLOCK_SIZE) -> int:
     """Number of blocks that cover `num_tokens`; there is never an empty tail block."""
     return -(-num_tokens // block_size)
+
+
+def num_kept(num_key_blocks: int, sparsity: float) -> int:
+    """How many key blocks a row keeps at an asked sparsity: ceil(N * (1 - sparsity)), at least 1."""
+    # 10 * (1 - 0.7) is 3, although floating point says 3.0000000000000004
+    return max(1, math.ceil(round(num_key_blocks * (1 - sparsity), 6)))
 
 
 @dataclass(frozen=True, eq=False)

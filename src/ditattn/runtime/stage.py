@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ditattn.backends.base import AttentionBackend, AttentionImpl, AttentionMetadata, CallRecord
 from ditattn.backends.config import AttentionConfig
+from ditattn.backends.dense import DENSE_BACKEND
 from ditattn.backends.sparse import EXPECTED_REASONS, SparseAttentionImpl, SparseAttentionMetadata
 from ditattn.errors import DenseInStrictMode, UnsupportedCall
 from ditattn.models import ModelFamily, TokenLayout
@@ -36,6 +37,7 @@ __all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "runni
 logger = logging.getLogger("ditattn")
 
 NOT_SELF_ATTENTION = "not self-attention of the denoiser"
+UNSAID = "the backend does not say what it ran"
 
 
 @dataclass
@@ -227,6 +229,11 @@ class DenoisingStage:
             assert isinstance(metadata, SparseAttentionMetadata)
             self._refuse_if_strict(impl.why_dense(query, key, metadata), forward)
         out = impl.forward(query, key, value, metadata)
+        if not forward.records:
+            # an impl of another package that notes nothing is counted all the same
+            reason = UNSAID if impl.is_sparse else DENSE_BACKEND
+            self._refuse_if_strict(reason, forward)
+            forward.records.append(CallRecord(reason))
         if self.probe is not None:
             self.probe.look(forward, layer, impl, query, key, value, metadata, out)
         return out

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import oracle
 from ditattn.backends.selection import mean_pool
+from ditattn.plan.block_plan import num_kept
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -24,7 +25,7 @@ def no_protection(blocks: int) -> torch.Tensor:
 @given(blocks=st.integers(1, 700), percent=st.integers(0, 99))
 def test_number_kept_is_the_exact_ceiling(blocks: int, percent: int) -> None:
     exact = -(-Fraction(blocks) * (100 - percent) // 100)
-    assert mean_pool.num_kept(blocks, percent / 100) == max(1, int(exact))
+    assert num_kept(blocks, percent / 100) == max(1, int(exact))
 
 
 def test_keeps_the_best_scores() -> None:
@@ -42,7 +43,7 @@ def test_keeps_the_best_scores() -> None:
 def test_every_row_keeps_exactly_the_asked_number(sparsity: float, seed: int) -> None:
     x = draw(2, 1400, 2, 32, seed=seed)
     plan = mean_pool.select(x, x, scale=0.2, sparsity=sparsity, protected=no_protection(11))
-    assert bool((plan.counts == mean_pool.num_kept(11, sparsity)).all())
+    assert bool((plan.counts == num_kept(11, sparsity)).all())
 
 
 def test_protected_blocks_come_on_top() -> None:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ditattn.ops.block_mean import block_mean
 from ditattn.ops.contract import without_autocast
-from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan, num_blocks
+from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan, num_blocks, num_kept
 from ditattn.plan.token_order import TokenOrder
 
-__all__ = ["num_kept", "select"]
-
-
-def num_kept(num_key_blocks: int, sparsity: float) -> int:
-    """ceil(N * (1 - sparsity)), at least 1."""
-    # 10 * (1 - 0.7) is 3, although floating point says 3.0000000000000004
-    return max(1, math.ceil(round(num_key_blocks * (1 - sparsity), 6)))
+__all__ = ["select"]
 
 
 def select(

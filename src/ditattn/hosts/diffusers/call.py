@@ -16,12 +16,9 @@ import torch
 from ditattn.errors import ConfigError
 from ditattn.hosts.diffusers.geometry import check_geometry, frames_to_ask
 from ditattn.hosts.diffusers.install import denoisers
+from ditattn.models import DEFAULT_FRAME_RATE, OTHER_FRAME_RATES, family_of, find_family, unwrapped
 
 __all__ = ["CallTimes", "call_defaults", "call_pipeline", "check_arguments", "frame_rate", "makes_video"]
-
-# frames per second that a family was trained on; its pipelines do not know it
-FRAME_RATES = {"WanTransformer3DModel": 16, "CogVideoXTransformer3DModel": 8, "MochiTransformer3DModel": 30}
-OTHER_FRAME_RATE = 24
 
 
 def _parameters(pipeline_cls: type) -> Mapping[str, inspect.Parameter]:
@@ -42,11 +39,13 @@ def frame_rate(pipe: Any) -> int:
     """Frames per second that the model's videos are meant to be played at."""
     if "frame_rate" in _parameters(type(pipe)):
         return int(call_defaults(type(pipe))["frame_rate"])
-    if getattr(pipe.config, "expand_timesteps", False):
-        # Wan 2.2 TI2V, unlike the rest of its family
-        return OTHER_FRAME_RATE
-    names = [type(module).__name__ for module in denoisers(pipe).values()]
-    return next((FRAME_RATES[name] for name in names if name in FRAME_RATES), OTHER_FRAME_RATE)
+    for module in denoisers(pipe).values():
+        name = type(unwrapped(module)).__name__
+        if family := find_family(name):
+            return family.frame_rate(pipe.config)
+        if name in OTHER_FRAME_RATES:
+            return OTHER_FRAME_RATES[name]
+    return DEFAULT_FRAME_RATE
 
 
 def check_arguments(pipeline_cls: type, given: Mapping[str, Any], called: Callable[[str], str] = str) -> None:
@@ -160,7 +159,7 @@ def call_pipeline(pipe: Any, arguments: Mapping[str, Any], *, seed: int) -> tupl
     arguments |= {name: value for name, value in extras.items() if name in parameters}
     hooks = [module.register_forward_pre_hook(watch.on_forward) for module in denoisers(pipe).values()]
     try:
-        with _without_rounding_notice():
+        with _without_untrue_notices(pipe):
             result = pipe(**arguments)
     finally:
         for hook in hooks:
@@ -170,20 +169,26 @@ def call_pipeline(pipe: Any, arguments: Mapping[str, Any], *, seed: int) -> tupl
 
 
 @contextlib.contextmanager
-def _without_rounding_notice() -> Iterator[None]:
-    """The count was checked, and Wan's notice appears even where its rounding gives what was asked."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "num_frames - 1" not in record.getMessage()
-
-    loggers = [logging.getLogger(f"diffusers.pipelines.wan.{name}") for name in ("pipeline_wan", "pipeline_wan_i2v")]
-    for logger in loggers:
-        logger.addFilter(keep)
-    try:
+def _without_untrue_notices(pipe: Any) -> Iterator[None]:
+    """Drop what the pipeline of a family logs although it is not so."""
+    families = filter(None, map(family_of, denoisers(pipe).values()))
+    with contextlib.ExitStack() as undo:
+        for name, text in {item for family in families for item in family.untrue_notices.items()}:
+            logger, keep = logging.getLogger(name), _LacksText(text)
+            logger.addFilter(keep)
+            undo.callback(logger.removeFilter, keep)
         yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(keep)
+
+
+class _LacksText(logging.Filter):
+    """Keeps records that do not hold the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text = text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self._text not in record.getMessage()
 
 
 def _pixels(result: Any) -> np.ndarray[Any, Any]:

@@ -10,15 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ditattn.errors import ConfigError
-from ditattn.models.interface import patch_triple
+from ditattn.models import family_of
+from ditattn.models.base import one_more_than_a_multiple, patch_triple
 
 __all__ = ["check_geometry", "frames_to_ask", "size_multiples"]
 
 _SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
 _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
-
-# multiples that a pipeline's own check insists on, whatever its VAE
-_INSISTS_ON = {"WanTransformer3DModel": 16, "HunyuanVideoTransformer3DModel": 16}
 
 
 def size_multiples(pipe: Any) -> tuple[int, int]:
@@ -33,7 +31,8 @@ def size_multiples(pipe: Any) -> tuple[int, int]:
     if getattr(getattr(transformer, "config", None), "patch_size", None) is None:
         return scale, scale
     _, rows, columns = patch_triple(transformer.config)
-    least = _INSISTS_ON.get(type(transformer).__name__, 1)
+    family = family_of(transformer)
+    least = 1 if family is None else family.size_multiple
     return math.lcm(scale * rows, least), math.lcm(scale * columns, least)
 
 
@@ -46,13 +45,8 @@ def frames_to_ask(pipe: Any, num_frames: int) -> int:
     factor = _first(pipe, _TEMPORAL)
     if factor is None:
         return num_frames
-    if factor == 1:
-        # Wan's own rounding tests n % 1 != 1, which is always so, and adds one
-        return num_frames - 1 if type(_denoiser(pipe)).__name__ == "WanTransformer3DModel" else num_frames
-    if num_frames % factor != 1:
-        below = (num_frames - 1) // factor * factor + 1
-        raise ConfigError(f"num_frames must be a multiple of {factor} plus 1, not {num_frames}; nearest: {below} or {below + factor}")
-    return num_frames
+    family = family_of(_denoiser(pipe))
+    return one_more_than_a_multiple(num_frames, factor) if family is None else family.frames_to_ask(num_frames, factor)
 
 
 def check_geometry(pipe: Any, arguments: Mapping[str, Any]) -> None:
@@ -70,4 +64,6 @@ def _first(pipe: Any, names: tuple[str, ...]) -> int | None:
 
 
 def _denoiser(pipe: Any) -> Any:
-    return getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
+    first = getattr(pipe, "transformer", None)
+    # a compiled module has no truth value
+    return getattr(pipe, "transformer_2", None) if first is None else first

@@ -17,7 +17,7 @@ from ditattn.backends.setting import Setting
 from ditattn.errors import ConfigError, UnsupportedModel
 from ditattn.hosts.diffusers.dispatcher import add_private_backend
 from ditattn.hosts.diffusers.hooks import add_layer_hooks, add_root_hook, is_listening, redirect_sdpa
-from ditattn.models import MODELS, ModelFamily, find_family
+from ditattn.models import MODELS, ModelFamily, find_family, unwrapped
 from ditattn.runtime.metadata import check_layers
 from ditattn.runtime.report import AttentionReport
 from ditattn.runtime.stage import DenoisingStage, Probe, ServedModel
@@ -79,7 +79,7 @@ def install(
 
     Args:
         target: a diffusers pipeline (preferred: it knows the step), or a bare transformer.
-        backend: a backend or its name; None takes DITATTN_ATTENTION_BACKEND or the platform's best dense backend.
+        backend: a backend or its name; None takes DITATTN_ATTENTION_BACKEND or torch_sdpa.
         components: other backends for single components, such as {"transformer_2": "torch_sdpa"}. `config` belongs to `backend` (without
             one, to the backend that the components name); a component with a different backend runs with that one's defaults.
         strict: raise DenseInStrictMode instead of running densely for a reason that nobody asked for, and UnsupportedModel for a
@@ -122,7 +122,7 @@ def install_setting(target: Any, setting: Setting, *, strict: bool = False) -> I
 def denoisers(target: Any) -> dict[str, nn.Module]:
     """The transformers of a pipeline by name, or the one given, under its class name."""
     if isinstance(target, nn.Module):
-        return {type(_unwrapped(target)).__name__: target}
+        return {type(unwrapped(target)).__name__: target}
     parts = _components(target)
     return {name: part for name, part in parts.items() if name.startswith("transformer") and isinstance(part, nn.Module)}
 
@@ -136,7 +136,7 @@ def serve(module: Any, name: str, family: ModelFamily, setting: Setting) -> Serv
     """Choose the backend of one denoiser, and its configuration."""
     parameter = next(module.parameters())
     chosen = get_attn_backend(
-        int(module.config.attention_head_dim),
+        family.head_size(module.config),
         parameter.dtype if parameter.dtype in (torch.float32, torch.float16) else torch.bfloat16,
         device=_execution_device(module, parameter),
         component=name,
@@ -158,7 +158,7 @@ def _install_one(
     module: nn.Module,
     setting: Setting,
 ) -> None:
-    module = _unwrapped(module)
+    module = unwrapped(module)
     family = find_family(type(module).__name__)
     if family is None:
         _leave_alone(stage, name, module)
@@ -237,10 +237,3 @@ def _components(target: Any) -> dict[str, Any]:
     if not isinstance(parts, Mapping):
         raise ConfigError(f"install needs a diffusers pipeline or a transformer, not {type(target).__name__}")
     return dict(parts)
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module behind torch.compile's wrapper."""
-    inner = getattr(module, "_orig_mod", module)
-    assert isinstance(inner, nn.Module)
-    return inner

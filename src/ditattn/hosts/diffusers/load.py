@@ -13,13 +13,11 @@ import torch
 import transformers
 
 from ditattn.errors import ModelNotLoaded
+from ditattn.models import needs_full_precision
 
 __all__ = ["load_pipeline", "no_loading_bars", "pipeline_class", "read_index"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-# VAEs that lose quality in half precision and whose pipelines cast the latents to the VAE's own dtype
-FULL_PRECISION_VAES = ("AutoencoderKLWan",)
 
 
 def read_index(model_path: str, revision: str | None = None) -> dict[str, Any]:
@@ -87,7 +85,7 @@ def _dtype_keyword() -> str:
 def _dtypes(index: dict[str, Any], dtype: torch.dtype) -> torch.dtype | dict[str, torch.dtype]:
     """One dtype, or one for the VAE and one for the rest."""
     vae = index.get("vae")
-    keeps = isinstance(vae, (list, tuple)) and vae[-1] in FULL_PRECISION_VAES
+    keeps = isinstance(vae, (list, tuple)) and needs_full_precision(vae[-1])
     return {"vae": torch.float32, "default": dtype} if keeps and dtype is not torch.float32 else dtype
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ditattn.backends.registry import backend_names, load_backend
+from ditattn.backends.registry import backend_names, load_backend, usable_backends
 from ditattn.backends.setting import Setting
 from ditattn.errors import ConfigError, UnsupportedModel
 from ditattn.hosts.diffusers.dispatcher import add_public_backend
@@ -58,7 +58,7 @@ def register(*, strict: bool = False, **config: Any) -> Registration:
 def _check(config: Mapping[str, Any]) -> None:
     """Raise unless some sparse backend takes the configuration; which one will be chosen is not known yet."""
     refusal: ConfigError | None = None
-    for backend in filter(lambda backend: backend.is_sparse, map(load_backend, backend_names())):
+    for backend in filter(lambda backend: backend.is_sparse, usable_backends()):
         try:
             Setting.parse(backend.name, config)
             return

@@ -13,7 +13,7 @@ from ditattn.compare.setting import REFERENCE, Clip
 from ditattn.compare.workload import Rendered, Workload
 from ditattn.hosts.diffusers.call import call_defaults, call_pipeline
 from ditattn.hosts.diffusers.install import denoisers, install_setting, serve
-from ditattn.models import find_family
+from ditattn.models import find_family, unwrapped
 from ditattn.runtime.probe import CellReading, SparseProbe
 from ditattn.runtime.stage import ServedModel
 
@@ -60,7 +60,7 @@ def _sparse_models(pipe: Any, setting: Setting) -> dict[str, ServedModel]:
     """The denoisers that the setting serves with a sparse backend; the others, and unknown models, have no readings."""
     served = {}
     for name, module in denoisers(pipe).items():
-        module = getattr(module, "_orig_mod", module)
+        module = unwrapped(module)
         family = find_family(type(module).__name__)
         if family is not None:
             served[name] = serve(module, name, family, setting)

@@ -1,13 +1,18 @@
-"""What the package knows about a family of diffusion transformers: data, and how to read a call's token layout."""
+"""What the package knows about a family of diffusion transformers: data, and how to read its configuration and a call's token layout."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ModelFamily", "TokenLayout", "patch_triple", "text_length"]
+from ditattn.errors import ConfigError
+
+__all__ = ["DEFAULT_FRAME_RATE", "ModelFamily", "TokenLayout", "one_more_than_a_multiple", "patch_triple", "text_length"]
+
+DEFAULT_FRAME_RATE = 24
+"""Frames per second where nothing else is known."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +41,45 @@ class TokenLayout:
             raise ValueError(f"{self.num_prefix_tokens} tokens before and {self.num_suffix_tokens} after the video")
 
 
+def default_frame_rate(pipeline_config: Any) -> int:
+    """What most families were trained on."""
+    return DEFAULT_FRAME_RATE
+
+
+def one_more_than_a_multiple(num_frames: int, factor: int) -> int:
+    """The rule of causal VAEs: the first frame stands alone, `factor` frames share each further latent.
+
+    Raises:
+        ConfigError: not of this form; says which counts are near.
+    """
+    if num_frames % factor != 1 % factor:
+        below = (num_frames - 1) // factor * factor + 1
+        raise ConfigError(f"num_frames must be a multiple of {factor} plus 1, not {num_frames}; nearest: {below} or {below + factor}")
+    return num_frames
+
+
+def attention_head_dim(config: Any) -> int:
+    """Under the name that most of diffusers' transformers give it."""
+    return int(config.attention_head_dim)
+
+
 @dataclass(frozen=True)
 class ModelFamily:
-    """One family.
+    """One family: everything that is true of it and not of every model. No other folder names a family.
 
     Attributes:
         name: for reports and the compatibility matrix.
         transformer_classes: diffusers class names.
         layout: (model configuration, forward's named arguments) -> TokenLayout; may raise if the arguments are of an unknown form.
         self_attention: regular expression of the module paths that are self-attention (joint attention counts as self-attention).
+        head_size: model configuration -> D of its self-attention.
+        frame_rate: pipeline configuration -> frames per second that its videos are meant to be played at.
+        size_multiple: heights and widths must be a multiple of it, whatever VAE and patch ask for.
+        frames_to_ask: (frames wanted, frames per latent) -> the `num_frames` that makes the pipeline make exactly that many; raises
+            ConfigError where nothing does.
+        full_precision_vaes: class names of VAEs that lose quality in half precision and whose pipelines cast the latents to the VAE's own
+            dtype.
+        untrue_notices: what its pipelines log although it is not so, by name of the logger: records that hold the text are dropped.
         dispatches: its processors go through diffusers' attention dispatcher; False means they call torch's SDPA directly.
         supported: names of the backends that make sense for it; None means every one.
         notes: one sentence for the compatibility matrix.
@@ -54,6 +89,12 @@ class ModelFamily:
     transformer_classes: tuple[str, ...]
     layout: Callable[[Any, Mapping[str, Any]], TokenLayout]
     self_attention: str
+    head_size: Callable[[Any], int] = attention_head_dim
+    frame_rate: Callable[[Any], int] = default_frame_rate
+    size_multiple: int = 1
+    frames_to_ask: Callable[[int, int], int] = one_more_than_a_multiple
+    full_precision_vaes: frozenset[str] = frozenset()
+    untrue_notices: Mapping[str, str] = field(default_factory=dict)
     dispatches: bool = True
     supported: frozenset[str] | None = None
     notes: str = ""
