@@ -40,7 +40,7 @@ def test_first_possible_row_is_taken() -> None:
 def test_rows_that_are_not_automatic_run_only_by_name() -> None:
     table = (row("manual", automatic=False), row("portable"))
     assert choose(table, FACTS).name == "portable"
-    assert choose(table, FACTS, "manual").name == "manual"
+    assert choose(table, FACTS, ("manual",)).name == "manual"
 
 
 @pytest.mark.parametrize(
@@ -75,25 +75,25 @@ def test_nothing_possible_lists_every_reason() -> None:
 @pytest.mark.parametrize("fields", [{"devices": ("cuda",)}, {"packages": (ABSENT,)}, {"probe": f"{__name__}:no_library"}])
 def test_named_row_that_this_machine_cannot_run_is_unavailable(fields: dict[str, object]) -> None:
     with pytest.raises(BackendUnavailable, match=r"'wanted' was asked for.*Possible here: portable"):
-        choose((row("wanted", **fields), row("portable")), FACTS, "wanted")
+        choose((row("wanted", **fields), row("portable")), FACTS, ("wanted",))
 
 
 def test_named_row_that_refuses_the_call_is_unsupported() -> None:
     with pytest.raises(UnsupportedCall, match=r"takes float16, not float32\. Possible here: none"):
-        choose((row("wanted", dtypes=("float16",)),), FACTS, "wanted")
+        choose((row("wanted", dtypes=("float16",)),), FACTS, ("wanted",))
 
 
 def test_unknown_name() -> None:
     with pytest.raises(UnsupportedCall, match="no implementation named 'x'; there is a, b"):
-        choose((row("a"), row("b")), FACTS, "x")
+        choose((row("a"), row("b")), FACTS, ("x",))
 
 
 def test_rows_may_share_a_name_for_different_devices() -> None:
     table = (row("flash", devices=("cpu",), dtypes=("float32",)), row("flash", devices=("cuda",), dtypes=("float16",)))
-    assert choose(table, FACTS, "flash").devices == ("cpu",)
-    assert choose(table, CallFacts("cuda", torch.float16, 64), "flash").devices == ("cuda",)
+    assert choose(table, FACTS, ("flash",)).devices == ("cpu",)
+    assert choose(table, CallFacts("cuda", torch.float16, 64), ("flash",)).devices == ("cuda",)
     with pytest.raises(UnsupportedCall, match="takes float16, not float32"):
-        choose(table, CallFacts("cuda", torch.float32, 64), "flash")
+        choose(table, CallFacts("cuda", torch.float32, 64), ("flash",))
 
 
 def test_missing_parent_of_a_dotted_package_counts_as_missing() -> None:
@@ -126,7 +126,7 @@ def prefers_own(_: CallFacts) -> Measured:
 def test_a_measurement_may_make_a_row_stand_back_and_is_shown() -> None:
     table = (row("own", preference=f"{__name__}:prefers_portable"), row("portable"))
     assert choose(table, FACTS).name == "portable"
-    assert choose(table, FACTS, "own").name == "own"
+    assert choose(table, FACTS, ("own",)).name == "own"
     assert explain(table, FACTS)[0].note == "measured: portable"
     assert choose((row("own", preference=f"{__name__}:prefers_own"), row("portable")), FACTS).name == "own"
 
@@ -159,14 +159,14 @@ def test_a_row_that_is_slow_there_is_named_once_per_kind_of_call(warnings: Calla
 
 
 @pytest.mark.parametrize(
-    ("device", "head_dim", "name"),
-    [("npu", 64, None), ("cpu", 80, None), ("cuda", 80, None), ("npu", 80, "portable"), ("npu", 80, "own,portable")],
+    ("device", "head_dim", "names"),
+    [("npu", 64, ()), ("cpu", 80, ()), ("cuda", 80, ()), ("npu", 80, ("portable",)), ("npu", 80, ("own", "portable"))],
     ids=["a fast row serves", "cpu", "cuda", "by name", "second name"],
 )
 def test_no_warning_where_nothing_is_slow_or_it_was_asked_for(
-    warnings: Callable[[], list[str]], device: str, head_dim: int, name: str | None
+    warnings: Callable[[], list[str]], device: str, head_dim: int, names: tuple[str, ...]
 ) -> None:
-    choose_to_run(WITH_SLOW, CallFacts(device, torch.float32, head_dim), name)
+    choose_to_run(WITH_SLOW, CallFacts(device, torch.float32, head_dim), names)
     assert warnings() == []
 
 

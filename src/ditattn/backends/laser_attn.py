@@ -29,17 +29,17 @@ class LaserAttentionImpl(DenseAttentionImpl):
 
     supported_head_sizes = KERNEL_HEAD_SIZES
 
-    def choose(self, query: Tensor, key: Tensor, metadata: AttentionMetadata) -> tuple[str | None, str]:
+    def choose(self, query: Tensor, key: Tensor, metadata: AttentionMetadata) -> tuple[tuple[str, ...], str]:
         """Implementations for this call, and what the report says about it."""
         if query.device.type != "npu":
-            return None, DENSE_BACKEND
+            return (), DENSE_BACKEND
         if query.shape[1] < MIN_LASER_TOKENS:
-            return "torch", f"SDPA: fewer than {MIN_LASER_TOKENS} tokens"
+            return ("torch",), f"SDPA: fewer than {MIN_LASER_TOKENS} tokens"
         if query.shape[1] != key.shape[1]:
-            return "torch", "SDPA: query and key lengths differ"
+            return ("torch",), "SDPA: query and key lengths differ"
         if self.causal or metadata.key_lengths is not None:
-            return "torch", "SDPA: the operator takes no mask"
-        return ",".join(LASER_NAMES), DENSE_BACKEND
+            return ("torch",), "SDPA: the operator takes no mask"
+        return LASER_NAMES, DENSE_BACKEND
 
 
 class LaserAttentionBackend(AttentionBackend):

@@ -19,12 +19,17 @@ import torch
 from ditattn.errors import BackendUnavailable, UnsupportedCall
 from ditattn.packages import Package
 
-__all__ = ["CallFacts", "Implementation", "Verdict", "choose", "choose_to_run", "explain", "load"]
+__all__ = ["KERNEL_HEAD_DIMS", "CallFacts", "Implementation", "Names", "Verdict", "choose", "choose_to_run", "explain", "load", "names_of"]
 
 logger = logging.getLogger("ditattn")
 
+Names = str | Sequence[str] | None
+"""Implementations that a caller names: one, or several in order of preference; None takes the first possible one."""
+
 HALF = ("bfloat16", "float16")
 FLOATS = ("float32", *HALF)
+# what every attention kernel of this package and of the Ascend packages, padded where need be, can be asked for
+KERNEL_HEAD_DIMS = (32, 64, 96, 128)
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,13 @@ def load(implementation: Implementation) -> Callable[..., Any]:
     return _resolve(implementation.target)
 
 
+def names_of(implementation: Names) -> tuple[str, ...]:
+    """The names in order of preference; none where the caller leaves the choice to the table."""
+    if implementation is None:
+        return ()
+    return (implementation,) if isinstance(implementation, str) else tuple(implementation)
+
+
 def explain(table: Sequence[Implementation], facts: CallFacts) -> list[Verdict]:
     """Every row of the table with the reason it was or was not possible, in order of preference."""
     verdicts = [Verdict(row, row.refusal(facts)) for row in table]
@@ -169,8 +181,8 @@ def _weighed(verdict: Verdict, facts: CallFacts, possible: set[str]) -> Verdict:
 
 
 @lru_cache(maxsize=1024)
-def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | None = None) -> Implementation:
-    """The row that serves the call: the first possible one of those named (separated by commas), or the first possible automatic one.
+def choose(table: tuple[Implementation, ...], facts: CallFacts, names: tuple[str, ...] = ()) -> Implementation:
+    """The row that serves the call: the first possible one of those named, or without names the first possible automatic one.
 
     Decided once per call signature.
 
@@ -178,8 +190,8 @@ def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | None
         BackendUnavailable: no named row can run on this machine.
         UnsupportedCall: no such name, the named rows refuse the call's shape or options, or no row is possible.
     """
-    if name is not None:
-        return _named(table, facts, name.split(","))
+    if names:
+        return _named(table, facts, names)
     verdicts = explain(table, facts)
     for verdict in verdicts:
         if verdict.reason is None and verdict.implementation.automatic and not verdict.stands_back:
@@ -189,10 +201,10 @@ def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | None
 
 
 @lru_cache(maxsize=1024)
-def choose_to_run(table: tuple[Implementation, ...], facts: CallFacts, name: str | None = None) -> Implementation:
+def choose_to_run(table: tuple[Implementation, ...], facts: CallFacts, names: tuple[str, ...] = ()) -> Implementation:
     """As `choose`, for a call that is about to run: warns of a row that is slow there and was not asked for, with the others' reasons."""
-    row = choose(table, facts, name)
-    if name is None and facts.device in row.slow_on:
+    row = choose(table, facts, names)
+    if not names and facts.device in row.slow_on:
         _warn_once(_why_slow(table, facts, row))
     return row
 

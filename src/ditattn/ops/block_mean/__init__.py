@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ditattn.errors import UnsupportedCall
-from ditattn.ops.table import CallFacts, Implementation, choose, load
+from ditattn.ops.contract import joined, split
+from ditattn.ops.table import CallFacts, Implementation, Names, choose, load, names_of
 from ditattn.packages import TRITON
 from ditattn.plan.block_plan import BLOCK_SIZE, num_blocks
 from ditattn.plan.token_order import TokenOrder
@@ -41,14 +42,14 @@ TABLE: tuple[Implementation, ...] = (
 )
 
 
-def block_mean(x: Tensor, block_size: int = BLOCK_SIZE, *, order: TokenOrder | None = None, implementation: str | None = None) -> Tensor:
+def block_mean(x: Tensor, block_size: int = BLOCK_SIZE, *, order: TokenOrder | None = None, implementation: Names = None) -> Tensor:
     """Mean over blocks of `block_size` consecutive tokens; the tail block is the mean of its real tokens.
 
     Args:
         x: `[B, S, H, D]`, any strides.
         block_size: tokens per block.
         order: blocks are made of the tokens in this order; None leaves them where they are.
-        implementation: a name from `TABLE`; None takes the first possible one.
+        implementation: a name from `TABLE`, or several in order of preference; None takes the first possible one.
 
     Returns:
         fp32 `[B, ceil(S / block_size), H, D]`.
@@ -61,17 +62,17 @@ def block_mean(x: Tensor, block_size: int = BLOCK_SIZE, *, order: TokenOrder | N
     if order is not None:
         order.check_length(x.shape[1])
         order.check_device(x.device)
+    names = names_of(implementation)
     # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
-    name = implementation or ""
     if not torch.compiler.is_compiling():
-        name = choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation).name
-    out: Tensor = _op(x, block_size, name, None if order is None else order.forward)
+        names = (choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), names).name,)
+    out: Tensor = _op(x, block_size, joined(names), None if order is None else order.forward)
     return out
 
 
 @torch.library.custom_op("ditattn::block_mean", mutates_args=())
-def _op(x: Tensor, block_size: int, implementation: str, order: Tensor | None = None) -> Tensor:
-    row = choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation or None)
+def _op(x: Tensor, block_size: int, implementations: str, order: Tensor | None = None) -> Tensor:
+    row = choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), split(implementations))
     run = load(row)
     out: Tensor
     if order is None:
@@ -84,5 +85,5 @@ def _op(x: Tensor, block_size: int, implementation: str, order: Tensor | None = 
 
 
 @_op.register_fake
-def _(x: Tensor, block_size: int, implementation: str, order: Tensor | None = None) -> Tensor:
+def _(x: Tensor, block_size: int, implementations: str, order: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], num_blocks(x.shape[1], block_size), *x.shape[2:], dtype=torch.float32)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ditattn.errors import UnsupportedCall
-from ditattn.ops.contract import call_facts, check_qkv, checked_scale, without_autocast
-from ditattn.ops.table import HALF, CallFacts, Implementation, choose_to_run, load
+from ditattn.ops.calls import SparseCall
+from ditattn.ops.contract import check_qkv, checked_scale, joined, split, without_autocast
+from ditattn.ops.table import HALF, Implementation, Names, choose_to_run, load, names_of
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON, Package
-from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
+from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
 
-__all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse"]
+__all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse", "compute"]
 
 _HERE = "ditattn.ops.block_sparse_attention"
 _LIBRARY = "ditattn.ops.cpu_library"
@@ -124,7 +125,7 @@ def block_sparse_attention(
     causal: bool = False,
     key_lengths: Tensor | None = None,
     order: TokenOrder | None = None,
-    implementation: str | None = None,
+    implementation: Names = None,
 ) -> Tensor:
     """Exact attention over the kept blocks of `plan`.
 
@@ -137,7 +138,7 @@ def block_sparse_attention(
         key_lengths: int32 or int64 `[B]` on the tensors' device; only that many leading keys of each batch element are real.
         order: the order of the tokens that the plan and `key_lengths` speak of, where it is not that of the tensors: query, key, value and
             the result stay as they are, and the implementation reads and writes them in this order, or copies them. Needs S = T.
-        implementation: a name from `TABLE`, or several separated by commas in order of preference; None takes the first possible one.
+        implementation: a name from `TABLE`, or several in order of preference; None takes the first possible one.
 
     Returns:
         `[B, S, H, D]`, contiguous, in the query's dtype. Rows that see no key are zero.
@@ -160,7 +161,7 @@ def block_sparse_attention_with_lse(
     causal: bool = False,
     key_lengths: Tensor | None = None,
     order: TokenOrder | None = None,
-    implementation: str | None = None,
+    implementation: Names = None,
 ) -> tuple[Tensor, Tensor]:
     """As `block_sparse_attention`; also the natural log-sum-exp of the scaled scores, fp32 `[B, H, S]`, -inf where no key is seen."""
     return _call(query, key, value, plan, scale, causal, key_lengths, order, True, implementation)
@@ -176,20 +177,32 @@ def _call(
     key_lengths: Tensor | None,
     order: TokenOrder | None,
     return_lse: bool,
-    implementation: str | None,
+    implementation: Names,
 ) -> tuple[Tensor, Tensor]:
     check_qkv(query, key, value, key_lengths)
     _check_plan(query, key, plan)
     forward, inverse = _ordering(query, key, causal, order)
-    # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
-    name = implementation or ""
-    if not torch.compiler.is_compiling():
-        name = choose_to_run(TABLE, _facts(query, key, causal, key_lengths, return_lse, plan.block_size), implementation).name
     scale = checked_scale(scale, query.shape[3])
-    out, lse = _op(
-        query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, name, forward, inverse
-    )
+    names = names_of(implementation)
+    # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
+    if not torch.compiler.is_compiling():
+        call = SparseCall(query, key, value, plan, scale, causal, key_lengths, return_lse, forward, inverse)
+        names = (choose_to_run(TABLE, call.facts(), names).name,)
+    listed = (plan.indices, plan.counts, plan.block_size)
+    out, lse = _op(query, key, value, *listed, scale, causal, key_lengths, return_lse, joined(names), forward, inverse)
     return out, lse
+
+
+def compute(call: SparseCall, row: Implementation) -> tuple[Tensor, Tensor | None]:
+    """The call by a chosen row, unchecked and without an op around it: for code that torch sees as one operation already."""
+    run = load(row)
+    with without_autocast(call.query.device):
+        if call.inverse is None or row.orders_tokens:
+            out, lse = run(call)
+        else:
+            out, lse = run(call.ordered())
+            out, lse = out.index_select(1, call.inverse), (lse.index_select(2, call.inverse) if call.return_lse else None)
+    return out.contiguous(), lse if call.return_lse else None
 
 
 def _ordering(query: Tensor, key: Tensor, causal: bool, order: TokenOrder | None) -> tuple[Tensor | None, Tensor | None]:
@@ -201,11 +214,6 @@ def _ordering(query: Tensor, key: Tensor, causal: bool, order: TokenOrder | None
     order.check_length(key.shape[1])
     order.check_device(query.device)
     return order.forward, order.inverse
-
-
-def _facts(query: Tensor, key: Tensor, causal: bool, key_lengths: Tensor | None, return_lse: bool, block_size: int) -> CallFacts:
-    other = block_size != BLOCK_SIZE
-    return call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, lse=return_lse, other_block_size=other)
 
 
 def _check_plan(query: Tensor, key: Tensor, plan: BlockPlan) -> None:
@@ -236,24 +244,14 @@ def _op(
     causal: bool,
     key_lengths: Tensor | None,
     return_lse: bool,
-    implementation: str,
+    implementations: str,
     order: Tensor | None = None,
     inverse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    facts = _facts(query, key, causal, key_lengths, return_lse, block_size)
-    row = choose_to_run(TABLE, facts, implementation or None)
-    run = load(row)
-    options = (BlockPlan(indices, counts, query.shape[1], key.shape[1], block_size), scale, causal, key_lengths, return_lse)
-    with without_autocast(query.device):
-        if order is None:
-            out, lse = run(query, key, value, *options)
-        elif row.orders_tokens:
-            out, lse = run(query, key, value, *options, order=order, inverse=inverse)
-        else:
-            assert inverse is not None
-            out, lse = run(*(x.index_select(1, order) for x in (query, key, value)), *options)
-            out, lse = out.index_select(1, inverse), (lse.index_select(2, inverse) if return_lse else None)
-    return out.contiguous(), (lse if return_lse else query.new_empty(0, dtype=torch.float32))
+    plan = BlockPlan(indices, counts, query.shape[1], key.shape[1], block_size)
+    call = SparseCall(query, key, value, plan, scale, causal, key_lengths, return_lse, order, inverse)
+    out, lse = compute(call, choose_to_run(TABLE, call.facts(), split(implementations)))
+    return out, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 @_op.register_fake
@@ -268,7 +266,7 @@ def _(
     causal: bool,
     key_lengths: Tensor | None,
     return_lse: bool,
-    implementation: str,
+    implementations: str,
     order: Tensor | None = None,
     inverse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ditattn.ops.contract import call_facts, check_qkv, checked_scale, without_autocast
-from ditattn.ops.table import HALF, Implementation, choose, load
+from ditattn.ops.calls import DenseCall
+from ditattn.ops.contract import check_qkv, checked_scale, joined, split, without_autocast
+from ditattn.ops.table import HALF, Implementation, Names, choose, load, names_of
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU
 
-__all__ = ["LASER_NAMES", "TABLE", "dense_attention"]
+__all__ = ["LASER_NAMES", "TABLE", "compute", "dense_attention"]
 
 _HERE = "ditattn.ops.dense_attention"
 _SDPA_HONOURS = frozenset({"causal", "key_lengths", "attn_mask", "gqa", "unequal_lengths"})
@@ -98,7 +99,7 @@ def dense_attention(
     causal: bool = False,
     key_lengths: Tensor | None = None,
     attn_mask: Tensor | None = None,
-    implementation: str | None = None,
+    implementation: Names = None,
 ) -> Tensor:
     """Exact attention over every key.
 
@@ -110,7 +111,7 @@ def dense_attention(
         key_lengths: int32 or int64 `[B]` on the tensors' device; only that many leading keys of each batch element are real. Length 0
             yields zeros.
         attn_mask: bool (True is kept) or additive, broadcastable to `[B, H, S, T]`.
-        implementation: a name from `TABLE`, or several separated by commas in order of preference; None takes the first possible one.
+        implementation: a name from `TABLE`, or several in order of preference; None takes the first possible one.
 
     Returns:
         `[B, S, H, D]`, contiguous, in the query's dtype.
@@ -120,14 +121,21 @@ def dense_attention(
         BackendUnavailable: the named implementation cannot run here.
     """
     check_qkv(query, key, value, key_lengths)
-    # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
-    name = implementation or ""
-    if not torch.compiler.is_compiling():
-        facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, attn_mask=attn_mask is not None)
-        name = choose(TABLE, facts, implementation).name
     scale = checked_scale(scale, query.shape[3])
-    out: Tensor = _op(query, key, value, scale, causal, key_lengths, attn_mask, name)
+    names = names_of(implementation)
+    # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
+    if not torch.compiler.is_compiling():
+        call = DenseCall(query, key, value, scale, causal, key_lengths, attn_mask)
+        names = (choose(TABLE, call.facts(), names).name,)
+    out: Tensor = _op(query, key, value, scale, causal, key_lengths, attn_mask, joined(names))
     return out
+
+
+def compute(call: DenseCall, row: Implementation) -> Tensor:
+    """The call by a chosen row, unchecked and without an op around it: for code that torch sees as one operation already."""
+    with without_autocast(call.query.device):
+        out: Tensor = load(row)(call)
+    return out.contiguous()
 
 
 @torch.library.custom_op("ditattn::dense_attention", mutates_args=())
@@ -139,13 +147,10 @@ def _op(
     causal: bool,
     key_lengths: Tensor | None,
     attn_mask: Tensor | None,
-    implementation: str,
+    implementations: str,
 ) -> Tensor:
-    facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, attn_mask=attn_mask is not None)
-    run = load(choose(TABLE, facts, implementation or None))
-    with without_autocast(query.device):
-        out: Tensor = run(query, key, value, scale, causal, key_lengths, attn_mask)
-    return out.contiguous()
+    call = DenseCall(query, key, value, scale, causal, key_lengths, attn_mask)
+    return compute(call, choose(TABLE, call.facts(), split(implementations)))
 
 
 @_op.register_fake
@@ -157,6 +162,6 @@ def _(
     causal: bool,
     key_lengths: Tensor | None,
     attn_mask: Tensor | None,
-    implementation: str,
+    implementations: str,
 ) -> Tensor:
     return query.new_empty(query.shape)
