@@ -166,7 +166,7 @@ def test_a_package_that_does_not_load_says_why(machine, monkeypatch) -> None:
 
     machine(A2, ("mindiesd",))
     monkeypatch.setattr("ditattn.ops.ascend.importlib.import_module", broken)
-    reason = ascend.INDEX_MINDIESD.why_not()
+    reason = ascend.INDEX_MINDIESD.probe()
     assert reason == "package 'mindiesd' is installed but does not load: libhccl.so: cannot open shared object file"
 
 

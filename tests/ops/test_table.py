@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from ditattn.errors import BackendUnavailable, UnsupportedCall
-from ditattn.ops import block_sparse_attention
+from ditattn.ops import block_estimate, block_mean, block_sparse_attention, dense_attention
 from ditattn.ops.table import CallFacts, Implementation, Package, _warn_once, choose, choose_to_run, explain, load
 
 ABSENT = Package("package_that_nobody_has", "the fast road", "pip install package_that_nobody_has")
@@ -103,6 +105,36 @@ def test_missing_parent_of_a_dotted_package_counts_as_missing() -> None:
 
 def test_load_returns_the_function() -> None:
     assert load(Implementation("x", "math:sqrt"))(4) == 2
+
+
+TABLES = (dense_attention.TABLE, block_sparse_attention.TABLE, block_mean.TABLE, block_estimate.TABLE, block_estimate.PORTABLE)
+NAMED = ("target", "machine", "probe", "limits", "preference")
+ROWS = [pytest.param(row, id=f"{row.operation}-{row.name}-{'-'.join(row.devices)}") for table in TABLES for row in table]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_function_that_a_row_names_exists_on_every_machine(row: Implementation) -> None:
+    targets = [target for field in NAMED if (target := getattr(row, field))]
+    for target in targets:
+        module, _, attribute = target.partition(":")
+        if module.endswith(".triton"):
+            # the one module that cannot be imported without its package
+            path = Path(block_sparse_attention.__file__).parents[1] / module.split(".")[-2] / "triton.py"
+            assert f"\ndef {attribute}(" in path.read_text()
+            continue
+        found = getattr(importlib.import_module(module), attribute)
+        answers = [getattr(found, question) for question in ("run", "machine", "probe", "limits")] if row.provider else [found]
+        assert all(callable(answer) for answer in answers)
+    assert not row.provider or targets == [row.target], "the provider answers for the other fields"
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_search_for_what_a_row_names_finds_it(row: Implementation) -> None:
+    """No target is put together from parts: each stands as it is in the file of its table."""
+    source = Path(importlib.import_module(f"ditattn.ops.{row.operation}").__file__ or "").read_text()
+    for field in NAMED:
+        target = getattr(row, field)
+        assert target is None or f'"{target}"' in source
 
 
 class Measured:

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -64,7 +63,7 @@ class Implementation:
 
     Attributes:
         name: the technique: `reference`, `torch`, `cpu`, `triton`, `ascend`, ...
-        target: "module:function", loaded when first taken.
+        target: "module:function", loaded when first taken. The function takes the op's call as a value.
         devices: torch device types; empty means any.
         dtypes: names of torch dtypes.
         head_dims: possible head sizes; empty means any.
@@ -81,6 +80,7 @@ class Implementation:
         preference: "module:function" that measures a call's kind once and returns an `ops.preference.Measurement`: where that prefers
             another row, this one stands back unless it is asked for by name.
         slow_on: device types whose own rows are much faster: a call that they all refuse is served with a warning.
+        provider: the target is an object whose methods `run`, `machine`, `probe` and `limits` are what the fields say for other rows.
     """
 
     name: str
@@ -98,6 +98,7 @@ class Implementation:
     orders_tokens: bool = False
     preference: str | None = None
     slow_on: tuple[str, ...] = ()
+    provider: bool = False
 
     @property
     def operation(self) -> str:
@@ -111,11 +112,11 @@ class Implementation:
         """Why this row cannot serve the call, or None."""
         if not self.runs_on(facts.device):
             return f"runs on {' or '.join(self.devices)}, not on {facts.device}"
-        hopeless = _resolve(self.machine)() if self.machine else None
+        unsuitable = self._answer("machine", self.machine)
         missing = [package.sentence() for package in self.packages if package.missing()]
-        if hopeless or missing:
-            return hopeless or "; ".join(missing)
-        return self.mismatch(facts) or (_resolve(self.probe)() if self.probe else None)
+        if unsuitable or missing:
+            return unsuitable or "; ".join(missing)
+        return self.mismatch(facts) or self._answer("probe", self.probe)
 
     def mismatch(self, facts: CallFacts) -> str | None:
         """What of the call's dtype, head size, options or shape the row does not take, or None."""
@@ -126,7 +127,14 @@ class Implementation:
             return f"takes head sizes {', '.join(map(str, self.head_dims))}, not {facts.head_dim}"
         if unmet := facts.needs - self.honours:
             return f"does not honour {', '.join(sorted(unmet))}"
-        return _resolve(self.limits)(facts) if self.limits else None
+        return self._answer("limits", self.limits, facts)
+
+    def _answer(self, question: str, target: str | None, *arguments: CallFacts) -> str | None:
+        """What the provider or the function named by the field says."""
+        if self.provider:
+            answer: str | None = getattr(_resolve(self.target), question)(*arguments)
+            return answer
+        return _resolve(target)(*arguments) if target else None
 
 
 @dataclass(frozen=True)
@@ -145,15 +153,16 @@ class Verdict:
 
 
 @cache
-def _resolve(target: str) -> Callable[..., Any]:
+def _resolve(target: str) -> Any:
     module, _, attribute = target.partition(":")
-    function: Callable[..., Any] = attrgetter(attribute)(importlib.import_module(module))
-    return function
+    return getattr(importlib.import_module(module), attribute)
 
 
 def load(implementation: Implementation) -> Callable[..., Any]:
     """The function behind a row."""
-    return _resolve(implementation.target)
+    found = _resolve(implementation.target)
+    function: Callable[..., Any] = found.run if implementation.provider else found
+    return function
 
 
 def names_of(implementation: Names) -> tuple[str, ...]:

@@ -14,31 +14,28 @@ from ditattn.plan.token_order import TokenOrder
 
 __all__ = ["TABLE", "block_mean"]
 
-_HERE = "ditattn.ops.block_mean"
-_TARGETS = "ditattn.ops.triton_targets"
-
 TABLE: tuple[Implementation, ...] = (
     Implementation(
         "triton",
-        f"{_HERE}.triton:run",
+        "ditattn.ops.block_mean.triton:run",
         devices=("cuda",),
         packages=(TRITON,),
-        probe=f"{_TARGETS}:why_not_cuda",
+        probe="ditattn.ops.triton_targets:why_not_cuda",
         orders_tokens=True,
     ),
     # the same kernel on CPU tensors in triton's interpreter: for checking, never for running
     Implementation(
         "triton",
-        f"{_HERE}.triton:run",
+        "ditattn.ops.block_mean.triton:run",
         devices=("cpu",),
         packages=(TRITON,),
-        probe=f"{_TARGETS}:why_not_interpreted",
+        probe="ditattn.ops.triton_targets:why_not_interpreted",
         automatic=False,
         orders_tokens=True,
     ),
-    Implementation("cpu", f"{_HERE}.cpu:run", devices=("cpu",), probe="ditattn.ops.cpu_library:problem", orders_tokens=True),
-    Implementation("torch", f"{_HERE}.pure_torch:run"),
-    Implementation("reference", f"{_HERE}.reference:run", automatic=False),
+    Implementation("cpu", "ditattn.ops.block_mean.cpu:run", devices=("cpu",), probe="ditattn.ops.cpu_library:problem", orders_tokens=True),
+    Implementation("torch", "ditattn.ops.block_mean.pure_torch:run"),
+    Implementation("reference", "ditattn.ops.block_mean.reference:run", automatic=False),
 )
 
 

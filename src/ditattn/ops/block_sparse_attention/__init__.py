@@ -11,107 +11,105 @@ from torch import Tensor
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.calls import SparseCall
 from ditattn.ops.contract import check_qkv, checked_scale, joined, split, without_autocast
-from ditattn.ops.table import HALF, Implementation, Names, choose_to_run, load, names_of
+from ditattn.ops.table import HALF, KERNEL_HEAD_DIMS, Implementation, Names, choose_to_run, load, names_of
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON, Package
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
 
 __all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse", "compute"]
 
-_HERE = "ditattn.ops.block_sparse_attention"
-_LIBRARY = "ditattn.ops.cpu_library"
-_TARGETS = "ditattn.ops.triton_targets"
-_HEAD_DIMS = (32, 64, 96, 128)
 _MOST = frozenset({"causal", "key_lengths", "lse", "gqa", "unequal_lengths"})
 _FLEX_HONOURS = frozenset({"gqa", "unequal_lengths"})
 _EVERYTHING = _MOST | {"other_block_size"}
 _MASKED = _MOST - {"causal"}
 _LISTED = frozenset({"gqa", "unequal_lengths"})
-# Ascend's operators in order of preference: true masks per batch element and head first, then index lists, then masks with counts
-_ASCEND: tuple[tuple[str, Package, frozenset[str]], ...] = (
-    ("mask_torch_npu", TORCH_NPU, _MASKED),
-    ("mask_mindiesd", MINDIESD, _MASKED),
-    ("index_attentions", ATTENTIONS, _LISTED),
-    ("index_mindiesd", MINDIESD, _LISTED),
-    ("counted_sgl_kernel_npu", SGL_KERNEL_NPU, _LISTED),
-    ("counted_attentions", ATTENTIONS, _LISTED),
-    ("counted_mindiesd", MINDIESD, _LISTED),
-)
+
+
+def _on_ascend(name: str, provider: str, honours: frozenset[str], *packages: Package) -> Implementation:
+    return Implementation(
+        name,
+        provider,
+        devices=("npu",),
+        dtypes=HALF,
+        head_dims=KERNEL_HEAD_DIMS,
+        honours=honours,
+        packages=(TORCH_NPU, *packages),
+        orders_tokens=True,
+        provider=True,
+    )
+
 
 TABLE: tuple[Implementation, ...] = (
     Implementation(
         "triton",
-        f"{_HERE}.triton:run",
+        "ditattn.ops.block_sparse_attention.triton:run",
         devices=("cuda",),
         dtypes=HALF,
-        head_dims=_HEAD_DIMS,
+        head_dims=KERNEL_HEAD_DIMS,
         honours=_MOST,
         packages=(TRITON,),
-        probe=f"{_TARGETS}:why_not_cuda",
+        probe="ditattn.ops.triton_targets:why_not_cuda",
     ),
     # the same kernel on CPU tensors in triton's interpreter: for checking, never for running
     Implementation(
         "triton",
-        f"{_HERE}.triton:run",
+        "ditattn.ops.block_sparse_attention.triton:run",
         devices=("cpu",),
         dtypes=HALF,
-        head_dims=_HEAD_DIMS,
+        head_dims=KERNEL_HEAD_DIMS,
         honours=_MOST,
         packages=(TRITON,),
-        probe=f"{_TARGETS}:why_not_interpreted",
+        probe="ditattn.ops.triton_targets:why_not_interpreted",
         automatic=False,
     ),
-    *(
-        Implementation(
-            name,
-            f"{_HERE}.ascend:{name.upper()}.run",
-            devices=("npu",),
-            dtypes=HALF,
-            head_dims=_HEAD_DIMS,
-            honours=honours,
-            packages=(TORCH_NPU,) if package is TORCH_NPU else (TORCH_NPU, package),
-            machine=f"{_HERE}.ascend:{name.upper()}.operator.wrong_generation",
-            probe=f"{_HERE}.ascend:{name.upper()}.why_not",
-            limits=f"{_HERE}.ascend:{name.upper()}.limits",
-            orders_tokens=True,
-        )
-        for name, package, honours in _ASCEND
-    ),
+    # true masks per batch element and head first, then index lists, then masks with counts
+    _on_ascend("mask_torch_npu", "ditattn.ops.block_sparse_attention.ascend:MASK_TORCH_NPU", _MASKED),
+    _on_ascend("mask_mindiesd", "ditattn.ops.block_sparse_attention.ascend:MASK_MINDIESD", _MASKED, MINDIESD),
+    _on_ascend("index_attentions", "ditattn.ops.block_sparse_attention.ascend:INDEX_ATTENTIONS", _LISTED, ATTENTIONS),
+    _on_ascend("index_mindiesd", "ditattn.ops.block_sparse_attention.ascend:INDEX_MINDIESD", _LISTED, MINDIESD),
+    _on_ascend("counted_sgl_kernel_npu", "ditattn.ops.block_sparse_attention.ascend:COUNTED_SGL_KERNEL_NPU", _LISTED, SGL_KERNEL_NPU),
+    _on_ascend("counted_attentions", "ditattn.ops.block_sparse_attention.ascend:COUNTED_ATTENTIONS", _LISTED, ATTENTIONS),
+    _on_ascend("counted_mindiesd", "ditattn.ops.block_sparse_attention.ascend:COUNTED_MINDIESD", _LISTED, MINDIESD),
     Implementation(
         "cpu",
-        f"{_HERE}.cpu:run",
+        "ditattn.ops.block_sparse_attention.cpu:run",
         devices=("cpu",),
-        head_dims=_HEAD_DIMS,
+        head_dims=KERNEL_HEAD_DIMS,
         honours=_MOST,
-        probe=f"{_LIBRARY}:problem",
+        probe="ditattn.ops.cpu_library:problem",
         orders_tokens=True,
     ),
     Implementation(
         "cpu_fast_fp32",
-        f"{_HERE}.cpu:run_fast_fp32",
+        "ditattn.ops.block_sparse_attention.cpu:run_fast_fp32",
         devices=("cpu",),
         dtypes=("float32",),
-        head_dims=_HEAD_DIMS,
+        head_dims=KERNEL_HEAD_DIMS,
         honours=_MOST,
-        probe=f"{_LIBRARY}:bf16_problem",
+        probe="ditattn.ops.cpu_library:bf16_problem",
         automatic=False,
         computes_in="bfloat16",
         orders_tokens=True,
     ),
-    Implementation("torch", f"{_HERE}.pure_torch:run", honours=_EVERYTHING, slow_on=("npu",)),
+    Implementation("torch", "ditattn.ops.block_sparse_attention.pure_torch:run", honours=_EVERYTHING, slow_on=("npu",)),
     Implementation(
         "flex",
-        f"{_HERE}.flex:run",
+        "ditattn.ops.block_sparse_attention.flex:run",
         devices=("cuda",),
         honours=_FLEX_HONOURS | {"lse"},
         packages=(TRITON,),
-        probe=f"{_TARGETS}:why_not_cuda",
+        probe="ditattn.ops.triton_targets:why_not_cuda",
         automatic=False,
     ),
     Implementation(
-        "flex", f"{_HERE}.flex:run", devices=("cpu",), honours=_FLEX_HONOURS, probe=f"{_HERE}.flex:why_not_compiled", automatic=False
+        "flex",
+        "ditattn.ops.block_sparse_attention.flex:run",
+        devices=("cpu",),
+        honours=_FLEX_HONOURS,
+        probe="ditattn.ops.block_sparse_attention.flex:why_not_compiled",
+        automatic=False,
     ),
-    Implementation("reference", f"{_HERE}.reference:run", honours=_EVERYTHING, automatic=False),
+    Implementation("reference", "ditattn.ops.block_sparse_attention.reference:run", honours=_EVERYTHING, automatic=False),
 )
 
 

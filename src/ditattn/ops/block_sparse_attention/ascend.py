@@ -5,14 +5,13 @@ Written from the operators' documentation and checked against the installed pack
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ditattn.devices.npu import soc_generation
-from ditattn.ops.ascend import Operator, first_of
+from ditattn.ops.ascend import Operator, Provider, first_of
 from ditattn.ops.block_sparse_attention.ascend_layout import BNSD, TND
 from ditattn.ops.block_sparse_attention.ascend_operands import counted_inputs, index_inputs, mask_inputs, mask_lse, output
 from ditattn.ops.calls import SparseCall
@@ -26,24 +25,6 @@ FP32_SOFTMAX = 0
 A5_SOFTMAX = 4
 # the only mode of the operator with counts that is compiled for fp16 and bf16; bf16 computes its softmax in fp32 there
 COUNTED_SOFTMAX = 1
-
-
-@dataclass(frozen=True)
-class Provider(ABC):
-    """One operator of one package."""
-
-    operator: Operator
-
-    def why_not(self) -> str | None:
-        return self.operator.why_not()
-
-    def limits(self, facts: CallFacts) -> str | None:
-        """Why the operator refuses such a call, or None."""
-        return None
-
-    @abstractmethod
-    def run(self, call: SparseCall) -> tuple[Tensor, Tensor | None]:
-        """`[B, S, H, D]`, and the log-sum-exp where it is asked for. The call is never causal."""
 
 
 def _group_refusal(facts: CallFacts) -> str | None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ditattn.ops.ascend import Operator, to_heads_first
+from ditattn.ops.ascend import Operator, Provider, to_heads_first
 from ditattn.ops.calls import DenseCall
 from ditattn.ops.table import CallFacts
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, Package
@@ -41,13 +41,8 @@ class LaserInputs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Laser:
+class Laser(Provider):
     """One package's Laser operator. All of them have the same signature."""
-
-    operator: Operator
-
-    def why_not(self) -> str | None:
-        return self.operator.why_not()
 
     def limits(self, facts: CallFacts) -> str | None:
         if facts.num_keys is not None and facts.num_keys > LASER_MAX_TOKENS:
