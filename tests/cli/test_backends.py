@@ -78,7 +78,7 @@ def test_what_serves_is_what_is_chosen(listing):
                 facts = CallFacts(device, torch.bfloat16, 64)
                 named = backend.implementations_on(device) if operation == backend.ops[0] else ()
                 # decided anew: the choice that is kept may be one made while another test pretended something
-                chosen = choose.__wrapped__(table(operation), facts, ",".join(named) or None)
+                chosen = choose.__wrapped__(table(operation), facts, named)
                 assert [row["implementation"] for row in rows] == [chosen.name]
 
 

@@ -11,18 +11,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ditattn.backends.base import (
-    KERNEL_HEAD_SIZES,
-    AttentionBackend,
-    AttentionImpl,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    CallRecord,
-)
+from ditattn.backends.base import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, CallRecord
 from ditattn.backends.config import AttentionConfig, SparseAttentionConfig, parse_layers, resolve_steps
 from ditattn.errors import ConfigError
 from ditattn.ops.block_sparse_attention import block_sparse_attention
 from ditattn.ops.dense_attention import dense_attention
+from ditattn.ops.table import KERNEL_HEAD_DIMS
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 from ditattn.plan.reuse import Evaluation, PlanMemory, ReusePolicy
 from ditattn.plan.token_order import TokenOrder, token_order
@@ -192,7 +186,7 @@ class SparseAttentionMetadataBuilder(AttentionMetadataBuilder):
 class SparseAttentionImpl(AttentionImpl):
     """schedule says dense -> dense attention; otherwise order -> plan, made or kept -> block-sparse attention in that order."""
 
-    supported_head_sizes = KERNEL_HEAD_SIZES
+    supported_head_sizes = KERNEL_HEAD_DIMS
     is_sparse = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -61,7 +61,7 @@ class ComponentLog:
     reused: int = 0
     not_reused: Counter[str] = field(default_factory=Counter)
     step_sources: Counter[str] = field(default_factory=Counter)
-    implementations: dict[str, str] = field(default_factory=dict)
+    implementations: dict[str, set[str]] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def add(self, step: int | None, layer: int | None, record: CallRecord) -> None:
@@ -75,8 +75,7 @@ class ComponentLog:
 
     def note_implementation(self, op: str, name: str) -> None:
         """An implementation of an op serves some of the calls."""
-        names = {*filter(None, self.implementations.get(op, "").split(", ")), name}
-        self.implementations[op] = ", ".join(sorted(names))
+        self.implementations.setdefault(op, set()).add(name)
 
     def report(self) -> ComponentReport:
         """The state of the log, densities fetched from the device."""
@@ -94,7 +93,7 @@ class ComponentLog:
             sparse_density_by_step={step: _mean_density(self._of(0, step)) for step in self._keys(0)},
             sparse_density_by_layer={layer: _mean_density(self._of(1, layer)) for layer in self._keys(1)},
             step_sources=dict(self.step_sources.most_common()),
-            implementations=dict(self.implementations),
+            implementations={op: ", ".join(sorted(names)) for op, names in self.implementations.items()},
             attention_ms=self.stopwatch.total_ms(),
         )
 
