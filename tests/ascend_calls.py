@@ -15,6 +15,7 @@ import judge
 from cases import Case, Problem
 from ditattn.ops.ascend import Operator
 from ditattn.ops.block_sparse_attention import TABLE, ascend
+from ditattn.ops.calls import DenseCall, SparseCall
 from ditattn.ops.dense_attention import LASER_NAMES
 from ditattn.ops.dense_attention import ascend as dense_ascend
 
@@ -75,10 +76,15 @@ def stand_in_operators(monkeypatch: pytest.MonkeyPatch, generation: str) -> None
 
 def run(name: str, problem: Problem, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """One implementation on tensors of any device, as the op would call it."""
-    scale = problem.query.shape[3] ** -0.5 if problem.scale is None else problem.scale
     q, k, v = problem.query, problem.key, problem.value
-    out, lse = getattr(ascend, name).run(q, k, v, problem.plan, scale, False, problem.key_lengths, return_lse)
+    call = SparseCall(q, k, v, problem.plan, scale_of(problem), key_lengths=problem.key_lengths, return_lse=return_lse)
+    out, lse = getattr(ascend, name).run(call)
     return out.contiguous(), lse
+
+
+def scale_of(problem: Problem) -> float:
+    """The factor on the scores that the op would hand on."""
+    return problem.query.shape[3] ** -0.5 if problem.scale is None else problem.scale
 
 
 STORED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -90,18 +96,17 @@ STORED: dict[str, Callable[[Tensor], Tensor]] = {
 
 def run_ordered(name: str, problem: Problem, stored: str, return_lse: bool = False) -> tuple[Tensor, Tensor | None]:
     """As `run`, on tensors whose tokens stand in another order than the problem's; the result is brought back into the problem's."""
-    scale = problem.query.shape[3] ** -0.5 if problem.scale is None else problem.scale
     order = torch.randperm(problem.query.shape[1], generator=torch.Generator().manual_seed(3))
     inverse = order.argsort()
     q, k, v = (STORED[stored](x[:, inverse]) for x in (problem.query, problem.key, problem.value))
-    out, lse = getattr(ascend, name).run(q, k, v, problem.plan, scale, False, problem.key_lengths, return_lse, order=order, inverse=inverse)
+    call = SparseCall(q, k, v, problem.plan, scale_of(problem), False, problem.key_lengths, return_lse, order, inverse)
+    out, lse = getattr(ascend, name).run(call)
     return out[:, order], None if lse is None else lse[:, :, order]
 
 
 def laser_of(name: str, problem: Problem) -> Tensor:
     """One package's Laser on tensors of any device, as the op would call it."""
-    scale = problem.query.shape[3] ** -0.5 if problem.scale is None else problem.scale
-    return getattr(dense_ascend, name).run(problem.query, problem.key, problem.value, scale, False, None, None)
+    return getattr(dense_ascend, name).run(DenseCall(problem.query, problem.key, problem.value, scale_of(problem)))
 
 
 def check_laser(out: Tensor, problem: Problem) -> None:
@@ -109,7 +114,7 @@ def check_laser(out: Tensor, problem: Problem) -> None:
     exact = judge.exact_result(problem)[0]
     assert out.shape == problem.query.shape
     assert out.dtype == problem.query.dtype
-    scale = problem.query.shape[3] ** -0.5 if problem.scale is None else problem.scale
+    scale = scale_of(problem)
     keys = problem.key.float().repeat_interleave(problem.query.shape[2] // problem.key.shape[2], dim=2)
     largest = torch.einsum("bshd,bthd->bhst", problem.query.float(), keys).abs().max().item()
     allowed = judge.FACTOR * judge.relative_error(judge.torch_result(problem), exact) + 2**-11 * max(1.0, largest * abs(scale))

@@ -94,13 +94,16 @@ def complaint_of_string(module: str, target: str) -> str | None:
 
 
 def _exists(target: str) -> bool:
-    """Triton and the Ascend packages are optional, so the modules that need them are looked up as files."""
+    """Triton is optional, so the modules that import it are read and not imported."""
     module, _, attribute = target.partition(":")
     path = ROOT / "src" / Path(*module.split("."))
     if not (path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()):
         return target in GROUPS
-    if not attribute or module.endswith(".triton"):
+    if not attribute:
         return True
+    if module.endswith(".triton"):
+        tree = ast.parse(path.with_suffix(".py").read_text(encoding="utf-8"))
+        return any(isinstance(node, ast.FunctionDef) and node.name == attribute for node in tree.body)
     try:
         attrgetter(attribute)(importlib.import_module(module))
     except AttributeError:

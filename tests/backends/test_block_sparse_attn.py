@@ -7,17 +7,11 @@ import torch
 
 import judge
 import oracle
-from ditattn.backends.block_sparse_attn import BlockSparseAttentionBackend, BlockSparseAttentionMetadataBuilder
+from ditattn.backends.block_sparse_attn import BlockSparseAttentionBackend
 from ditattn.errors import ConfigError
 from sparse_calls import call, draw
 
 GRID = (3, 24, 20)
-
-
-@pytest.mark.parametrize(("rows", "columns", "expected"), [(30, 52, 13), (45, 80, 29), (22, 40, 7), (8, 16, 1), (1, 1, 1)])
-def test_block_frame_stride(rows: int, columns: int, expected: int) -> None:
-    metadata = BlockSparseAttentionMetadataBuilder().build(current_timestep=0, raw_latent_shape=(1, 16, 21, rows, columns), patch_size=1)
-    assert metadata.block_frame_stride == expected
 
 
 def test_first_frame_blocks_are_the_frame_stride() -> None:

@@ -18,6 +18,8 @@ pytest.importorskip("diffusers", reason="a backend serves in its pipelines")
 import ditattn
 import tiny_pipelines
 from ditattn.backends.registry import BACKENDS, backend_names, left_out, load_backend, parse_backend_name, usable_backends
+from ditattn.backends.setting import Setting
+from ditattn.compare.setting import Clip
 from ditattn.errors import (
     BackendUnavailable,
     ConfigError,
@@ -27,8 +29,7 @@ from ditattn.errors import (
     UnsupportedCall,
     UnsupportedHeadSize,
 )
-from ditattn.hosts.diffusers.install import Request
-from ditattn.hosts.diffusers.probing import probe_run
+from ditattn.hosts.diffusers.workload import PipelineWorkload
 from foreign_package import BROKEN, on_path, write_broken_package, write_documented_package
 from tiny_pipelines import TinyPipeline
 from tiny_pipelines.wan import transformer
@@ -96,7 +97,7 @@ def test_installed_strictly_it_is_really_sparse(wan: TinyPipeline) -> None:
     plan.check(1, 1)
     assert report.dense == 0
     assert report.sparse == report.calls > 0
-    assert report.density == pytest.approx(plan.density())
+    assert report.sparse_density == pytest.approx(plan.density())
     assert plan.density() < 0.7
     assert not torch.equal(out, native)
     torch.testing.assert_close(wan.run(2), native, rtol=0, atol=0)
@@ -106,7 +107,7 @@ def test_installed_strictly_it_is_really_sparse(wan: TinyPipeline) -> None:
 def test_its_own_key_reaches_the_selection(wan: TinyPipeline) -> None:
     few, many = (ran(wan, first_frame_sink=False, sink_blocks=number) for number in (0, 5))
     assert few.config["sink_blocks"] == 0
-    assert few.density < many.density
+    assert few.sparse_density < many.sparse_density
 
 
 @pytest.mark.usefixtures("_installed")
@@ -154,7 +155,7 @@ def test_registered_it_runs_through_set_attention_backend(wan: TinyPipeline) -> 
 @pytest.mark.usefixtures("_installed")
 def test_the_probe_tries_it(wan: TinyPipeline) -> None:
     arguments = {**wan.arguments, "num_inference_steps": 1}
-    (readings,) = probe_run(wan.pipe, arguments, seed=0, requests=[Request(NAME, {}, SPARSE)])
+    (readings,) = PipelineWorkload(wan.pipe, lambda _: arguments).probe([Setting.parse(NAME, SPARSE)], Clip("", 0))
     assert readings
     assert all(0 < cell.density < 1 and cell.error > 0 and cell.dropped_mass > 0 for cell in readings)
 

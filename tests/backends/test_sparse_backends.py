@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 import judge
 import oracle
 from ditattn.backends.base import AttentionBackend
-from ditattn.backends.sparse import Reason, SparseAttentionMetadataBuilder
+from ditattn.backends.config import SparseAttentionConfig
+from ditattn.backends.sparse import Reason, SparseAttentionMetadata, SparseAttentionMetadataBuilder
 from ditattn.errors import ConfigError, UnsupportedHeadSize
 from ditattn.plan.token_order import token_order
 from sparse_calls import SPARSE_BACKENDS, call, draw
@@ -73,12 +75,12 @@ SCHEDULES = [
     ({"current_timestep": 17, "num_steps": 20, "skip_last_steps": 2}, None),
     ({"current_timestep": 25, "num_steps": 20}, None),
     ({"current_timestep": 17, "skip_last_steps": 2}, Reason.STEPS_UNKNOWN),
-    ({"skip_first_steps": None}, Reason.STEPS_UNKNOWN),
+    ({"skip_first_steps": "20%"}, Reason.STEPS_UNKNOWN),
     ({"current_timestep": None}, Reason.STEP_UNKNOWN),
     ({"current_timestep": None, "skip_first_steps": 0}, None),
-    ({"skip_layers": frozenset({3}), "layer_index": 3}, Reason.SKIPPED_LAYER),
-    ({"skip_layers": frozenset({3}), "layer_index": 4}, None),
-    ({"skip_layers": frozenset({3})}, Reason.LAYER_UNKNOWN),
+    ({"skip_layers": "3", "layer_index": 3}, Reason.SKIPPED_LAYER),
+    ({"skip_layers": "3", "layer_index": 4}, None),
+    ({"skip_layers": "3"}, Reason.LAYER_UNKNOWN),
     ({"min_tokens": LENGTH + 1}, Reason.SHORT),
     ({"min_tokens": LENGTH}, None),
     ({"raw_latent_shape": None}, Reason.UNKNOWN_GEOMETRY),
@@ -254,3 +256,36 @@ def test_padding_in_the_video_hides_the_same_tokens_in_every_order(backend: type
     out, record = call(backend, *tensors, (2, 16, 16), sparsity=0.01, token_order=order, **padding)
     assert record.reason == (Reason.PADDED_VIDEO if order == "tile" and real < 512 else None)
     assert judge.relative_error(out, oracle.attention(*tensors, key_lengths=lengths)[0]) < 2e-6
+
+
+@backends
+def test_metadata_holds_the_configuration_and_reads_like_it(backend: type[AttentionBackend]) -> None:
+    """Parsed once: the very object that was given, and its keys as attributes."""
+    config = backend.get_config_cls().from_mapping({"sparsity": 0.75, "skip_first_steps": "20%", "skip_layers": "1"})
+    metadata = backend.get_builder_cls()().build(current_timestep=1, config=config, num_steps=12)
+    assert metadata.config is config
+    assert {key: getattr(metadata, key) for key in ("sparsity", "min_tokens", "token_order")} == {
+        key: getattr(config, key) for key in ("sparsity", "min_tokens", "token_order")
+    }
+    assert (metadata.skip_first_steps, metadata.skip_last_steps, metadata.skip_layers) == (3, 0, {1})
+    with pytest.raises(AttributeError, match="has no attribute 'sparsty'"):
+        _ = metadata.sparsty
+    with pytest.raises(TypeError, match="sparsty"):
+        backend.get_builder_cls()().build(current_timestep=0, sparsty=0.5)
+
+
+class NearestConfig(SparseAttentionConfig):
+    reach: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearestMetadata(SparseAttentionMetadata):
+    reach: int = 0
+
+
+def test_keys_of_another_package_reach_its_metadata_with_and_without_a_field() -> None:
+    config = NearestConfig.from_mapping({"reach": 5})
+    for metadata_cls in (SparseAttentionMetadata, NearestMetadata):
+        builder = type("Builder", (SparseAttentionMetadataBuilder,), {"metadata_cls": metadata_cls, "config_cls": NearestConfig})()
+        assert builder.build(current_timestep=0, config=config).reach == 5
+        assert builder.build(current_timestep=0, reach=7).reach == 7

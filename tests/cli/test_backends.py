@@ -78,7 +78,7 @@ def test_what_serves_is_what_is_chosen(listing):
                 facts = CallFacts(device, torch.bfloat16, 64)
                 named = backend.implementations_on(device) if operation == backend.ops[0] else ()
                 # decided anew: the choice that is kept may be one made while another test pretended something
-                chosen = choose.__wrapped__(table(operation), facts, ",".join(named) or None)
+                chosen = choose.__wrapped__(table(operation), facts, named)
                 assert [row["implementation"] for row in rows] == [chosen.name]
 
 
@@ -121,6 +121,7 @@ def test_the_estimate_of_block_sparse_attn_is_listed_with_what_does_it_elsewhere
 def test_the_table_for_people_loses_no_row_and_no_reason(ditattn, listing):
     done = ditattn("backends")
     assert done.status == 0
+    assert "dense: torch_sdpa, fa, laser_attn\nsparse: block_sparse_attn, rain_fusion_attn\n" in done.out
     lines = [line.split(maxsplit=3) for line in done.out.splitlines() if line.split(maxsplit=1)[:1] and line[0] != "("]
     notes = dict(line.split(") ", 1) for line in done.out.splitlines() if line.startswith("("))
     for row in listing["backends"]:

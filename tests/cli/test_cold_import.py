@@ -92,20 +92,28 @@ def test_help_needs_no_torch(arguments):
     assert "ditattn" in done.stdout
 
 
-@pytest.mark.parametrize("module", ["ditattn", "ditattn.cli"])
-def test_python_m(module):
-    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=60)
+def test_python_m():
+    done = subprocess.run([sys.executable, "-m", "ditattn", "--version"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("ditattn 0.")
 
 
-def test_help_names_every_setting():
-    from ditattn.cli.settings import GenerateSettings, flag
+def help_of(verb, **environment):
+    command = [sys.executable, "-m", "ditattn", verb, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "200", **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
-    command = [sys.executable, "-m", "ditattn", "generate", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "200"})
-    for key in GenerateSettings.model_fields:
-        assert flag(key) in done.stdout, key
+
+def test_help_names_the_backends_of_other_packages_without_importing_them(tmp_path):
+    folder = tmp_path / "nearest-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: nearest\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[ditattn.backends]\nnearest_attn = nowhere:NearestAttentionBackend\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    for verb in ("generate", "compare"):
+        assert "rain_fusion_attn, nearest_attn" in help_of(verb, PYTHONPATH=path)
+        assert "nearest_attn" not in help_of(verb)
 
 
 def test_without_typer_the_command_says_what_to_install():

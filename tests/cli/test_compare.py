@@ -91,7 +91,7 @@ def test_the_pages_numbers_are_the_jsons(made):
             value = float(setting["statistics"][metric]["worst" if name == "worst" else "median"]) / divisors.get(metric, 1)
             digits = len(text.partition(".")[2])
             assert text == ("identical" if value == float("inf") else f"{value:.{digits}f}"), metric
-        assert {name for name, _ in cells} >= {"psnr", "ssim", "ms_ssim", "computed_share", "speed_up", "total_ms", "worst"}
+        assert {name for name, _ in cells} >= {"psnr", "ssim", "ms_ssim", "overall_density", "speed_up", "total_ms", "worst"}
 
 
 def test_numbers_are_consistent_and_complete(made):
@@ -105,7 +105,7 @@ def test_numbers_are_consistent_and_complete(made):
         assert clip["speed_up"] == pytest.approx(dense["total_ms"] / clip["total_ms"])
         assert clip["attention"]["components"]["transformer"]["sparse"] == 2
     assert sparse["statistics"]["psnr"]["worst"] == min(clip["psnr"] for clip in sparse["clips"])
-    computed = sparse["computed_by_step_and_layer"]["transformer"]
+    computed = sparse["overall_density_by_step_and_layer"]["transformer"]
     assert [cell[:2] for cell in computed] == [[one["step"], one["layer"]] for one in sparse["probe"]] == [[0, 0], [1, 0]]
     assert all(0.3 < share < 1 for _, _, share in computed)
     assert 0 < sparse["probe"][0]["dropped_mass"] < 1
@@ -226,14 +226,14 @@ def test_two_transformers_each_with_its_own_map(ditattn, wan22_folder, tmp_path,
     )
     assert done.status == 0, done.err
     setting = json.loads((tmp_path / "x.json").read_text())["settings"][0]
-    steps = {name: {step for step, _, _ in cells} for name, cells in setting["computed_by_step_and_layer"].items()}
+    steps = {name: {step for step, _, _ in cells} for name, cells in setting["overall_density_by_step_and_layer"].items()}
     assert steps["transformer"] | steps["transformer_2"] == {0, 1, 2, 3}
     assert not steps["transformer"] & steps["transformer_2"]
     assert {one["component"] for one in setting["probe"]} == {"transformer"}
-    assert "computed share, transformer_2" in (tmp_path / "x.html").read_text()
+    assert "overall density, transformer_2" in (tmp_path / "x.html").read_text()
 
 
-def test_a_dense_backend_beside_a_sparse_one_is_spared_its_keys(ditattn, wan_folder, tmp_path, monkeypatch):
+def test_a_dense_backend_beside_a_sparse_one_goes_without_its_keys(ditattn, wan_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     arguments = ["--attention-backend", "fa", "--attention-backend", "rain_fusion_attn", "--grid", "sparsity=0.0,0.5", "--no-probe"]
     arguments += ["--attention-backend-config", "min_tokens=0", "--output-path", tmp_path, "--output-file-name", "x"]

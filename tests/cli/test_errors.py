@@ -94,7 +94,7 @@ def test_wrong_arguments(ditattn, small, tmp_path, case):
 )
 def test_what_is_wrong_without_a_named_backend_is_known_before_loading(ditattn, small, tmp_path, monkeypatch, environment, added, words):
     monkeypatch.setenv("DITATTN_ATTENTION_BACKEND", environment)
-    monkeypatch.setattr("ditattn.cli.session.load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("ditattn.cli.generate.load", lambda *_: pytest.fail("the model was loaded"))
     assert_one_line(ditattn(*small, *added), *words)
 
 
@@ -264,7 +264,7 @@ def test_a_size_that_the_pipeline_changed_is_said(ditattn, small, monkeypatch, t
 
 @pytest.mark.parametrize("broken", ["media", "sidecar", "interrupt"])
 def test_a_failed_write_leaves_nothing(ditattn, small, monkeypatch, tmp_path, broken):
-    from ditattn.cli import session
+    from ditattn.cli import generate
 
     def half(path: Path, *args: Any) -> None:
         path.write_bytes(b"half a video")
@@ -273,14 +273,14 @@ def test_a_failed_write_leaves_nothing(ditattn, small, monkeypatch, tmp_path, br
     def no_json(content: Any) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(session, "_json" if broken == "sidecar" else "write_media", no_json if broken == "sidecar" else half)
+    monkeypatch.setattr(generate, "_json" if broken == "sidecar" else "write_media", no_json if broken == "sidecar" else half)
     done = ditattn(*small, "--num-frames", 1, "--output-path", tmp_path / "deep" / "out")
     assert_one_line(done, *(["interrupted"] if broken == "interrupt" else ["No space left"]), status=130 if broken == "interrupt" else 1)
     assert not (tmp_path / "deep").exists()
 
 
 def test_earlier_results_survive_a_failed_write(ditattn, small, monkeypatch, tmp_path):
-    from ditattn.cli import session
+    from ditattn.cli import generate
 
     arguments = [*small, "--num-frames", 1, "--output-file-name", "x"]
     assert ditattn(*arguments).status == 0
@@ -289,7 +289,7 @@ def test_earlier_results_survive_a_failed_write(ditattn, small, monkeypatch, tmp
     def full(path: Path, *args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(session, "write_media", full)
+    monkeypatch.setattr(generate, "write_media", full)
     assert ditattn(*arguments).status == 1
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
@@ -298,7 +298,7 @@ def test_earlier_results_survive_a_failed_write(ditattn, small, monkeypatch, tmp
 def test_ctrl_c_while_denoising(small, tmp_path, number, status):
     steps = ["--num-inference-steps", "2000"]
     child = subprocess.Popen(
-        [sys.executable, "-m", "ditattn.cli", *map(str, small), *steps],
+        [sys.executable, "-m", "ditattn", *map(str, small), *steps],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         # a shell that starts the tests in the background ignores SIGINT, and children inherit that

@@ -63,7 +63,7 @@ def test_generate_in_a_fresh_process(request_of, package, tmp_path):
     assert component["backend"] == NAME
     assert component["config"]["sink_blocks"] == 2
     assert component["sparse"] == component["calls"] > 0
-    assert component["density"] < 0.8
+    assert component["sparse_density"] < 0.8
 
 
 @pytest.mark.usefixtures("_installed")
@@ -85,11 +85,11 @@ def test_compare_measures_it_beside_ours(ditattn, request_of, tmp_path):
     both = ("--attention-backend", "rain_fusion_attn", "--attention-backend-config", SPARSE, "--grid", "sink_blocks=0,4")
     done = ditattn(*request_of("compare", "--output-file-name", "page", *both))
     assert done.status == 0, done.err
-    # ours is spared the key that it does not have
+    # ours goes without the key that it does not have
     assert "rain_fusion_attn has no sink_blocks" in done.err
     settings = json.loads((tmp_path / "out" / "page.json").read_text())["settings"]
-    shares = {setting["name"]: setting["statistics"]["computed_share"]["median"] for setting in settings}
-    few, many = (next(share for name, share in shares.items() if NAME in name and f"sink_blocks={number}" in name) for number in (0, 4))
+    densities = {setting["name"]: setting["statistics"]["overall_density"]["median"] for setting in settings}
+    few, many = (next(share for name, share in densities.items() if NAME in name and f"sink_blocks={number}" in name) for number in (0, 4))
     assert few < many < 1
     assert NAME in done.out
 

@@ -80,7 +80,7 @@ def test_an_interrupted_tune_keeps_what_it_found_and_goes_on(ditattn, options, t
     def interrupted(work, setting, clip, **changes):
         if len(made) == 2:
             raise KeyboardInterrupt
-        made.append(setting.name)
+        made.append(setting.keys)
         return run_clip(work, setting, clip, **changes)
 
     with monkeypatch.context() as patch:
@@ -99,8 +99,8 @@ def test_an_interrupted_tune_keeps_what_it_found_and_goes_on(ditattn, options, t
     made.clear()
     monkeypatch.setattr(objective, "probe", lambda *_: pytest.fail("the probe was run again"))
     monkeypatch.setattr(objective.References, "make", lambda *_: pytest.fail("the dense clip was made again"))
-    monkeypatch.setattr("ditattn.cli.tuning.check", lambda *_, **__: pytest.skip("the check makes dense clips of its own"))
-    monkeypatch.setattr(objective, "run_clip", lambda *a, **k: made.append(a[1].name) or run_clip(*a, **k))
+    monkeypatch.setattr("ditattn.cli.tune.check", lambda *_, **__: pytest.skip("the check makes dense clips of its own"))
+    monkeypatch.setattr(objective, "run_clip", lambda *a, **k: made.append(a[1].keys) or run_clip(*a, **k))
     with pytest.raises(pytest.skip.Exception):
         ditattn(*command)
     after = json.loads(state.read_text())["outcomes"]
@@ -112,7 +112,7 @@ def test_a_check_that_is_interrupted_leaves_the_file(ditattn, options, tmp_path,
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ditattn.cli.tuning.check", stop)
+    monkeypatch.setattr("ditattn.cli.tune.check", stop)
     done = ditattn(*options, "--target-psnr", 20, "--budget-runs", 1, "--output-file-name", "tuned.yaml")
     assert done.status == 130
     text = (tmp_path / "out" / "tuned.yaml").read_text()
@@ -161,7 +161,7 @@ def test_a_search_that_fails_keeps_the_best_so_far(ditattn, options, tmp_path, m
     def fails(work, setting, clip, **changes):
         if made:
             raise error
-        made.append(setting.name)
+        made.append(setting.keys)
         return run_clip(work, setting, clip, **changes)
 
     monkeypatch.setattr(objective, "run_clip", fails)

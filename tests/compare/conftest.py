@@ -10,9 +10,9 @@ pytest.importorskip("diffusers", reason="comparisons run diffusers pipelines")
 
 import torch
 
-from ditattn.compare.run import Workload
 from ditattn.hosts.diffusers.demo_model import RANDOM_MODEL, build_random_model
 from ditattn.hosts.diffusers.load import load_pipeline
+from ditattn.hosts.diffusers.workload import PipelineWorkload
 
 # 4 frames of 64 x 64 pixels: 1024 tokens, 8 blocks
 CALL = {"height": 64, "width": 64, "num_frames": 4, "num_inference_steps": 2, "guidance_scale": 1.0}
@@ -29,7 +29,7 @@ def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def work(wan_folder: Path) -> Workload:
+def workload(wan_folder: Path) -> PipelineWorkload:
     pipe = load_pipeline(str(wan_folder), dtype=torch.float32, device="cpu")
     pipe.set_progress_bar_config(disable=True)
-    return Workload(pipe, lambda prompt: {**CALL, "prompt": prompt})
+    return PipelineWorkload(pipe, lambda prompt: {**CALL, "prompt": prompt})

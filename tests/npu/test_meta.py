@@ -20,6 +20,7 @@ from ditattn.backends import sparse
 from ditattn.devices.clock import Stopwatch
 from ditattn.ops import block_mean, block_sparse_attention, dense_attention
 from ditattn.ops.block_sparse_attention import TABLE, ascend
+from ditattn.ops.calls import SparseCall
 from ditattn.packages import Package
 from ditattn.plan.token_order import TokenOrder, token_order
 from ditattn.runtime import stage
@@ -130,7 +131,7 @@ def test_sparse_calls_without_an_operator_are_warned_of_once(
     """No operator takes float32. A backend that runs densely has nothing to warn of."""
     only()
     # plain torch reads the plan, and fake plans hold nothing
-    monkeypatch.setattr(block_sparse_attention, "load", lambda row: lambda query, *_: (torch.empty_like(query), None))
+    monkeypatch.setattr(block_sparse_attention, "load", lambda row: lambda call: (torch.empty_like(call.query), None))
     with (
         caplog.at_level(logging.WARNING, "ditattn"),
         fake_wan("rain_fusion_attn", torch.float32, sparsity=0.5, min_tokens=min_tokens) as run,
@@ -197,6 +198,6 @@ def test_no_token_is_read_on_the_host(only: Callable[..., None]) -> None:
     with FakeTensorMode(), torch.device("npu"):
         q = torch.empty(2, 300, 4, HEAD_SIZE, dtype=torch.bfloat16)
         plan = ditattn.BlockPlan.from_mask(torch.ones(2, 4, 3, 3, dtype=torch.bool), 300, 300)
-        out, _ = ascend.MASK_TORCH_NPU.run(q, q, q, plan, 0.1, False, None, False)
+        out, _ = ascend.MASK_TORCH_NPU.run(SparseCall(q, q, q, plan, 0.1))
     assert out.shape == q.shape
     assert {name.lower() for name in BLOCK_SPARSE} <= {row.name for row in TABLE}

@@ -23,7 +23,7 @@ def test_recorded_signatures_are_those_of_the_operators_relative(name: str) -> N
 @pytest.mark.parametrize("name", [*BLOCK_SPARSE, *LASER])
 def test_every_provider_finds_its_operator(name: str) -> None:
     provider = getattr(ascend if name in BLOCK_SPARSE else dense_ascend, name)
-    assert provider.why_not() is None
+    assert provider.probe() is None
     assert provider.operator.namespace in str(provider.operator.load())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ def first_elements_plan(name: str) -> Plant:
 
     def plant(monkeypatch: pytest.MonkeyPatch) -> None:
         original = getattr(ascend, name)
-        monkeypatch.setattr(ascend, name, lambda q, k, v, plan, *rest: original(q, k, v, first_elements_mask(plan), *rest))
+        monkeypatch.setattr(ascend, name, lambda call: original(replace(call, plan=first_elements_mask(call.plan))))
 
     return plant
 
@@ -186,7 +187,7 @@ def test_a_wrong_scale_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) ->
     """The scale of the padded head size instead of the real one."""
     stand_in_operators(monkeypatch, "A2")
     original = getattr(ascend, name).run
-    monkeypatch.setattr(type(getattr(ascend, name)), "run", lambda self, q, k, v, p, s, *rest: original(q, k, v, p, 64**-0.5, *rest))
+    monkeypatch.setattr(type(getattr(ascend, name)), "run", lambda self, call: original(replace(call, scale=64**-0.5)))
     with pytest.raises(AssertionError, match="error"):
         block_sparse(name)
 

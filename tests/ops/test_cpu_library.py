@@ -113,9 +113,9 @@ def test_the_table_tells_a_missing_kernel_from_a_refused_call(monkeypatch: pytes
     assert any(v.reason == "the CPU kernels are missing: no compiler" for v in explain(TABLE, facts))
     assert choose.__wrapped__(TABLE, facts).name == "torch"
     with pytest.raises(BackendUnavailable, match="no compiler"):
-        choose.__wrapped__(TABLE, facts, "cpu")
+        choose.__wrapped__(TABLE, facts, ("cpu",))
     with pytest.raises(UnsupportedCall, match="takes head sizes 32, 64, 96, 128, not 80"):
-        choose.__wrapped__(TABLE, CallFacts("cpu", torch.float32, 80), "cpu")
+        choose.__wrapped__(TABLE, CallFacts("cpu", torch.float32, 80), ("cpu",))
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def test_fast_fp32_runs_only_by_name() -> None:
     assert choose(TABLE, CallFacts("cpu", torch.float32, 64)).name == "cpu"
     if cpu_library.bf16_problem():
         with pytest.raises(BackendUnavailable, match="needs bf16 instructions"):
-            choose(TABLE, CallFacts("cpu", torch.float32, 64), "cpu_fast_fp32")
+            choose(TABLE, CallFacts("cpu", torch.float32, 64), ("cpu_fast_fp32",))
         return
     problem = build(Case("fast"), torch.float32)
     fast, exact = (dense_attention(problem.query, problem.key, problem.value, implementation=n) for n in ("cpu_fast_fp32", "cpu"))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from ditattn.errors import BackendUnavailable, UnsupportedCall
-from ditattn.ops import block_sparse_attention
+from ditattn.ops import block_estimate, block_mean, block_sparse_attention, dense_attention
 from ditattn.ops.table import CallFacts, Implementation, Package, _warn_once, choose, choose_to_run, explain, load
 
 ABSENT = Package("package_that_nobody_has", "the fast road", "pip install package_that_nobody_has")
@@ -40,7 +42,7 @@ def test_first_possible_row_is_taken() -> None:
 def test_rows_that_are_not_automatic_run_only_by_name() -> None:
     table = (row("manual", automatic=False), row("portable"))
     assert choose(table, FACTS).name == "portable"
-    assert choose(table, FACTS, "manual").name == "manual"
+    assert choose(table, FACTS, ("manual",)).name == "manual"
 
 
 @pytest.mark.parametrize(
@@ -75,25 +77,25 @@ def test_nothing_possible_lists_every_reason() -> None:
 @pytest.mark.parametrize("fields", [{"devices": ("cuda",)}, {"packages": (ABSENT,)}, {"probe": f"{__name__}:no_library"}])
 def test_named_row_that_this_machine_cannot_run_is_unavailable(fields: dict[str, object]) -> None:
     with pytest.raises(BackendUnavailable, match=r"'wanted' was asked for.*Possible here: portable"):
-        choose((row("wanted", **fields), row("portable")), FACTS, "wanted")
+        choose((row("wanted", **fields), row("portable")), FACTS, ("wanted",))
 
 
 def test_named_row_that_refuses_the_call_is_unsupported() -> None:
     with pytest.raises(UnsupportedCall, match=r"takes float16, not float32\. Possible here: none"):
-        choose((row("wanted", dtypes=("float16",)),), FACTS, "wanted")
+        choose((row("wanted", dtypes=("float16",)),), FACTS, ("wanted",))
 
 
 def test_unknown_name() -> None:
     with pytest.raises(UnsupportedCall, match="no implementation named 'x'; there is a, b"):
-        choose((row("a"), row("b")), FACTS, "x")
+        choose((row("a"), row("b")), FACTS, ("x",))
 
 
 def test_rows_may_share_a_name_for_different_devices() -> None:
     table = (row("flash", devices=("cpu",), dtypes=("float32",)), row("flash", devices=("cuda",), dtypes=("float16",)))
-    assert choose(table, FACTS, "flash").devices == ("cpu",)
-    assert choose(table, CallFacts("cuda", torch.float16, 64), "flash").devices == ("cuda",)
+    assert choose(table, FACTS, ("flash",)).devices == ("cpu",)
+    assert choose(table, CallFacts("cuda", torch.float16, 64), ("flash",)).devices == ("cuda",)
     with pytest.raises(UnsupportedCall, match="takes float16, not float32"):
-        choose(table, CallFacts("cuda", torch.float32, 64), "flash")
+        choose(table, CallFacts("cuda", torch.float32, 64), ("flash",))
 
 
 def test_missing_parent_of_a_dotted_package_counts_as_missing() -> None:
@@ -103,6 +105,36 @@ def test_missing_parent_of_a_dotted_package_counts_as_missing() -> None:
 
 def test_load_returns_the_function() -> None:
     assert load(Implementation("x", "math:sqrt"))(4) == 2
+
+
+TABLES = (dense_attention.TABLE, block_sparse_attention.TABLE, block_mean.TABLE, block_estimate.TABLE, block_estimate.PORTABLE)
+NAMED = ("target", "machine", "probe", "limits", "preference")
+ROWS = [pytest.param(row, id=f"{row.operation}-{row.name}-{'-'.join(row.devices)}") for table in TABLES for row in table]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_function_that_a_row_names_exists_on_every_machine(row: Implementation) -> None:
+    targets = [target for field in NAMED if (target := getattr(row, field))]
+    for target in targets:
+        module, _, attribute = target.partition(":")
+        if module.endswith(".triton"):
+            # the one module that cannot be imported without its package
+            path = Path(block_sparse_attention.__file__).parents[1] / module.split(".")[-2] / "triton.py"
+            assert f"\ndef {attribute}(" in path.read_text()
+            continue
+        found = getattr(importlib.import_module(module), attribute)
+        answers = [getattr(found, question) for question in ("run", "machine", "probe", "limits")] if row.provider else [found]
+        assert all(callable(answer) for answer in answers)
+    assert not row.provider or targets == [row.target], "the provider answers for the other fields"
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_search_for_what_a_row_names_finds_it(row: Implementation) -> None:
+    """No target is put together from parts: each stands as it is in the file of its table."""
+    source = Path(importlib.import_module(f"ditattn.ops.{row.operation}").__file__ or "").read_text()
+    for field in NAMED:
+        target = getattr(row, field)
+        assert target is None or f'"{target}"' in source
 
 
 class Measured:
@@ -126,7 +158,7 @@ def prefers_own(_: CallFacts) -> Measured:
 def test_a_measurement_may_make_a_row_stand_back_and_is_shown() -> None:
     table = (row("own", preference=f"{__name__}:prefers_portable"), row("portable"))
     assert choose(table, FACTS).name == "portable"
-    assert choose(table, FACTS, "own").name == "own"
+    assert choose(table, FACTS, ("own",)).name == "own"
     assert explain(table, FACTS)[0].note == "measured: portable"
     assert choose((row("own", preference=f"{__name__}:prefers_own"), row("portable")), FACTS).name == "own"
 
@@ -159,14 +191,14 @@ def test_a_row_that_is_slow_there_is_named_once_per_kind_of_call(warnings: Calla
 
 
 @pytest.mark.parametrize(
-    ("device", "head_dim", "name"),
-    [("npu", 64, None), ("cpu", 80, None), ("cuda", 80, None), ("npu", 80, "portable"), ("npu", 80, "own,portable")],
+    ("device", "head_dim", "names"),
+    [("npu", 64, ()), ("cpu", 80, ()), ("cuda", 80, ()), ("npu", 80, ("portable",)), ("npu", 80, ("own", "portable"))],
     ids=["a fast row serves", "cpu", "cuda", "by name", "second name"],
 )
 def test_no_warning_where_nothing_is_slow_or_it_was_asked_for(
-    warnings: Callable[[], list[str]], device: str, head_dim: int, name: str | None
+    warnings: Callable[[], list[str]], device: str, head_dim: int, names: tuple[str, ...]
 ) -> None:
-    choose_to_run(WITH_SLOW, CallFacts(device, torch.float32, head_dim), name)
+    choose_to_run(WITH_SLOW, CallFacts(device, torch.float32, head_dim), names)
     assert warnings() == []
 
 

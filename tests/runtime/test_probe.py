@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ditattn.backends.block_sparse_attn import BlockSparseAttentionBackend
+from ditattn.backends.config import SparseAttentionConfig
 from ditattn.backends.sparse import SparseAttentionMetadata
 from ditattn.backends.torch_sdpa import TorchSDPAImpl
 from ditattn.plan.block_plan import BlockPlan
@@ -24,7 +25,9 @@ def test_dropped_mass_is_that_of_the_whole_softmax(order, padded, monkeypatch):
     query = torch.randn(2, tokens, heads, 32)
     key = torch.randn(2, tokens, groups, 32)
     lengths = torch.tensor([tokens - 3, tokens]) if padded else None
-    metadata = SparseAttentionMetadata(latent_shape=grid, num_suffix_tokens=5, token_order=order, key_lengths=lengths)
+    metadata = SparseAttentionMetadata(
+        config=SparseAttentionConfig(token_order=order), latent_shape=grid, num_suffix_tokens=5, key_lengths=lengths
+    )
     mask = torch.rand(2, heads, 4, 4) > 0.5
     plan = BlockPlan.from_mask(mask, tokens, tokens)
 

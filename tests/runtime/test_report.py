@@ -45,16 +45,16 @@ def test_counts_and_reasons(log: ComponentLog) -> None:
 
 def test_density_is_a_mean_over_sparse_calls(log: ComponentLog) -> None:
     report = log.report()
-    assert report.density == pytest.approx((0.25 + 0.5 + 0.75) / 3)
-    assert report.density_by_step == {0: None, 1: pytest.approx(0.375), 2: pytest.approx(0.75)}
-    assert report.density_by_layer == {0: pytest.approx(0.5), 1: None}
+    assert report.sparse_density == pytest.approx((0.25 + 0.5 + 0.75) / 3)
+    assert report.sparse_density_by_step == {0: None, 1: pytest.approx(0.375), 2: pytest.approx(0.75)}
+    assert report.sparse_density_by_layer == {0: pytest.approx(0.5), 1: None}
 
 
 def test_calls_of_an_unknown_step_count_too() -> None:
     log = ComponentLog("transformer", "rain_fusion_attn", {})
     log.add(None, None, CallRecord(None, plan(1)))
     report = log.report()
-    assert (report.sparse, report.density, report.density_by_step, report.density_by_layer) == (1, 0.25, {}, {})
+    assert (report.sparse, report.sparse_density, report.sparse_density_by_step, report.sparse_density_by_layer) == (1, 0.25, {}, {})
 
 
 def test_a_report_is_a_picture_of_its_moment(log: ComponentLog) -> None:
@@ -98,7 +98,7 @@ def test_reused_plans_are_counted_beside_the_sparse_calls(log: ComponentLog) -> 
     log.add(2, 0, CallRecord(None, plan(3), not_reused="padded keys"))
     report = log.report()
     assert (report.sparse, report.reused_plans, report.not_reused_reasons) == (5, 1, {"padded keys": 1})
-    assert report.density == pytest.approx((0.25 + 0.5 + 3 * 0.75) / 5)
+    assert report.sparse_density == pytest.approx((0.25 + 0.5 + 3 * 0.75) / 5)
     assert "(asked sparsity 0.5; 1 with a reused plan; no reuse of plans: padded keys: 1)" in report.sentence()
     read = json.loads(json.dumps(AttentionReport({"transformer": report}, {}).as_dict()))["components"]["transformer"]
     assert (read["reused_plans"], read["not_reused_reasons"]) == (1, {"padded keys": 1})
@@ -108,7 +108,7 @@ def test_it_survives_json(log: ComponentLog) -> None:
     report = AttentionReport({"transformer": log.report()}, {})
     read = json.loads(json.dumps(report.as_dict()))
     assert read["components"]["transformer"]["dense_reasons"] == {"skipped layer": 3, "first steps": 2}
-    assert read["components"]["transformer"]["density_by_step"] == {"0": None, "1": 0.375, "2": 0.75}
+    assert read["components"]["transformer"]["sparse_density_by_step"] == {"0": None, "1": 0.375, "2": 0.75}
     assert read["attention_ms"] == report.attention_ms
 
 

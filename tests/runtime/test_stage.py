@@ -245,7 +245,7 @@ def test_layers_are_counted_where_no_hook_names_them() -> None:
     with forward_of(stage):
         for _ in range(3):
             attend(q, k, v)
-    assert {layer: density is None for layer, density in report_of(stage).density_by_layer.items()} == {0: False, 1: True, 2: False}
+    assert {layer: density is None for layer, density in report_of(stage).sparse_density_by_layer.items()} == {0: False, 1: True, 2: False}
 
 
 def test_a_named_layer_counts_whatever_was_called_before() -> None:

@@ -51,6 +51,7 @@ def test_what_is_allowed(module: str, target: str) -> None:
         ("ditattn.devices", "ditattn.ops.table:choose", "point down"),
         ("ditattn.backends.registry", "ditattn.backends.fa:NoSuchBackend", "no such module or attribute"),
         ("ditattn.backends.registry", "ditattn.backends.nearest_attn:NearestBackend", "no such module or attribute"),
+        ("ditattn.ops.block_mean", "ditattn.ops.block_mean.triton:no_such_function", "no such module or attribute"),
     ],
 )
 def test_strings_point_down_at_things_that_exist(module: str, target: str, reason: str) -> None:

@@ -158,7 +158,7 @@ def test_the_first_frame_is_dropped_only_where_that_is_allowed_and_helps():
     assert Search(sensitivity(), Target(33), evaluate, budget=12).run().whole_first_frame
     found = Search(sensitivity(), Target(33), evaluate, budget=14, may_drop_first_frame=True).run()
     assert not found.whole_first_frame
-    assert found.config()["first_frame_sink"] is False
+    assert found.keys["first_frame_sink"] is False
 
 
 def test_ssim_counts_too():

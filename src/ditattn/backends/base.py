@@ -21,16 +21,12 @@ from ditattn.packages import Package
 from ditattn.plan.block_plan import BlockPlan
 
 __all__ = [
-    "KERNEL_HEAD_SIZES",
     "AttentionBackend",
     "AttentionImpl",
     "AttentionMetadata",
     "AttentionMetadataBuilder",
     "CallRecord",
 ]
-
-# Laser and the sparse backends: what every kernel of theirs, on every device, can be asked for.
-KERNEL_HEAD_SIZES = (32, 64, 96, 128)
 
 
 @dataclass(frozen=True, kw_only=True)

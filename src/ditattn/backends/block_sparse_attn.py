@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from ditattn.backends.config import BlockSparseAttentionConfig
 from ditattn.backends.selection import antidiagonal
-from ditattn.backends.sparse import (
-    SparseAttentionBackend,
-    SparseAttentionImpl,
-    SparseAttentionMetadata,
-    SparseAttentionMetadataBuilder,
-    block_frame_stride,
-)
+from ditattn.backends.sparse import SparseAttentionBackend, SparseAttentionImpl, SparseAttentionMetadata, SparseAttentionMetadataBuilder
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
 
@@ -24,23 +17,14 @@ __all__ = ["BlockSparseAttentionBackend", "BlockSparseAttentionImpl", "BlockSpar
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSparseAttentionMetadata(SparseAttentionMetadata):
-    """Adds the estimator's settings (BlockSparseAttentionConfig) and the blocks that one frame fills.
+    """With the estimator's keys in its configuration."""
 
-    Attributes:
-        block_frame_stride: ceil(Y * X / 128); 0 if the grid is unknown.
-    """
-
-    block_frame_stride: int = 0
-    threshold: float = 1.0
-    keep_sink: bool = True
-    keep_recent: bool = True
+    config: BlockSparseAttentionConfig
 
 
 class BlockSparseAttentionMetadataBuilder(SparseAttentionMetadataBuilder):
     metadata_cls = BlockSparseAttentionMetadata
-
-    def extra_fields(self, grid: tuple[int, int, int] | None) -> dict[str, Any]:
-        return {"block_frame_stride": 0 if grid is None else block_frame_stride(grid)}
+    config_cls = BlockSparseAttentionConfig
 
 
 class BlockSparseAttentionImpl(SparseAttentionImpl):

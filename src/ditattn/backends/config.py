@@ -16,7 +16,6 @@ __all__ = [
     "DenseAttentionConfig",
     "RainFusionAttentionConfig",
     "SparseAttentionConfig",
-    "check_skip_and_sparsity",
     "parse_layers",
     "resolve_steps",
 ]
@@ -92,14 +91,6 @@ class RainFusionAttentionConfig(SparseAttentionConfig):
     """Keys of `rain_fusion_attn`."""
 
     token_order: TokenOrderName = "tile"
-
-
-def check_skip_and_sparsity(skip_first_steps: int, sparsity: float) -> None:
-    """Raise ConfigError, naming both values, unless skip_first_steps >= 0 and 0 <= sparsity < 1."""
-    if skip_first_steps < 0 or not 0 <= sparsity < 1:
-        raise ConfigError(
-            f"invalid attention metadata: skip_first_steps={skip_first_steps} (must be >= 0), sparsity={sparsity} (must be >= 0 and < 1)"
-        )
 
 
 def resolve_steps(value: Steps, num_steps: int | None) -> int | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ditattn.backends.base import AttentionImpl, AttentionMetadata, CallRecord
 from ditattn.ops.dense_attention import dense_attention
+from ditattn.ops.table import names_of
 
 __all__ = ["DENSE_BACKEND", "DenseAttentionImpl"]
 
@@ -25,7 +26,7 @@ class DenseAttentionImpl(AttentionImpl):
     implementation: ClassVar[str | None] = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> Tensor:
-        implementation, reason = self.choose(query, key, attn_metadata)
+        names, reason = self.choose(query, key, attn_metadata)
         self._note(CallRecord(reason))
         return dense_attention(
             query,
@@ -34,9 +35,9 @@ class DenseAttentionImpl(AttentionImpl):
             scale=self.softmax_scale,
             causal=self.causal,
             key_lengths=attn_metadata.key_lengths,
-            implementation=implementation,
+            implementation=names,
         )
 
-    def choose(self, query: Tensor, key: Tensor, metadata: AttentionMetadata) -> tuple[str | None, str]:
-        """Implementation for this call (names separated by commas are tried in order), and what the report says about it."""
-        return self.implementation, DENSE_BACKEND
+    def choose(self, query: Tensor, key: Tensor, metadata: AttentionMetadata) -> tuple[tuple[str, ...], str]:
+        """Implementations for this call in order of preference, none to take the best one, and what the report says about it."""
+        return names_of(self.implementation), DENSE_BACKEND

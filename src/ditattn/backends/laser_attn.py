@@ -11,11 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ditattn.backends.base import KERNEL_HEAD_SIZES, AttentionBackend, AttentionMetadata
+from ditattn.backends.base import AttentionBackend, AttentionMetadata
 from ditattn.backends.dense import DENSE_BACKEND, DenseAttentionImpl
 from ditattn.devices import Device
 from ditattn.ops.dense_attention import LASER_NAMES, TABLE
-from ditattn.ops.table import CallFacts
+from ditattn.ops.table import KERNEL_HEAD_DIMS, CallFacts
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, Package
 
 __all__ = ["MIN_LASER_TOKENS", "LaserAttentionBackend", "LaserAttentionImpl"]
@@ -27,19 +27,19 @@ MIN_LASER_TOKENS = 2048
 class LaserAttentionImpl(DenseAttentionImpl):
     """Dense; nothing is dropped."""
 
-    supported_head_sizes = KERNEL_HEAD_SIZES
+    supported_head_sizes = KERNEL_HEAD_DIMS
 
-    def choose(self, query: Tensor, key: Tensor, metadata: AttentionMetadata) -> tuple[str | None, str]:
+    def choose(self, query: Tensor, key: Tensor, metadata: AttentionMetadata) -> tuple[tuple[str, ...], str]:
         """Implementations for this call, and what the report says about it."""
         if query.device.type != "npu":
-            return None, DENSE_BACKEND
+            return (), DENSE_BACKEND
         if query.shape[1] < MIN_LASER_TOKENS:
-            return "torch", f"SDPA: fewer than {MIN_LASER_TOKENS} tokens"
+            return ("torch",), f"SDPA: fewer than {MIN_LASER_TOKENS} tokens"
         if query.shape[1] != key.shape[1]:
-            return "torch", "SDPA: query and key lengths differ"
+            return ("torch",), "SDPA: query and key lengths differ"
         if self.causal or metadata.key_lengths is not None:
-            return "torch", "SDPA: the operator takes no mask"
-        return ",".join(LASER_NAMES), DENSE_BACKEND
+            return ("torch",), "SDPA: the operator takes no mask"
+        return LASER_NAMES, DENSE_BACKEND
 
 
 class LaserAttentionBackend(AttentionBackend):

@@ -22,13 +22,14 @@ __all__ = ["RainFusionAttentionBackend", "RainFusionAttentionImpl", "RainFusionA
 
 @dataclass(frozen=True, kw_only=True)
 class RainFusionAttentionMetadata(SparseAttentionMetadata):
-    """The shared fields, in tile order by default."""
+    """In tile order by default."""
 
-    token_order: str = "tile"
+    config: RainFusionAttentionConfig
 
 
 class RainFusionAttentionMetadataBuilder(SparseAttentionMetadataBuilder):
     metadata_cls = RainFusionAttentionMetadata
+    config_cls = RainFusionAttentionConfig
 
 
 class RainFusionAttentionImpl(SparseAttentionImpl):

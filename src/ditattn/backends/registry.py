@@ -20,9 +20,12 @@ from enum import Enum
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-from ditattn.backends.base import AttentionBackend
 from ditattn.errors import BackendUnavailable, UnknownBackend
+
+if TYPE_CHECKING:
+    from ditattn.backends.base import AttentionBackend
 
 __all__ = [
     "BACKENDS",
@@ -151,6 +154,9 @@ def _load(name: str) -> type[AttentionBackend]:
 
 def _problem(backend: object, name: str) -> str | None:
     """Why the object is not the backend of that name, or None."""
+    # names alone need no torch
+    from ditattn.backends.base import AttentionBackend
+
     if not (isinstance(backend, type) and issubclass(backend, AttentionBackend)):
         return "is not a subclass of ditattn.AttentionBackend"
     if (own := getattr(backend, "name", None)) != name:

@@ -13,7 +13,7 @@ import torch
 from ditattn.backends.base import AttentionBackend, check_head_size
 from ditattn.backends.registry import DEFAULT_BACKEND, backend_names, load_backend, parse_backend_name
 from ditattn.devices import Device, find_device
-from ditattn.errors import BackendUnavailable, UnsupportedModel
+from ditattn.errors import BackendUnavailable, UnknownBackend, UnsupportedModel
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
@@ -22,6 +22,7 @@ __all__ = [
     "force_attn_backend",
     "get_attn_backend",
     "select_backend",
+    "unnamed_backend",
 ]
 
 ENVIRONMENT_VARIABLE = "DITATTN_ATTENTION_BACKEND"
@@ -75,6 +76,18 @@ def select_backend(
         if name is not None:
             return Selection(parse_backend_name(name), reason)
     return Selection(None, "automatic: the exact backend that runs on every device")
+
+
+def unnamed_backend() -> str:
+    """What serves where nobody names a backend: the forced one, that of the environment, or the default.
+
+    Raises:
+        UnknownBackend: the environment names no backend.
+    """
+    try:
+        return select_backend(forced=_forced.get(), environment=os.environ).backend or DEFAULT_BACKEND
+    except UnknownBackend as error:
+        raise UnknownBackend(f"{ENVIRONMENT_VARIABLE}: {error}") from None
 
 
 def backend_on(device: Device, name: str | None, head_size: int, dtype: torch.dtype) -> type[AttentionBackend]:

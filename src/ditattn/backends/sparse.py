@@ -5,23 +5,18 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ditattn.backends.base import (
-    KERNEL_HEAD_SIZES,
-    AttentionBackend,
-    AttentionImpl,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    CallRecord,
-)
-from ditattn.backends.config import AttentionConfig, SparseAttentionConfig, check_skip_and_sparsity
+from ditattn.backends.base import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, CallRecord
+from ditattn.backends.config import AttentionConfig, SparseAttentionConfig, parse_layers, resolve_steps
 from ditattn.errors import ConfigError
 from ditattn.ops.block_sparse_attention import block_sparse_attention
 from ditattn.ops.dense_attention import dense_attention
+from ditattn.ops.table import KERNEL_HEAD_DIMS
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 from ditattn.plan.reuse import Evaluation, PlanMemory, ReusePolicy
 from ditattn.plan.token_order import TokenOrder, token_order
@@ -68,38 +63,47 @@ EXPECTED_REASONS = frozenset({Reason.SPARSITY_ZERO, Reason.FIRST_STEPS, Reason.L
 
 @dataclass(frozen=True, kw_only=True)
 class SparseAttentionMetadata(AttentionMetadata):
-    """One step as a sparse backend sees it.
+    """One step as a sparse backend sees it: its configuration, and the facts of the step.
+
+    The keys of the configuration are attributes here too (`metadata.sparsity`); those that depend on the step are made ready for it.
 
     Attributes:
-        skip_first_steps: steps before this index run densely; None stands for a share of an unknown number of steps.
-        sparsity: asked share of key blocks to drop.
+        config: as it was parsed and checked, once.
         num_steps: steps of the run; None if unknown.
-        skip_last_steps: that many last steps run densely; None as above.
-        skip_layers: layers that run densely.
-        min_tokens: shorter sequences run densely.
         latent_shape: token grid (F, Y, X) of the video, after patchify; None if unknown.
-        num_prefix_tokens, num_suffix_tokens: text or condition tokens before and after the video tokens.
-        token_order: "tile" or "raster". In "tile" only suffix tokens may be padding; that is checked where the host knows the key lengths.
-        first_frame_sink: keep the first frame's blocks whole.
-        plan_refresh_steps: the plan of step s serves the layer's calls of steps s .. s + plan_refresh_steps - 1.
-        share_plan_between_branches: a plan also serves the other branches of classifier-free guidance.
+        num_prefix_tokens, num_suffix_tokens: text or condition tokens before and after the video tokens. In token order "tile" only
+            suffix tokens may be padding; that is checked where the host knows the key lengths.
         evaluation: run and branch of the forward; looked at only where plans are reused.
     """
 
-    skip_first_steps: int | None = 10
-    sparsity: float = 0.2
+    config: SparseAttentionConfig
     num_steps: int | None = None
-    skip_last_steps: int | None = 0
-    skip_layers: frozenset[int] = frozenset()
-    min_tokens: int = 0
     latent_shape: tuple[int, int, int] | None = None
     num_prefix_tokens: int = 0
     num_suffix_tokens: int = 0
-    token_order: str = "raster"
-    first_frame_sink: bool = True
-    plan_refresh_steps: int = 1
-    share_plan_between_branches: bool = False
     evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def __getattr__(self, key: str) -> Any:
+        """A key of the configuration; kept, so that the layers that share this step find it as quickly as a field."""
+        config = vars(self).get("config")
+        if config is None or key not in type(config).model_fields:
+            raise AttributeError(f"{type(self).__name__} has no attribute '{key}'")
+        return vars(self).setdefault(key, getattr(config, key))
+
+    @cached_property
+    def skip_first_steps(self) -> int | None:
+        """Steps before this index run densely; None for a share of an unknown number of steps."""
+        return resolve_steps(self.config.skip_first_steps, self.num_steps)
+
+    @cached_property
+    def skip_last_steps(self) -> int | None:
+        """That many last steps run densely; None as above."""
+        return resolve_steps(self.config.skip_last_steps, self.num_steps)
+
+    @cached_property
+    def skip_layers(self) -> frozenset[int]:
+        """Layers that run densely."""
+        return parse_layers(self.config.skip_layers)
 
     @property
     def reuse(self) -> ReusePolicy:
@@ -131,9 +135,10 @@ def latent_grid(raw_latent_shape: Sequence[int], patch_size: int | Sequence[int]
 
 
 class SparseAttentionMetadataBuilder(AttentionMetadataBuilder):
-    """Validates the facts of a step and makes the metadata. At sparsity 0 it warns once per process, not per step."""
+    """Makes the metadata of a step. At sparsity 0 it warns once per process, not per step."""
 
     metadata_cls: ClassVar[type[SparseAttentionMetadata]] = SparseAttentionMetadata
+    config_cls: ClassVar[type[SparseAttentionConfig]] = SparseAttentionConfig
 
     warned_at_zero: ClassVar[bool] = False
 
@@ -143,8 +148,7 @@ class SparseAttentionMetadataBuilder(AttentionMetadataBuilder):
         current_timestep: int | None = None,
         raw_latent_shape: Sequence[int] | None = None,
         patch_size: int | Sequence[int] = 1,
-        skip_first_steps: int | None = 10,
-        sparsity: float = 0.2,
+        config: SparseAttentionConfig | None = None,
         **kwargs: Any,
     ) -> SparseAttentionMetadata:
         """Metadata of one step.
@@ -153,35 +157,36 @@ class SparseAttentionMetadataBuilder(AttentionMetadataBuilder):
             current_timestep: index of the step.
             raw_latent_shape: whole latent shape `[B, C, T, H, W]`; None if unknown, then every call runs densely.
             patch_size: patch of the model, (t, h, w) or p.
-            skip_first_steps, sparsity: see SparseAttentionConfig.
-            kwargs: further fields of the metadata class.
+            config: the configuration, parsed. Callers without one give its keys instead, such as skip_first_steps=10, sparsity=0.2; then
+                `min_tokens` is 0 unless given.
+            kwargs: keys of the configuration, and further fields of the metadata class.
 
         Raises:
-            ConfigError: skip_first_steps < 0 or sparsity outside [0, 1); names both values.
+            ConfigError: a key outside its range; names the values of all keys.
         """
-        check_skip_and_sparsity(skip_first_steps or 0, sparsity)
-        if sparsity == 0 and not SparseAttentionMetadataBuilder.warned_at_zero:
+        if config is None:
+            keys = {key: kwargs.pop(key) for key in list(kwargs) if key in self.config_cls.model_fields}
+            config = self._parse({"min_tokens": 0, **keys})
+        if config.sparsity == 0 and not SparseAttentionMetadataBuilder.warned_at_zero:
             SparseAttentionMetadataBuilder.warned_at_zero = True
             logger.warning("sparsity is 0: every block is kept, so every call runs densely")
         grid = None if raw_latent_shape is None else latent_grid(raw_latent_shape, patch_size)
-        return self.metadata_cls(
-            current_timestep=current_timestep,
-            latent_shape=grid,
-            skip_first_steps=skip_first_steps,
-            sparsity=sparsity,
-            **self.extra_fields(grid),
-            **kwargs,
-        )
+        # a metadata class of another package may have fields for its keys, as sglang's have
+        own = {one.name: getattr(config, one.name) for one in fields(self.metadata_cls) if one.name in type(config).model_fields}
+        return self.metadata_cls(current_timestep=current_timestep, latent_shape=grid, config=config, **own, **kwargs)
 
-    def extra_fields(self, grid: tuple[int, int, int] | None) -> dict[str, Any]:
-        """Fields that a backend derives from the grid."""
-        return {}
+    def _parse(self, keys: dict[str, Any]) -> SparseAttentionConfig:
+        try:
+            return self.config_cls.from_mapping(keys)
+        except ConfigError as error:
+            given = ", ".join(f"{key}={value}" for key, value in keys.items())
+            raise type(error)(f"invalid attention metadata ({given}): {error}") from None
 
 
 class SparseAttentionImpl(AttentionImpl):
     """schedule says dense -> dense attention; otherwise order -> plan, made or kept -> block-sparse attention in that order."""
 
-    supported_head_sizes = KERNEL_HEAD_SIZES
+    supported_head_sizes = KERNEL_HEAD_DIMS
     is_sparse = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -305,8 +310,3 @@ def _why_not_these_tokens(query_tokens: int, key_tokens: int, metadata: SparseAt
     if metadata.token_order != "raster" and min(metadata.known_key_lengths or (query_tokens,)) < first_free:
         return Reason.PADDED_VIDEO
     return None
-
-
-def block_frame_stride(grid: tuple[int, int, int], block_size: int = BLOCK_SIZE) -> int:
-    """Blocks that one frame of the grid fills: ceil(Y * X / block_size)."""
-    return -(-grid[1] * grid[2] // block_size)

@@ -12,10 +12,9 @@ import typer
 from ditattn._version import __version__
 from ditattn.cli.backends import backends
 from ditattn.cli.bench import bench
-from ditattn.cli.compare import compare
-from ditattn.cli.failures import EXIT_INTERRUPTED, report_failure
-from ditattn.cli.generate import generate
-from ditattn.cli.tune import tune
+from ditattn.cli.options import command
+from ditattn.cli.settings import CompareSettings, GenerateSettings, TuneSettings
+from ditattn.cli.terminal import EXIT_INTERRUPTED, report_failure
 
 __all__ = ["app", "run"]
 
@@ -43,9 +42,9 @@ def options(
     """Options of the command itself; typer needs a function to hang them on."""
 
 
-app.command("generate")(generate)
-app.command("compare")(compare)
-app.command("tune")(tune)
+app.command("generate")(command(GenerateSettings, "ditattn.cli.generate:run"))
+app.command("compare")(command(CompareSettings, "ditattn.cli.compare:run"))
+app.command("tune")(command(TuneSettings, "ditattn.cli.tune:run"))
 app.command("backends")(backends)
 app.command("bench")(bench)
 

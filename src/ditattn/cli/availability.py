@@ -11,7 +11,8 @@ import torch
 
 from ditattn.backends.base import AttentionBackend
 from ditattn.backends.registry import usable_backends
-from ditattn.cli.machine import ANY_HEAD_SIZE, why_no_device
+from ditattn.cli.device import why_no_device
+from ditattn.cli.job import ANY_HEAD_SIZE
 from ditattn.devices import DEVICES, Device, find_device
 from ditattn.errors import ConfigError
 from ditattn.ops.table import CallFacts, Implementation, Verdict, explain

@@ -40,26 +40,24 @@ def backends(as_json: AsJson = False, device: OnlyDevice = None, debug: Debug = 
 
 
 def _print_table(facts: list[dict[str, Any]], rows: list[Row]) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console()
-    if not console.is_terminal:
-        # a pipe has no width: one row, one line
-        console = Console(width=2000)
+    from ditattn.cli.terminal import print_rich
+
     sentences = dict.fromkeys(sentence for row in rows if (sentence := row.reason or row.note))
     notes = {sentence: number for number, sentence in enumerate(sentences, 1)}
-    with console.capture() as capture:
-        for fact in facts:
-            state = Text("none: ", "red").append(fact["reason"], "default") if fact["reason"] else Text(fact["name"], "green")
-            console.print(Text(f"{fact['device']}: ", "bold").append_text(state))
-        console.print()
-        console.print(_table(rows, notes))
-        if notes:
-            console.print()
-        for sentence, number in notes.items():
-            console.print(Text(f"({number}) {sentence}"))
-    typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+    states = [Text("none: ", "red").append(fact["reason"], "default") if fact["reason"] else Text(fact["name"], "green") for fact in facts]
+    devices = [Text(f"{fact['device']}: ", "bold").append_text(state) for fact, state in zip(facts, states, strict=True)]
+    reasons = [Text(f"({number}) {sentence}") for sentence, number in notes.items()]
+    if reasons:
+        reasons.insert(0, Text())
+    kinds = [Text(f"{kind}: {', '.join(names)}") for kind, names in _by_kind(rows).items() if names]
+    print_rich(*devices, "", *kinds, "", _table(rows, notes), *reasons)
+
+
+def _by_kind(rows: list[Row]) -> dict[str, list[str]]:
+    sparse = {row.backend: row.sparse for row in rows}
+    return {kind: [name for name in sparse if sparse[name] is (kind == "sparse")] for kind in ("dense", "sparse")}
 
 
 def _table(rows: list[Row], notes: dict[str, int]) -> Table:

@@ -1,129 +1,133 @@
-"""`ditattn compare`: the options, and nothing else."""
+"""What `ditattn compare` does: check, load, measure, write the page and the numbers, print the table."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import json
+import tempfile
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import typer
 
-from ditattn.cli.options import (
-    ATTENTION,
-    MACHINE,
-    OUTPUT,
-    SAMPLING,
-    ComponentAttentionBackends,
-    Config,
-    Debug,
-    Device,
-    Dtype,
-    Fps,
-    GuidanceScale,
-    Height,
-    ImagePath,
-    ModelPath,
-    NegativePrompt,
-    NumFrames,
-    NumInferenceSteps,
-    OutputPath,
-    Prompt,
-    Revision,
-    Strict,
-    TrustRemoteCode,
-    Width,
+from ditattn.backends.setting import Setting
+from ditattn.cli.job import load, playing_rate, prepare
+from ditattn.cli.output import DraftFiles, check_plain_name, default_name, write_media
+from ditattn.cli.references import check_metrics, dense_references, origin
+from ditattn.cli.settings import CompareSettings
+from ditattn.cli.terminal import print_rich, say, set_up_messages
+from ditattn.compare.measure import Comparison, compare
+from ditattn.compare.page import render_page
+from ditattn.compare.record import comparison_record, plain
+from ditattn.compare.setting import REFERENCE, Clip, dropped_keys, expand
+from ditattn.errors import ConfigError
+
+__all__ = ["run"]
+
+# rows of the terminal's table: key of the statistics, heading, digits, divisor
+COLUMNS = (
+    ("psnr", "PSNR dB", 2, 1),
+    ("ssim", "SSIM", 4, 1),
+    ("ms_ssim", "MS-SSIM", 4, 1),
+    ("vmaf", "VMAF", 1, 1),
+    ("overall_density", "overall density", 3, 1),
+    ("attention_ms", "attention s", 2, 1000),
+    ("total_ms", "all s", 2, 1000),
+    ("speed_up", "speed-up", 2, 1),
 )
 
-__all__ = ["compare"]
 
-Seeds = Annotated[
-    list[int] | None,
-    typer.Option(min=0, rich_help_panel=SAMPLING, show_default="42", help="Repeat it for several: every prompt is made with every seed."),
-]
-AttentionBackends = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME",
-        rich_help_panel=ATTENTION,
-        show_default=False,
-        help="What to compare with torch_sdpa: rain_fusion_attn, block_sparse_attn, fa, laser_attn. Repeat it for several.",
-    ),
-]
-AttentionBackendConfigs = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="CONFIG",
-        rich_help_panel=ATTENTION,
-        show_default=False,
-        help="Settings: k=v,k=v, JSON text, or a .json or .yaml file. Repeat it for several: every backend runs with each of them.",
-    ),
-]
-GridOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="K=V,V,...",
-        rich_help_panel=ATTENTION,
-        show_default=False,
-        help="Values of a key to compare: sparsity=0.5,0.75,0.9. Repeat it for several keys: all combinations run.",
-    ),
-]
-OutputFileName = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME", rich_help_panel=OUTPUT, show_default="prompt, time and a hash", help="Of the page (.html) and the numbers (.json)."
-    ),
-]
-Repeats = Annotated[
-    int | None, typer.Option(min=1, rich_help_panel=MACHINE, show_default="1", help="Runs per clip and setting; times are medians.")
-]
-NoProbe = Annotated[
-    bool,
-    typer.Option("--no-probe", rich_help_panel=MACHINE, help="Do not measure dropped softmax mass, which costs a dense run more."),
-]
-NoCache = Annotated[
-    bool,
-    typer.Option("--no-reference-cache", rich_help_panel=MACHINE, help="Make the dense references anew, and keep none."),
-]
+def run(settings: CompareSettings, *, debug: bool = False) -> None:
+    """Run the verb.
 
-
-def compare(
-    model_path: ModelPath = None,
-    prompt: Prompt = None,
-    config: Config = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = None,
-    negative_prompt: NegativePrompt = None,
-    image_path: ImagePath = None,
-    height: Height = None,
-    width: Width = None,
-    num_frames: NumFrames = None,
-    fps: Fps = None,
-    num_inference_steps: NumInferenceSteps = None,
-    guidance_scale: GuidanceScale = None,
-    seed: Seeds = None,
-    attention_backend: AttentionBackends = None,
-    attention_backend_config: AttentionBackendConfigs = None,
-    grid: GridOption = None,
-    component_attention_backends: ComponentAttentionBackends = None,
-    strict: Strict = None,
-    output_path: OutputPath = None,
-    output_file_name: OutputFileName = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    repeats: Repeats = None,
-    no_probe: NoProbe = False,
-    no_reference_cache: NoCache = False,
-    debug: Debug = False,
-) -> None:
-    """Measure what settings cost and save, against dense attention with the same prompts and seeds.
-
-    Writes one self-contained HTML page and the same numbers as JSON.
+    Raises:
+        DitattnError, OSError: see the modules that check.
     """
-    options: dict[str, Any] = {
-        key: value for key, value in locals().items() if key not in ("config", "debug", "no_probe", "no_reference_cache")
-    }
-    from ditattn.cli.comparing import run_compare
-    from ditattn.cli.settings import CompareSettings, read_call_settings
+    set_up_messages(debug)
+    if not settings.attention_backend:
+        raise ConfigError("what shall be compared? Name it: --attention-backend rain_fusion_attn (the reference is torch_sdpa)")
+    name = _file_name(settings)
+    check_metrics()
+    attention = _parse_attention(settings)
+    job = prepare(settings, [REFERENCE, *attention])
+    pipe, _ = load(job)
+    references = dense_references(job, pipe, cached=settings.reference_cache)
+    clips = [Clip(prompt, seed) for prompt in settings.prompt for seed in settings.seed]
+    comparison = compare(references, attention, clips, repeats=settings.repeats, probe=settings.probe, progress=say)
+    fps = playing_rate(job, pipe)
+    record = comparison_record(comparison, {**_made(comparison, fps), **origin(job, references)})
+    page, numbers = _write(comparison, record, Path(settings.output_path), name, fps)
+    _print_table(record)
+    typer.echo(f"wrote {page} and {numbers.name}")
 
-    given = {key: value for key, value in options.items() if value not in (None, [])}
-    switched_off = {"probe": no_probe, "reference_cache": no_reference_cache}
-    given |= {key: False for key, off in switched_off.items() if off}
-    run_compare(read_call_settings(CompareSettings, given, config), debug=debug)
+
+def _parse_attention(settings: CompareSettings) -> list[Setting]:
+    """Every backend with the keys that it has; keys that no named backend has stay, to be refused with the rest."""
+    backends, configs, grid = settings.attention_backend, settings.attention_backend_config, settings.grid
+    expanded = expand(backends, configs, grid, settings.component_attention_backends)
+    for backend in dict.fromkeys(backends):
+        if dropped := dropped_keys(backend, (key for mapping in (*configs, grid) for key in mapping), backends):
+            say(f"{backend} has no {', '.join(dropped)}: it is compared without")
+    return expanded
+
+
+def _file_name(settings: CompareSettings) -> str:
+    name = settings.output_file_name
+    if name is None:
+        return "compare_" + default_name(settings.prompt[0], settings.model_dump_json())
+    name = name.removesuffix(".html").removesuffix(".json")
+    check_plain_name(name)
+    return name
+
+
+def _made(comparison: Comparison, fps: int) -> dict[str, Any]:
+    num_frames, height, width, _ = comparison.reference[0].runs[0].frames.shape
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "output": {"num_frames": num_frames, "height": height, "width": width, "fps": fps},
+    }
+
+
+def _write(comparison: Comparison, record: Mapping[str, Any], folder: Path, name: str, fps: int) -> tuple[Path, Path]:
+    """Page and numbers: both or none."""
+
+    def encode(frames: np.ndarray[Any, Any]) -> bytes:
+        with tempfile.TemporaryDirectory(prefix="ditattn-") as place:
+            write_media(Path(place) / "clip.mp4", frames, fps)
+            return (Path(place) / "clip.mp4").read_bytes()
+
+    page, numbers = folder / f"{name}.html", folder / f"{name}.json"
+    with DraftFiles() as files:
+        files.draft(page).write_text(render_page(comparison, record, encode), encoding="utf-8")
+        text = json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False)
+        files.draft(numbers).write_text(text + "\n", encoding="utf-8")
+        files.commit()
+    return page, numbers
+
+
+def _print_table(record: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("setting", box=None, pad_edge=False)
+    shown = [column for column in COLUMNS if any(setting["statistics"][column[0]] for setting in record["settings"])]
+    for _, heading, _, _ in shown:
+        table.add_column(heading, justify="right")
+    dense = record["reference"]["clips"]
+    costs = {key: float(np.median([clip[key] for clip in dense])) for key in ("attention_ms", "total_ms")}
+    table.add_row("torch_sdpa", *(f"{costs[key] / divisor:.{digits}f}" if key in costs else "" for key, _, digits, divisor in shown))
+    for setting in record["settings"]:
+        table.add_row(setting["name"], *(_cell(setting["statistics"][key], digits, divisor) for key, _, digits, divisor in shown))
+    print_rich(table)
+    if len(record["clips"]) > 1:
+        typer.echo(f"medians over {len(record['clips'])} clips, each against its own reference; in brackets the worst")
+    if record["model"]["random_weights"]:
+        typer.echo("the model's weights are random: the quality figures mean nothing")
+
+
+def _cell(found: Mapping[str, Any] | None, digits: int, divisor: float) -> str:
+    if found is None:
+        return "-"
+    median, worst = (f"{found[key] / divisor:.{digits}f}" for key in ("median", "worst"))
+    return median if found["count"] == 1 else f"{median} ({worst})"

@@ -1,7 +1,8 @@
-"""A request of `generate`, checked as far as possible before weights are loaded."""
+"""A request, checked as far as possible before weights are loaded, and then loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,20 @@ from typing import Any
 import torch
 import typer
 
-from ditattn.cli.machine import check_backend, choose_device, choose_dtype
-from ditattn.cli.outputs import check_file_name, check_folder
-from ditattn.cli.settings import PIPELINE_KEYS, GenerateSettings, flag
+from ditattn.backends.selector import backend_on
+from ditattn.backends.setting import Setting
+from ditattn.cli.device import choose_device, choose_dtype
+from ditattn.cli.output import check_folder
+from ditattn.cli.settings import PIPELINE_KEYS, CallSettings, flag
+from ditattn.cli.terminal import timed
+from ditattn.devices import find_device
 from ditattn.errors import BackendUnavailable, ConfigError
 from ditattn.packages import DIFFUSERS, IMAGEIO
 
-__all__ = ["Job", "ModelFacts", "prepare"]
+__all__ = ["ANY_HEAD_SIZE", "Job", "ModelFacts", "load", "pipeline_arguments", "playing_rate", "prepare"]
+
+# possible for every backend that has limits; the model's own head size is checked when the backend is installed
+ANY_HEAD_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class ModelFacts:
 class Job:
     """What the user, the model and the machine say together."""
 
-    settings: GenerateSettings
+    settings: CallSettings
     model: ModelFacts
     device: torch.device
     dtype: torch.dtype
@@ -58,14 +66,29 @@ class Job:
         given = getattr(self.settings, key)
         return self.model.defaults.get(key) if given is None else given
 
+    @property
+    def suffix(self) -> str | None:
+        """Of the files that the pipeline's results become; None where only remote code knows the pipeline."""
+        from ditattn.hosts.diffusers.call import call_defaults, makes_video
+
+        pipeline_cls = self.model.pipeline_cls
+        if pipeline_cls is None:
+            return None
+        num_frames = (self.value("num_frames") or call_defaults(pipeline_cls).get("num_frames")) if makes_video(pipeline_cls) else 1
+        return ".png" if num_frames == 1 else ".mp4"
+
     def call_arguments(self, prompt: str) -> dict[str, Any]:
         """Arguments of the pipeline's call that somebody set."""
         values = {key: self.value(key) for key in PIPELINE_KEYS} | {"prompt": prompt, "image": self.image}
         return {key: value for key, value in values.items() if value is not None}
 
 
-def prepare(settings: GenerateSettings) -> Job:
+def prepare(settings: CallSettings, attention: Sequence[Setting]) -> Job:
     """Check everything that can be checked before weights are loaded.
+
+    Args:
+        settings: of the verb.
+        attention: what will be installed.
 
     Raises:
         ConfigError, BackendUnavailable, ModelNotLoaded: something cannot be honoured.
@@ -74,17 +97,16 @@ def prepare(settings: GenerateSettings) -> Job:
         raise BackendUnavailable(DIFFUSERS.sentence())
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
-    check_backend(settings.attention_backend, settings.component_attention_backends, settings.attention_backend_config, device, dtype)
+    for name in {name: None for setting in attention for name in (setting.config_owner, *setting.components.values())}:
+        backend_on(find_device(device), name, ANY_HEAD_SIZE, dtype)
     check_folder(Path(settings.output_path), "--output-path")
-    if settings.perf_dump_path:
-        _check_dump_path(Path(settings.perf_dump_path))
     image = _read_image(settings.image_path)
     job = Job(settings, _find_model(settings), device, dtype, image)
     _check_call(job)
     return job
 
 
-def _find_model(settings: GenerateSettings) -> ModelFacts:
+def _find_model(settings: CallSettings) -> ModelFacts:
     from ditattn.hosts.diffusers.load import pipeline_class, read_index
 
     if settings.model_path is None:
@@ -93,7 +115,7 @@ def _find_model(settings: GenerateSettings) -> ModelFacts:
     return ModelFacts(settings.model_path, str(index.get("_class_name")), pipeline_class(index))
 
 
-def _demo_model(settings: GenerateSettings) -> ModelFacts:
+def _demo_model(settings: CallSettings) -> ModelFacts:
     from ditattn.hosts.diffusers.demo_model import DEFAULTS, find_demo_model
     from ditattn.hosts.diffusers.load import pipeline_class, read_index
 
@@ -107,37 +129,17 @@ def _demo_model(settings: GenerateSettings) -> ModelFacts:
 
 
 def _check_call(job: Job) -> None:
-    """Does the pipeline take what was given, and does the file name fit what it makes?"""
-    from ditattn.hosts.diffusers.call import call_defaults, check_arguments, makes_video
+    """Does the pipeline take what was given, and can its result be written?"""
+    from ditattn.hosts.diffusers.call import check_arguments, makes_video
 
     pipeline_cls, settings = job.model.pipeline_cls, job.settings
     if pipeline_cls is None:
         return
     check_arguments(pipeline_cls, job.call_arguments(settings.prompt[0]), _called)
-    is_video = makes_video(pipeline_cls)
-    if settings.fps is not None and not is_video:
+    if settings.fps is not None and not makes_video(pipeline_cls):
         raise ConfigError(f"--fps cannot be honoured: {pipeline_cls.__name__} makes an image")
-    num_frames = (job.value("num_frames") or call_defaults(pipeline_cls).get("num_frames")) if is_video else 1
-    suffix = ".png" if num_frames == 1 else ".mp4"
-    if settings.output_file_name is not None:
-        stem = check_file_name(settings.output_file_name, suffix)
-        if settings.perf_dump_path:
-            _check_dump_is_another_file(Path(settings.perf_dump_path), Path(settings.output_path) / (stem + suffix))
-    if suffix == ".mp4" and IMAGEIO.missing():
+    if job.suffix == ".mp4" and IMAGEIO.missing():
         raise BackendUnavailable(IMAGEIO.sentence())
-
-
-def _check_dump_path(path: Path) -> None:
-    check_folder(path.parent, "--perf-dump-path")
-    if path.is_dir():
-        raise ConfigError(f"--perf-dump-path: {path} is a folder; name a .json file")
-
-
-def _check_dump_is_another_file(dump: Path, result: Path) -> None:
-    """With several prompts all three names get the same numbers."""
-    for other, what in ((result, "the result"), (result.with_suffix(".json"), "the record of the run")):
-        if dump.resolve() == other.resolve():
-            raise ConfigError(f"--perf-dump-path: {dump} is where {what} will be written; name another file")
 
 
 def _called(argument: str) -> str:
@@ -155,3 +157,41 @@ def _read_image(path: str | None) -> Any:
         raise ConfigError(f"--image-path: no such file: {path}") from None
     except (UnidentifiedImageError, OSError) as error:
         raise ConfigError(f"--image-path: {path} is not an image that can be read ({type(error).__name__})") from None
+
+
+def load(job: Job) -> tuple[Any, float]:
+    """The pipeline, and how long it took, in milliseconds.
+
+    Raises:
+        ModelNotLoaded: says what is missing or wrong.
+    """
+    from ditattn.hosts.diffusers.load import load_pipeline
+
+    settings = job.settings
+    with timed(f"load {job.model.pipeline} ({str(job.dtype).removeprefix('torch.')}, {job.device})") as loading:
+        pipe = load_pipeline(
+            job.model.path,
+            dtype=job.dtype,
+            device=job.device,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    pipe.set_progress_bar_config(desc="denoise", unit="step")
+    return pipe, loading.duration_ms
+
+
+def playing_rate(job: Job, pipe: Any) -> int:
+    """Frames per second of the result: given, or the model's."""
+    from ditattn.hosts.diffusers.call import frame_rate
+
+    return job.value("fps") or frame_rate(pipe)
+
+
+def pipeline_arguments(job: Job, pipe: Any, prompt: str) -> dict[str, Any]:
+    """Arguments of the call; some pipelines want to know the rate too."""
+    from ditattn.hosts.diffusers.call import call_defaults
+
+    arguments = job.call_arguments(prompt)
+    if "frame_rate" in call_defaults(type(pipe)):
+        arguments["frame_rate"] = playing_rate(job, pipe)
+    return arguments

@@ -1,129 +1,106 @@
-"""Options that several verbs share, under sglang's names."""
+"""The command line of a verb, made from the declarations of its keys."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import importlib
+import inspect
+from collections.abc import Callable
+from types import NoneType
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
 
-MODEL, SAMPLING, ATTENTION, OUTPUT, MACHINE = "Model", "Sampling", "Attention", "Output", "Machine"
+from ditattn.cli.settings import PANELS, CallSettings, CommandOptions, Option, flag, read_settings
 
-ModelPath = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=MODEL,
-        show_default=False,
-        help="A folder that diffusers' save_pretrained wrote, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers. "
-        "Only safetensors weights are loaded. Without it: the small demo model of the package.",
-    ),
-]
-Revision = Annotated[str | None, typer.Option(rich_help_panel=MODEL, show_default=False, help="Branch, tag or commit of a hub repository.")]
-TrustRemoteCode = Annotated[
-    bool | None,
-    typer.Option("--trust-remote-code", rich_help_panel=MODEL, show_default=False, help="Run Python code that comes with the model."),
-]
-Config = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        rich_help_panel=MODEL,
-        show_default=False,
-        help="JSON or YAML file with any of these options, in snake_case (num_frames: 81). The command line wins over the file.",
-    ),
-]
-Prompt = Annotated[
-    list[str] | None,
-    typer.Option(
-        rich_help_panel=SAMPLING, show_default=False, help="What to make. Repeat it for several results; the model is loaded once."
-    ),
-]
-NegativePrompt = Annotated[str | None, typer.Option(rich_help_panel=SAMPLING, show_default=False, help="What to avoid.")]
-ImagePath = Annotated[
-    str | None, typer.Option(metavar="FILE", rich_help_panel=SAMPLING, show_default=False, help="First frame, for image-to-video models.")
-]
-Height = Annotated[int | None, typer.Option(min=1, rich_help_panel=SAMPLING, show_default="the model's", help="Pixels.")]
-Width = Annotated[int | None, typer.Option(min=1, rich_help_panel=SAMPLING, show_default="the model's", help="Pixels.")]
-NumFrames = Annotated[
-    int | None, typer.Option(min=1, rich_help_panel=SAMPLING, show_default="the model's", help="Frames of a video; 1 makes an image.")
-]
-Fps = Annotated[int | None, typer.Option(min=1, rich_help_panel=SAMPLING, show_default="the model's", help="Frames per second of a video.")]
-NumInferenceSteps = Annotated[
-    int | None, typer.Option(min=1, rich_help_panel=SAMPLING, show_default="the model's", help="Denoising steps.")
-]
-GuidanceScale = Annotated[
-    float | None,
-    typer.Option(rich_help_panel=SAMPLING, show_default="the model's", help="Strength of the prompt (classifier-free guidance)."),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option(min=0, rich_help_panel=SAMPLING, show_default="42", help="Of the noise, drawn on the CPU: the same on every device."),
-]
-AttentionBackend = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        rich_help_panel=ATTENTION,
-        show_default="DITATTN_ATTENTION_BACKEND, else the device's best dense one",
-        help="Serves the self-attention of the denoiser: torch_sdpa, fa, laser_attn (dense), block_sparse_attn, rain_fusion_attn (sparse).",
-    ),
-]
-AttentionBackendConfig = Annotated[
-    str | None,
-    typer.Option(
-        metavar="CONFIG",
-        rich_help_panel=ATTENTION,
-        show_default=False,
-        help="Settings of the backend: k=v,k=v (sparsity=0.5), JSON text, or a .json or .yaml file. "
-        "Keys of the sparse ones: sparsity, skip_first_steps, skip_last_steps, skip_layers, min_tokens, token_order, first_frame_sink, "
-        "plan_refresh_steps, share_plan_between_branches.",
-    ),
-]
-ComponentAttentionBackends = Annotated[
-    str | None,
-    typer.Option(
-        metavar="K=V,...",
-        rich_help_panel=ATTENTION,
-        show_default=False,
-        help="Other backends for single denoisers, such as transformer_2=torch_sdpa; several are separated by commas.",
-    ),
-]
-Strict = Annotated[
-    bool | None,
-    typer.Option(
-        "--strict",
-        rich_help_panel=ATTENTION,
-        show_default=False,
-        help="Fail where a sparse backend would run densely for a reason that nobody asked for.",
-    ),
-]
-OutputPath = Annotated[
-    str | None, typer.Option(metavar="FOLDER", rich_help_panel=OUTPUT, show_default="outputs", help="Where results go; made if missing.")
-]
-OutputFileName = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        rich_help_panel=OUTPUT,
-        show_default="prompt, time and a hash",
-        help="Name of the result, with or without .mp4 or .png. The record of the run is written beside it, as .json.",
-    ),
-]
-PerfDumpPath = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE", rich_help_panel=OUTPUT, show_default=False, help="JSON with times per stage and step, and the attention report."
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(rich_help_panel=MACHINE, show_default="cuda or npu if there is one, else cpu", help="torch device, such as cuda:1."),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=MACHINE, show_default="bfloat16, on the CPU float32", help="Of the weights: float32, bfloat16 or float16."
-    ),
-]
-Debug = Annotated[
-    bool, typer.Option("--debug", rich_help_panel=MACHINE, show_default=False, help="Show the traceback of an error and debug messages.")
-]
+__all__ = ["command"]
+
+
+def command(settings_cls: type[CallSettings], target: str) -> Callable[..., None]:
+    """A function for typer, with an option for every key of `settings_cls`, whose docstring is the help text.
+
+    Args:
+        settings_cls: the keys of the verb.
+        target: "module:function" that does the work, called with the settings; imported when the verb runs, so that help needs no torch.
+    """
+    declared = _in_order(settings_cls)
+
+    def run(**values: Any) -> None:
+        given = {key: _given(declared[key], values[_name(key, declared[key])]) for key in declared}
+        config, debug = given.pop("config"), given.pop("debug")
+        settings = read_settings(settings_cls, {key: value for key, value in given.items() if value is not None}, config)
+        module, _, function = target.partition(":")
+        getattr(importlib.import_module(module), function)(settings, debug=bool(debug))
+
+    run.__doc__ = settings_cls.__doc__
+    parameters = [_parameter(key, field) for key, field in declared.items()]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def _in_order(settings_cls: type[CallSettings]) -> dict[str, FieldInfo]:
+    """Panel by panel; within one as they are declared, but for those that are listed before another."""
+    fields = {**settings_cls.model_fields, **CommandOptions.model_fields}
+    keys = [key for key, field in fields.items() if _option(field).before is None]
+    for key, field in fields.items():
+        if (before := _option(field).before) is not None:
+            keys.insert(keys.index(before), key)
+    return {key: fields[key] for key in sorted(keys, key=lambda key: PANELS.index(_option(fields[key]).panel))}
+
+
+def _option(field: FieldInfo) -> Option:
+    return next(item for item in field.metadata if isinstance(item, Option))
+
+
+def _name(key: str, field: FieldInfo) -> str:
+    """Of the option: what is on by default can only be switched off."""
+    return f"no_{key}" if field.default is True else key
+
+
+def _given(field: FieldInfo, value: Any) -> Any:
+    """The value of the key; None if the option was not given."""
+    if isinstance(value, bool):
+        return (not field.default) if value else None
+    return None if value == [] else value
+
+
+def _parameter(key: str, field: FieldInfo) -> inspect.Parameter:
+    option, name = _option(field), _name(key, field)
+    kind, constraints = _plain_type(field.annotation)
+    is_switch, is_list = kind is bool, option.repeated or get_origin(kind) is list
+    element, of_elements = _plain_type(get_args(kind)[0]) if get_origin(kind) is list else (kind, [])
+    # mappings are typed as text, see `parse_config`
+    element = element if element in (bool, int, float) else str
+    bounds = [*field.metadata, *constraints, *of_elements]
+    shown = typer.Option(
+        # typer would add --no-strict beside --strict
+        *([flag(name)] if is_switch else []),
+        metavar=option.metavar,
+        rich_help_panel=option.panel,
+        help=option.help,
+        show_default=_shown_default(option, field) or False,
+        min=next((bound.ge for bound in bounds if hasattr(bound, "ge")), None),
+        max=next((bound.le for bound in bounds if hasattr(bound, "le")), None),
+    )
+    annotation: Any = bool if is_switch else (list[element] | None if is_list else element | None)  # type: ignore[valid-type]
+    default = False if is_switch else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, shown])
+
+
+def _shown_default(option: Option, field: FieldInfo) -> str | None:
+    value = field.get_default(call_default_factory=True)
+    if option.default is not None or isinstance(value, (bool, dict)) or value is None:
+        return option.default
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _plain_type(annotation: Any) -> tuple[Any, list[Any]]:
+    """A type without `None` and `Annotated`, and the constraints that were in there."""
+    if get_origin(annotation) is Annotated:
+        kind, inner = _plain_type(get_args(annotation)[0])
+        own = [part for item in annotation.__metadata__ for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
+        return kind, [*own, *inner]
+    alternatives = [part for part in get_args(annotation) if part is not NoneType]
+    if NoneType in get_args(annotation):
+        return _plain_type(alternatives[0])
+    return annotation, []

@@ -1,31 +1,65 @@
-"""The settings of `generate`: from a file, from the command line, checked."""
+"""Every key of `generate`, `compare` and `tune`: its type, range, default, help and panel, declared once.
+
+The keys are those of a configuration file; `options.py` makes the command line from them. Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat
 
+from ditattn.backends.config import SparseAttentionConfig
+from ditattn.backends.registry import DEFAULT_BACKEND, backend_names
 from ditattn.errors import ConfigError
+from ditattn.tune.candidate import TUNED_KEYS
 from ditattn.values import KnownKeys, parse_config, parse_value
 
 __all__ = [
+    "PANELS",
     "PIPELINE_KEYS",
     "CallSettings",
+    "CommandOptions",
     "CompareSettings",
     "GenerateSettings",
+    "Option",
     "TuneSettings",
     "flag",
-    "read_call_settings",
     "read_settings",
 ]
 
 SettingsT = TypeVar("SettingsT", bound="CallSettings")
 
+PANELS = TARGET, MODEL, SAMPLING, ATTENTION, OUTPUT, MACHINE = ("Target", "Model", "Sampling", "Attention", "Output", "Machine")
+
 # settings that are arguments of the pipeline's call, under the same name
 PIPELINE_KEYS = ("prompt", "negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+
+THE_MODELS = "the model's"
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the command line adds to a key.
+
+    Attributes:
+        panel: of the help text, one of PANELS.
+        help: a sentence or two.
+        default: the words shown for it, where they are not the default itself.
+        metavar: what stands for the value.
+        repeated: it may be given several times; follows from the type, but for keys whose values are texts with a form of their own.
+        before: the key before which it is listed; None lists it at the end of its panel.
+    """
+
+    panel: str
+    help: str
+    default: str | None = None
+    metavar: str | None = None
+    repeated: bool = False
+    before: str | None = None
 
 
 def _one_or_more(value: Any) -> Any:
@@ -52,7 +86,7 @@ def _axes(value: Any) -> Any:
     return axes
 
 
-Prompts = Annotated[list[str], BeforeValidator(_one_or_more)]
+Texts = Annotated[list[str], BeforeValidator(_one_or_more)]
 Pairs = Annotated[dict[str, Any], BeforeValidator(_parsed)]
 Names = Annotated[dict[str, str], BeforeValidator(_parsed)]
 # no shell expands ~ in a file, nor bash in --output-path=~/videos, which would make a folder of that name
@@ -63,61 +97,185 @@ Seeds = Annotated[list[Seed], BeforeValidator(_one_or_more), Field(min_length=1)
 ManyPairs = Annotated[list[Pairs], BeforeValidator(_one_or_more)]
 Grid = Annotated[dict[str, list[Any]], BeforeValidator(_axes)]
 
+BACKEND_NAMES = ", ".join(backend_names())
+COMPARED_NAMES = ", ".join(name for name in backend_names() if name != DEFAULT_BACKEND)
+SPARSE_KEYS = ", ".join(SparseAttentionConfig.model_fields)
+FIXED_KEYS = ", ".join(key for key in SparseAttentionConfig.model_fields if key not in TUNED_KEYS)
+
+SEEDS = Option(SAMPLING, "Repeat it for several: every prompt is made with every seed.")
+
+
+class CommandOptions(KnownKeys):
+    """Options that no configuration file holds."""
+
+    config: Annotated[
+        str | None,
+        Option(
+            MODEL,
+            "JSON or YAML file with any of these options, in snake_case (num_frames: 81). The command line wins over the file.",
+            metavar="FILE",
+            before="revision",
+        ),
+    ] = None
+    debug: Annotated[bool, Option(MACHINE, "Show the traceback of an error and debug messages.")] = False
+
 
 class CallSettings(KnownKeys):
     """Keys of every verb that runs a pipeline. None leaves the choice to the model."""
 
-    model_path: str | None = None
-    prompt: Prompts = Field(default_factory=list)
-    negative_prompt: str | None = None
-    height: Count | None = None
-    width: Count | None = None
-    num_frames: Count | None = None
-    fps: Count | None = None
-    num_inference_steps: Count | None = None
-    guidance_scale: FiniteFloat | None = None
-    output_path: UserPath = "outputs"
-    output_file_name: str | None = None
-    component_attention_backends: Names = Field(default_factory=dict)
-    device: str | None = None
-    dtype: str | None = None
-    image_path: UserPath | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    strict: bool = False
+    model_path: Annotated[
+        str | None,
+        Option(
+            MODEL,
+            "A folder that diffusers' save_pretrained wrote, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers. "
+            "Only safetensors weights are loaded. Without it: the small demo model of the package.",
+        ),
+    ] = None
+    revision: Annotated[str | None, Option(MODEL, "Branch, tag or commit of a hub repository.")] = None
+    trust_remote_code: Annotated[bool, Option(MODEL, "Run Python code that comes with the model.")] = False
+    prompt: Annotated[Texts, Option(SAMPLING, "What to make. Repeat it for several results; the model is loaded once.")] = Field(
+        default_factory=list
+    )
+    negative_prompt: Annotated[str | None, Option(SAMPLING, "What to avoid.")] = None
+    image_path: Annotated[UserPath | None, Option(SAMPLING, "First frame, for image-to-video models.", metavar="FILE")] = None
+    height: Annotated[Count | None, Option(SAMPLING, "Pixels.", THE_MODELS)] = None
+    width: Annotated[Count | None, Option(SAMPLING, "Pixels.", THE_MODELS)] = None
+    num_frames: Annotated[Count | None, Option(SAMPLING, "Frames of a video; 1 makes an image.", THE_MODELS)] = None
+    fps: Annotated[Count | None, Option(SAMPLING, "Frames per second of a video.", THE_MODELS)] = None
+    num_inference_steps: Annotated[Count | None, Option(SAMPLING, "Denoising steps.", THE_MODELS)] = None
+    guidance_scale: Annotated[FiniteFloat | None, Option(SAMPLING, "Strength of the prompt (classifier-free guidance).", THE_MODELS)] = None
+    component_attention_backends: Annotated[
+        Names,
+        Option(
+            ATTENTION,
+            "Other backends for single denoisers, such as transformer_2=torch_sdpa; several are separated by commas.",
+            metavar="K=V,...",
+        ),
+    ] = Field(default_factory=dict)
+    strict: Annotated[bool, Option(ATTENTION, "Fail where a sparse backend would run densely for a reason that nobody asked for.")] = False
+    output_path: Annotated[UserPath, Option(OUTPUT, "Where results go; made if missing.", metavar="FOLDER")] = "outputs"
+    output_file_name: Annotated[str | None, Option(OUTPUT, "Of the result.")] = None
+    device: Annotated[str | None, Option(MACHINE, "torch device, such as cuda:1.", "cuda or npu if there is one, else cpu")] = None
+    dtype: Annotated[str | None, Option(MACHINE, "Of the weights: float32, bfloat16 or float16.", "bfloat16, on the CPU float32")] = None
 
 
 class GenerateSettings(CallSettings):
-    """Every key that a configuration file of `generate` may hold."""
+    """Make a video or an image with a diffusers pipeline whose self-attention runs through the backend you name.
 
-    seed: Seed = 42
-    attention_backend: str | None = None
-    attention_backend_config: Pairs = Field(default_factory=dict)
-    perf_dump_path: UserPath | None = None
+    Beside the result a .json file records every setting, version and time, and what the attention really did.
+    """
+
+    seed: Annotated[Seed, Option(SAMPLING, "Of the noise, drawn on the CPU: the same on every device.")] = 42
+    attention_backend: Annotated[
+        str | None,
+        Option(
+            ATTENTION,
+            f"Serves the self-attention of the denoiser: {BACKEND_NAMES}. 'ditattn backends' says which are sparse, and what each needs.",
+            default="DITATTN_ATTENTION_BACKEND, else the device's best dense one",
+            metavar="NAME",
+            before="component_attention_backends",
+        ),
+    ] = None
+    attention_backend_config: Annotated[
+        Pairs,
+        Option(
+            ATTENTION,
+            "Settings of the backend: k=v,k=v (sparsity=0.5), JSON text, or a .json or .yaml file. "
+            f"Keys of the sparse ones: {SPARSE_KEYS}.",
+            metavar="CONFIG",
+            before="component_attention_backends",
+        ),
+    ] = Field(default_factory=dict)
+    output_file_name: Annotated[
+        str | None,
+        Option(
+            OUTPUT,
+            "Name of the result, with or without .mp4 or .png. The record of the run is written beside it, as .json.",
+            default="prompt, time and a hash",
+            metavar="NAME",
+        ),
+    ] = None
+    perf_dump_path: Annotated[
+        UserPath | None, Option(OUTPUT, "JSON with times per stage and step, and the attention report.", metavar="FILE")
+    ] = None
 
 
 class CompareSettings(CallSettings):
-    """Every key that a configuration file of `compare` may hold."""
+    """Measure what settings cost and save, against dense attention with the same prompts and seeds.
 
-    seed: Seeds = Field(default_factory=lambda: [42])
-    attention_backend: Prompts = Field(default_factory=list)
-    attention_backend_config: ManyPairs = Field(default_factory=list)
-    grid: Grid = Field(default_factory=dict)
-    repeats: Count = 1
-    probe: bool = True
-    reference_cache: bool = True
+    Writes one self-contained HTML page and the same numbers as JSON.
+    """
+
+    seed: Annotated[Seeds, SEEDS] = Field(default_factory=lambda: [42])
+    attention_backend: Annotated[
+        Texts,
+        Option(
+            ATTENTION,
+            f"What to compare with {DEFAULT_BACKEND}: {COMPARED_NAMES}. Repeat it for several.",
+            metavar="NAME",
+            before="component_attention_backends",
+        ),
+    ] = Field(default_factory=list)
+    attention_backend_config: Annotated[
+        ManyPairs,
+        Option(
+            ATTENTION,
+            "Settings: k=v,k=v, JSON text, or a .json or .yaml file. Repeat it for several: every backend runs with each of them.",
+            metavar="CONFIG",
+            before="component_attention_backends",
+        ),
+    ] = Field(default_factory=list)
+    grid: Annotated[
+        Grid,
+        Option(
+            ATTENTION,
+            "Values of a key to compare: sparsity=0.5,0.75,0.9. Repeat it for several keys: all combinations run.",
+            metavar="K=V,V,...",
+            repeated=True,
+            before="component_attention_backends",
+        ),
+    ] = Field(default_factory=dict)
+    output_file_name: Annotated[
+        str | None, Option(OUTPUT, "Of the page (.html) and the numbers (.json).", "prompt, time and a hash", metavar="NAME")
+    ] = None
+    repeats: Annotated[Count, Option(MACHINE, "Runs per clip and setting; times are medians.")] = 1
+    probe: Annotated[bool, Option(MACHINE, "Do not measure dropped softmax mass, which costs a dense run more.")] = True
+    reference_cache: Annotated[bool, Option(MACHINE, "Make the dense references anew, and keep none.")] = True
 
 
 class TuneSettings(CallSettings):
-    """Every key that a configuration file of `tune` may hold."""
+    """Find the fastest setting whose worst clip still meets a quality target, and check it on clips it was not tuned on.
 
-    target_psnr: FiniteFloat | None = Field(None, ge=1)
-    target_ssim: float | None = Field(None, ge=0, le=1)
-    budget_runs: Count = 12
-    check_prompt: Prompts = Field(default_factory=list)
-    seed: Seeds = Field(default_factory=lambda: [42])
-    attention_backend: str = "rain_fusion_attn"
-    attention_backend_config: Pairs = Field(default_factory=dict)
+    Writes a YAML file for --attention-backend-config. Interrupted, it keeps what it found; the same command goes on from there.
+    Exit status 3: nothing meets the target faster than dense.
+    """
+
+    target_psnr: Annotated[FiniteFloat | None, Field(ge=1), Option(TARGET, "Decibels that the worst clip must reach against dense.")] = None
+    target_ssim: Annotated[float | None, Field(ge=0, le=1), Option(TARGET, "SSIM that the worst clip must reach, too.")] = None
+    budget_runs: Annotated[Count, Option(TARGET, "Settings to try at most, each on all clips.")] = 12
+    check_prompt: Annotated[
+        Texts,
+        Option(
+            SAMPLING,
+            "What the result is checked on. Repeat it for several.",
+            default="the prompts, with other seeds",
+            before="negative_prompt",
+        ),
+    ] = Field(default_factory=list)
+    seed: Annotated[Seeds, SEEDS] = Field(default_factory=lambda: [42])
+    attention_backend: Annotated[str, Option(ATTENTION, "A sparse backend.", metavar="NAME", before="component_attention_backends")] = (
+        "rain_fusion_attn"
+    )
+    attention_backend_config: Annotated[
+        Pairs,
+        Option(
+            ATTENTION,
+            f"Keys to hold fixed: {FIXED_KEYS}. The search sets sparsity and the skip_ keys.",
+            metavar="CONFIG",
+            before="component_attention_backends",
+        ),
+    ] = Field(default_factory=dict)
+    output_file_name: Annotated[str | None, Option(OUTPUT, "Of the .yaml file.", "tune_ and a hash", metavar="NAME")] = None
 
 
 def flag(key: str) -> str:
@@ -125,12 +283,7 @@ def flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def read_settings(options: Mapping[str, Any], config: str | None = None) -> GenerateSettings:
-    """`read_call_settings` of `generate`."""
-    return read_call_settings(GenerateSettings, options, config)
-
-
-def read_call_settings(cls: type[SettingsT], options: Mapping[str, Any], config: str | None = None) -> SettingsT:
+def read_settings(cls: type[SettingsT], options: Mapping[str, Any], config: str | None = None) -> SettingsT:
     """Settings from a configuration file and from the command line, which wins.
 
     Args:

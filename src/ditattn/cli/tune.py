@@ -1,109 +1,192 @@
-"""`ditattn tune`: the options, and nothing else."""
+"""What `ditattn tune` does: dense runs, probe, search, check, and the file that says what was found."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
 
 import typer
 
-from ditattn.cli.compare import Seeds
-from ditattn.cli.options import (
-    ATTENTION,
-    OUTPUT,
-    SAMPLING,
-    ComponentAttentionBackends,
-    Config,
-    Debug,
-    Device,
-    Dtype,
-    GuidanceScale,
-    Height,
-    ImagePath,
-    ModelPath,
-    NegativePrompt,
-    NumFrames,
-    NumInferenceSteps,
-    OutputPath,
-    Prompt,
-    Revision,
-    Strict,
-    TrustRemoteCode,
-    Width,
-)
+from ditattn.backends.registry import load_backend
+from ditattn.backends.setting import Setting
+from ditattn.cli.job import load, prepare
+from ditattn.cli.output import DraftFiles, check_plain_name
+from ditattn.cli.references import check_metrics, dense_references
+from ditattn.cli.settings import TuneSettings
+from ditattn.cli.terminal import progress_bar, say, set_up_messages
+from ditattn.compare.measure import References
+from ditattn.compare.setting import REFERENCE, Clip
+from ditattn.errors import ConfigError
+from ditattn.ops import cpu_library
+from ditattn.tune.candidate import TUNED_KEYS, Candidate, Outcome, Target
+from ditattn.tune.objective import Objective, check, probe
+from ditattn.tune.result import Checked, Finding, count_clips, yaml_text
+from ditattn.tune.search import Search, disagreements
+from ditattn.tune.sensitivity import PROBED_SPARSITIES, Sensitivity
+from ditattn.tune.state import TuneState
 
-__all__ = ["tune"]
+__all__ = ["EXIT_NOTHING_FOUND", "run"]
 
-TARGET = "Target"
+EXIT_NOTHING_FOUND = 3
 
-TargetPsnr = Annotated[
-    float | None,
-    typer.Option(min=1, rich_help_panel=TARGET, show_default=False, help="Decibels that the worst clip must reach against dense."),
-]
-TargetSsim = Annotated[
-    float | None, typer.Option(min=0, max=1, rich_help_panel=TARGET, show_default=False, help="SSIM that the worst clip must reach, too.")
-]
-BudgetRuns = Annotated[
-    int | None, typer.Option(min=1, rich_help_panel=TARGET, show_default="12", help="Settings to try at most, each on all clips.")
-]
-CheckPrompt = Annotated[
-    list[str] | None,
-    typer.Option(
-        rich_help_panel=SAMPLING, show_default="the prompts, with other seeds", help="What the result is checked on. Repeat it for several."
-    ),
-]
-AttentionBackend = Annotated[
-    str | None, typer.Option(metavar="NAME", rich_help_panel=ATTENTION, show_default="rain_fusion_attn", help="A sparse backend.")
-]
-FixedConfig = Annotated[
-    str | None,
-    typer.Option(
-        metavar="CONFIG",
-        rich_help_panel=ATTENTION,
-        show_default=False,
-        help="Keys to hold fixed: min_tokens, token_order, first_frame_sink, ... The search sets sparsity and the skip_ keys.",
-    ),
-]
-OutputFileName = Annotated[
-    str | None, typer.Option(metavar="NAME", rich_help_panel=OUTPUT, show_default="tune_ and a hash", help="Of the .yaml file.")
-]
+# added to the seeds for clips that nothing was tuned on
+OTHER_SEEDS = 1_000_003
 
 
-def tune(
-    target_psnr: TargetPsnr = None,
-    target_ssim: TargetSsim = None,
-    budget_runs: BudgetRuns = None,
-    model_path: ModelPath = None,
-    prompt: Prompt = None,
-    check_prompt: CheckPrompt = None,
-    config: Config = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = None,
-    negative_prompt: NegativePrompt = None,
-    image_path: ImagePath = None,
-    height: Height = None,
-    width: Width = None,
-    num_frames: NumFrames = None,
-    num_inference_steps: NumInferenceSteps = None,
-    guidance_scale: GuidanceScale = None,
-    seed: Seeds = None,
-    attention_backend: AttentionBackend = None,
-    attention_backend_config: FixedConfig = None,
-    component_attention_backends: ComponentAttentionBackends = None,
-    strict: Strict = None,
-    output_path: OutputPath = None,
-    output_file_name: OutputFileName = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    debug: Debug = False,
-) -> None:
-    """Find the fastest setting whose worst clip still meets a quality target, and check it on clips it was not tuned on.
+@dataclass(frozen=True)
+class TuneRequest:
+    """What is asked, checked."""
 
-    Writes a YAML file for --attention-backend-config. Interrupted, it keeps what it found; the same command goes on from there.
-    Exit status 3: nothing meets the target faster than dense.
+    settings: TuneSettings
+    setting: Setting
+    target: Target
+    clips: list[Clip]
+    held_out: list[Clip]
+
+
+def run(settings: TuneSettings, *, debug: bool = False) -> None:
+    """Run the verb.
+
+    Raises:
+        DitattnError, OSError: see the modules that check.
+        typer.Exit: with EXIT_NOTHING_FOUND.
     """
-    options: dict[str, Any] = {key: value for key, value in locals().items() if key not in ("config", "debug")}
-    from ditattn.cli.settings import TuneSettings, read_call_settings
-    from ditattn.cli.tuning import run_tune
+    set_up_messages(debug)
+    request = _request(settings)
+    check_metrics()
+    job = prepare(settings, [REFERENCE, request.setting])
+    pipe, _ = load(job)
+    references = dense_references(job, pipe, cached=True)
+    state = TuneState.open(Path(settings.output_path), _facts(references, request))
+    objective = Objective(references, request.setting, list(request.clips), request.target)
+    path = _yaml_path(settings, state)
+    sensitivity = _measure_sensitivity(references, request, state, objective)
+    search = _search(request, state, objective, sensitivity, path)
+    best = search.best
+    if best is None:
+        say(f"nothing meets the target ({request.target.words()}) faster than dense, in {len(state.outcomes)} runs: {_nearest(state)}")
+        raise typer.Exit(EXIT_NOTHING_FOUND)
+    # there even if the check is interrupted
+    _write(path, _finding(request, state, sensitivity, best, None))
+    say(f"check on {count_clips(len(request.held_out))} that nothing was tuned on")
+    psnr, ssim, found = check(
+        references, request.setting.with_keys(**best.keys), request.held_out, needs_ssim=request.target.ssim is not None
+    )
+    speed_ups = found.speed_ups(0)
+    checked = Checked(len(request.held_out), psnr, ssim, median(speed_ups), min(speed_ups), request.target.met_by(psnr, ssim))
+    finding = _finding(request, state, sensitivity, best, checked)
+    _write(path, finding)
+    for line in finding.summary():
+        typer.echo(line)
+    typer.echo(f"wrote {path}; use it: --attention-backend {request.setting.backend} --attention-backend-config {path}")
+    if not checked.is_faster:
+        raise typer.Exit(EXIT_NOTHING_FOUND)
 
-    given = {key: value for key, value in options.items() if value not in (None, [])}
-    run_tune(read_call_settings(TuneSettings, given, config), debug=debug)
+
+def _request(settings: TuneSettings) -> TuneRequest:
+    if settings.target_psnr is None:
+        raise ConfigError("a target is needed: --target-psnr 30 (decibels against dense, on the worst clip)")
+    if settings.output_file_name is not None:
+        check_plain_name(settings.output_file_name)
+    backend = load_backend(settings.attention_backend)
+    if not backend.is_sparse:
+        raise ConfigError(f"{backend.name} is dense: there is nothing to tune; name a sparse backend")
+    if taken := sorted(set(settings.attention_backend_config) & set(TUNED_KEYS)):
+        raise ConfigError(f"{', '.join(taken)} cannot be held fixed: that is what tune finds")
+    setting = Setting.parse(backend.name, settings.attention_backend_config, settings.component_attention_backends)
+    # fails before a model is loaded where the backend lacks what is tuned
+    setting.with_keys(**Candidate(0.5).keys)
+    clips = [Clip(prompt, seed) for prompt in settings.prompt for seed in settings.seed]
+    others = settings.check_prompt or settings.prompt
+    held_out = [Clip(prompt, (seed + OTHER_SEEDS) % 2**63) for prompt in others for seed in settings.seed]
+    return TuneRequest(settings, setting, Target(settings.target_psnr, settings.target_ssim), clips, held_out)
+
+
+def _facts(references: References, request: TuneRequest) -> dict[str, Any]:
+    """Everything that an outcome depends on. The budget is not among it: a larger one goes on with the same search."""
+    setting = request.setting
+    return {
+        **references.facts,
+        "clips": [[clip.prompt, clip.seed] for clip in request.clips],
+        "target": [request.target.psnr, request.target.ssim],
+        "backend": setting.backend,
+        "config": setting.keys,
+        "components": dict(setting.components),
+        "strict": request.settings.strict,
+        # DITATTN_CPU_ISA and a new installation change them, and with them every time
+        "kernels": cpu_library.selection().sentence() if references.workload.device.type == "cpu" else None,
+    }
+
+
+def _measure_sensitivity(references: References, request: TuneRequest, state: TuneState, objective: Objective) -> Sensitivity:
+    """The dense runs, and the probe unless an earlier run of the same search has made it."""
+    say(f"dense: {count_clips(len(request.clips))}" + (f", going on after {len(state.outcomes)} runs" if state.outcomes else ""))
+    attention_share = objective.prepare(anew=not state.readings)
+    if not state.readings:
+        say(f"probe: {len(PROBED_SPARSITIES)} sparsities on every attention call of a dense run")
+        state.keep_probe(probe(references, request.setting, request.clips[0]), attention_share)
+    return Sensitivity.from_readings(state.readings, state.attention_share)
+
+
+def _search(request: TuneRequest, state: TuneState, objective: Objective, sensitivity: Sensitivity, path: Path) -> Search:
+    """Run the search; whatever ends it early, the best so far is written down."""
+    with progress_bar(request.settings.budget_runs) as advance:
+
+        def evaluate(candidate: Candidate) -> Outcome:
+            outcome = objective(candidate)
+            state.keep_outcome(candidate, outcome)
+            advance(f"run {len(state.outcomes)} of at most {request.settings.budget_runs}: {candidate.words()}: {outcome.words()}")
+            return outcome
+
+        keeps_first_frame = "first_frame_sink" not in request.setting.keys
+        search = Search(sensitivity, request.target, evaluate, request.settings.budget_runs, keeps_first_frame, state.outcomes)
+        try:
+            search.run()
+        except BaseException:
+            _keep_best(request, state, sensitivity, search.best, path)
+            raise
+    return search
+
+
+def _keep_best(request: TuneRequest, state: TuneState, sensitivity: Sensitivity, best: Candidate | None, path: Path) -> None:
+    if best is None:
+        say(f"nothing met the target yet; the same command goes on from {state.path}")
+        return
+    _write(path, _finding(request, state, sensitivity, best, None))
+    say(f"kept the best of {len(state.outcomes)} runs in {path}; the same command goes on from {state.path}")
+
+
+def _finding(request: TuneRequest, state: TuneState, sensitivity: Sensitivity, best: Candidate, checked: Checked | None) -> Finding:
+    contradictions, pairs = disagreements(sensitivity, state.outcomes)
+    return Finding(
+        setting=request.setting.with_keys(**best.keys),
+        best=best,
+        target=request.target,
+        outcomes=state.outcomes,
+        facts=state.facts,
+        checked=checked,
+        contradictions=contradictions,
+        pairs=pairs,
+    )
+
+
+def _nearest(state: TuneState) -> str:
+    if not state.outcomes:
+        return "nothing was tried"
+    candidate, outcome = max(state.outcomes.items(), key=lambda item: (item[1].meets, item[1].psnr))
+    return f"the nearest was {candidate.words()}: {outcome.words()}"
+
+
+def _yaml_path(settings: TuneSettings, state: TuneState) -> Path:
+    name = settings.output_file_name
+    if name is None:
+        return state.path.with_name(state.path.name.replace(".state.json", ".yaml"))
+    return Path(settings.output_path) / (name.removesuffix(".yaml").removesuffix(".yml") + ".yaml")
+
+
+def _write(path: Path, finding: Finding) -> None:
+    with DraftFiles() as files:
+        files.draft(path).write_text(yaml_text(finding), encoding="utf-8")
+        files.commit()

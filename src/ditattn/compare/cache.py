@@ -19,7 +19,7 @@ import numpy as np
 
 from ditattn.compare.run import Run
 
-__all__ = ["ReferenceCache", "reference_key"]
+__all__ = ["ReferenceCache", "facts_digest"]
 
 FRAMES, RECORD = "frames.npz", "run.json"
 # about a hundred clips of 81 frames at 832x480
@@ -29,12 +29,8 @@ MAX_BYTES = 4 * 2**30
 DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-def reference_key(facts: Mapping[str, Any]) -> str:
-    """A hash of everything that can change the frames or the time of a run; any changed value gives another one.
-
-    Args:
-        facts: plain values; images and other bytes as hashes.
-    """
+def facts_digest(facts: Mapping[str, Any]) -> str:
+    """A hash that any changed value changes. `facts` are plain values; images and other bytes as hashes."""
     text = json.dumps(facts, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -52,7 +48,7 @@ class ReferenceCache:
 
     def find(self, facts: Mapping[str, Any]) -> Run | None:
         """The run that these facts describe, or None. A damaged entry counts as absent."""
-        place = self.folder / reference_key(facts)
+        place = self.folder / facts_digest(facts)
         try:
             record = json.loads((place / RECORD).read_text(encoding="utf-8"))
             with np.load(place / FRAMES) as content:
@@ -72,7 +68,7 @@ class ReferenceCache:
             OSError: the folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        place, draft = self.folder / reference_key(facts), Path(tempfile.mkdtemp(prefix=".draft-", dir=self.folder))
+        place, draft = self.folder / facts_digest(facts), Path(tempfile.mkdtemp(prefix=".draft-", dir=self.folder))
         try:
             np.savez_compressed(draft / FRAMES, frames=run.frames)
             values = {field.name: getattr(run, field.name) for field in fields(run) if field.name != "frames"}

@@ -7,21 +7,21 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from ditattn.backends.setting import Setting
 from ditattn.compare.cache import ReferenceCache
 from ditattn.compare.metrics import Scores, score
-from ditattn.compare.run import Run, Workload, run_clip, warm_up
-from ditattn.compare.setting import REFERENCE, Clip, Setting
-from ditattn.hosts.diffusers.install import Request
-from ditattn.hosts.diffusers.probing import probe_run
+from ditattn.compare.run import Run, run_clip, warm_up
+from ditattn.compare.setting import REFERENCE, REFERENCE_NAME, Clip, setting_names
+from ditattn.compare.workload import Workload
 from ditattn.runtime.probe import CellReading
 
-__all__ = ["Comparison", "Measured", "References", "compare"]
+__all__ = ["Comparison", "MeasuredClip", "References", "compare"]
 
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredClip:
     """One clip under one setting.
 
     Attributes:
@@ -61,10 +61,15 @@ class Comparison:
     """
 
     clips: list[Clip]
-    reference: list[Measured]
+    reference: list[MeasuredClip]
     settings: list[Setting]
-    measured: list[list[Measured]]
+    measured: list[list[MeasuredClip]]
     readings: list[list[CellReading]] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of the settings, short and unlike one another."""
+        return setting_names(self.settings)
 
     def speed_ups(self, number: int) -> list[float]:
         """Time of the reference over that of the setting, clip by clip."""
@@ -80,7 +85,7 @@ class References:
         facts: everything but the clip that can change a run.
     """
 
-    work: Workload
+    workload: Workload
     cache: ReferenceCache | None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -90,7 +95,7 @@ class References:
 
     def make(self, clip: Clip) -> Run:
         """Run densely, and keep the run."""
-        run = run_clip(self.work, REFERENCE, clip)
+        run = run_clip(self.workload, REFERENCE, clip)
         if self.cache:
             self.cache.keep(self._key(clip), run)
         return run
@@ -123,45 +128,46 @@ def compare(
     favours none of them.
 
     Raises:
-        what `install` and `call_pipeline` raise.
+        DitattnError: see `Workload.render`.
     """
-    work, contestants = references.work, [REFERENCE, *settings]
-    runs: dict[tuple[int, int], list[Run]] = {}
-    for number, clip in enumerate(clips):
-        if found := references.find(clip):
-            runs[0, number] = [found]
-    cached = set(runs)
-    for setting in contestants if len(cached) < len(clips) else settings:
-        progress(f"warm up: {setting.name}")
-        warm_up(work, setting, clips[0])
-    for who, number in _order(len(contestants), len(clips), repeats):
-        if (who, number) not in cached:
-            progress(f"clip {number + 1} of {len(clips)}: {contestants[who].name}")
-            made = references.make(clips[number]) if who == 0 else run_clip(work, contestants[who], clips[number])
-            runs.setdefault((who, number), []).append(made)
+    runs = _runs(references, settings, clips, repeats, progress)
     readings = None
     if probe and settings:
         progress("probe: dropped softmax mass, on the calls of a dense run")
-        readings = _probe(work, settings, clips[0])
+        readings = references.workload.probe(settings, clips[0])
     progress("metrics")
-    reference = [Measured(clip, runs[0, number], None) for number, clip in enumerate(clips)]
+    reference = [MeasuredClip(clip, runs[0, number], None) for number, clip in enumerate(clips)]
     measured = [
-        [_measured(clip, runs[who, number], runs[0, number][0], with_vmaf) for number, clip in enumerate(clips)]
-        for who in range(1, len(contestants))
+        [_measured(clip, runs[which, number], runs[0, number][0], with_vmaf) for number, clip in enumerate(clips)]
+        for which in range(1, 1 + len(settings))
     ]
     return Comparison(list(clips), reference, list(settings), measured, readings)
 
 
-def _order(contestants: int, clips: int, repeats: int) -> list[tuple[int, int]]:
-    """(contestant, clip): all contestants of a clip one after the other, begun with another one each time."""
-    rounds = [(turn, clip) for turn, (_, clip) in enumerate((repeat, clip) for repeat in range(repeats) for clip in range(clips))]
-    return [((turn + place) % contestants, clip) for turn, clip in rounds for place in range(contestants)]
+def _runs(
+    references: References, settings: Sequence[Setting], clips: Sequence[Clip], repeats: int, progress: Progress
+) -> dict[tuple[int, int], list[Run]]:
+    """Runs by setting and clip, both numbered; setting 0 is the reference, which runs only for clips that the cache does not have."""
+    workload, names = references.workload, [REFERENCE_NAME, *setting_names(settings)]
+    runs = {(0, number): [found] for number, clip in enumerate(clips) if (found := references.find(clip))}
+    cached = set(runs)
+    for which, setting in enumerate([REFERENCE, *settings]):
+        if which > 0 or len(cached) < len(clips):
+            progress(f"warm up: {names[which]}")
+            warm_up(workload, setting, clips[0])
+    for which, number in _order(1 + len(settings), len(clips), repeats):
+        if (which, number) not in cached:
+            progress(f"clip {number + 1} of {len(clips)}: {names[which]}")
+            made = references.make(clips[number]) if which == 0 else run_clip(workload, settings[which - 1], clips[number])
+            runs.setdefault((which, number), []).append(made)
+    return runs
 
 
-def _measured(clip: Clip, runs: list[Run], reference: Run, with_vmaf: bool) -> Measured:
-    return Measured(clip, runs, score(runs[0].frames, reference.frames, with_vmaf=with_vmaf))
+def _order(num_settings: int, num_clips: int, repeats: int) -> list[tuple[int, int]]:
+    """(setting, clip): all settings of a clip one after the other, begun with another one each time."""
+    rounds = [(turn, clip) for turn, (_, clip) in enumerate((repeat, clip) for repeat in range(repeats) for clip in range(num_clips))]
+    return [((turn + place) % num_settings, clip) for turn, clip in rounds for place in range(num_settings)]
 
 
-def _probe(work: Workload, settings: Sequence[Setting], clip: Clip) -> list[list[CellReading]]:
-    requests = [Request(setting.backend, setting.components, setting.config) for setting in settings]
-    return probe_run(work.pipe, work.arguments(clip.prompt), seed=clip.seed, requests=requests)
+def _measured(clip: Clip, runs: list[Run], reference: Run, with_vmaf: bool) -> MeasuredClip:
+    return MeasuredClip(clip, runs, score(runs[0].frames, reference.frames, with_vmaf=with_vmaf))

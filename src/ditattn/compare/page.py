@@ -108,8 +108,8 @@ def _most_dropped(record: Mapping[str, Any]) -> float:
 
 def _heat_maps(setting: Mapping[str, Any], most_dropped: float) -> list[HeatMap]:
     maps = []
-    for component, cells in setting["computed_by_step_and_layer"].items():
-        maps.append(heat_map(f"computed share, {component}", cells, "blue", largest=1.0))
+    for component, cells in setting["overall_density_by_step_and_layer"].items():
+        maps.append(heat_map(f"overall density, {component}", cells, "blue", largest=1.0))
         seen = [one for one in setting["probe"] or [] if one["component"] == component]
         if seen and most_dropped:
             masses = [[one["step"], one["layer"], one["dropped_mass"]] for one in seen]

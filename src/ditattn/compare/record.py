@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ditattn.compare.measure import Comparison, Measured
+from ditattn.compare.measure import Comparison, MeasuredClip
 from ditattn.compare.statistics import spread
 from ditattn.runtime.probe import CellReading
 
@@ -20,8 +20,8 @@ METRICS: dict[str, tuple[str, bool, str]] = {
     "ms_ssim": ("", True, "SSIM in several scales, mean over the frames"),
     "vmaf": ("", True, "Netflix's video quality metric, 0 to 100, mean over the frames"),
     "flicker_ratio": ("x", False, "mean change from frame to frame over that of the reference"),
-    "computed_share": ("", False, "share of the query-key pairs of self-attention that was computed"),
-    "density": ("", False, "the same over the calls that ran sparse"),
+    "overall_density": ("", False, "share of the query-key pairs of self-attention that was computed: all calls, a dense one counts as 1"),
+    "sparse_density": ("", False, "the same over the calls that ran sparse alone"),
     "attention_ms": ("ms", False, "time in self-attention, token order and block selection included"),
     "total_ms": ("ms", False, "time of the whole call"),
     "attention_speed_up": ("x", True, "time in attention of the reference over the setting's"),
@@ -52,32 +52,32 @@ def _setting(comparison: Comparison, number: int) -> dict[str, Any]:
     setting, measured = comparison.settings[number], comparison.measured[number]
     clips = [_clip(one, dense) for one, dense in zip(measured, comparison.reference, strict=True)]
     return {
-        "name": setting.name,
+        "name": comparison.names[number],
         "backend": setting.backend,
-        "config": dict(setting.config),
+        "config": setting.keys,
         "components": dict(setting.components),
         "statistics": {name: _spread([clip[name] for clip in clips], METRICS[name][1]) for name in METRICS},
         "clips": clips,
-        "computed_by_step_and_layer": _mean_cells([one.runs[0].computed for one in measured]),
+        "overall_density_by_step_and_layer": _mean_cells([one.runs[0].densities for one in measured]),
         "probe": None if comparison.readings is None else _probe(comparison.readings[number]),
     }
 
 
-def _clip(one: Measured, dense: Measured) -> dict[str, Any]:
+def _clip(one: MeasuredClip, dense: MeasuredClip) -> dict[str, Any]:
     assert one.scores is not None
     scores = vars(one.scores)
     return {
         **scores,
         "flicker_ratio": one.scores.flicker_ratio,
-        "computed_share": one.runs[0].computed_share,
-        "density": one.runs[0].density,
+        "overall_density": one.runs[0].overall_density,
+        "sparse_density": one.runs[0].sparse_density,
         **_costs(one),
         "speed_up": dense.total_ms / one.total_ms,
         "attention_speed_up": dense.attention_ms / one.attention_ms if one.attention_ms else None,
     }
 
 
-def _costs(one: Measured) -> dict[str, Any]:
+def _costs(one: MeasuredClip) -> dict[str, Any]:
     first = one.runs[0]
     return {
         "total_ms": one.total_ms,

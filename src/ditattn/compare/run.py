@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
-import torch
 
-from ditattn.backends.registry import load_backend
+from ditattn.backends.config import SparseAttentionConfig
+from ditattn.backends.setting import Setting
 from ditattn.compare.memory import peak_memory
-from ditattn.compare.setting import Clip, Setting
-from ditattn.hosts.diffusers.call import call_defaults, call_pipeline
-from ditattn.hosts.diffusers.install import install
+from ditattn.compare.setting import Clip
+from ditattn.compare.workload import Workload
 
-__all__ = ["Run", "Workload", "run_clip", "warm_up"]
+__all__ = ["Run", "run_clip", "warm_up"]
 
 # enough for every kind of call to be met once, kernels built and buffers allocated
 WARM_UP_STEPS = 2
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A loaded pipeline and how to call it.
-
-    Attributes:
-        pipe: the pipeline.
-        arguments: of its call, from a prompt.
-        strict: see `install`.
-    """
-
-    pipe: Any
-    arguments: Callable[[str], Mapping[str, Any]]
-    strict: bool = False
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.pipe.device)
 
 
 @dataclass(frozen=True)
@@ -50,7 +29,7 @@ class Run:
         total_ms: the whole call; `stages_ms` and `steps_ms` its parts.
         attention_ms: in self-attention, order and selection included.
         attention: the attention report as plain values; `summary` the same in words.
-        computed: by component: [step, layer, share of query-key pairs that was computed].
+        densities: by component: [step, layer, overall density]; a dense call counts as 1.
         peak_memory_mb: MiB, None where unknown; `memory_counts` says of what.
         measured_at: UTC.
         cached: it was made by an earlier comparison.
@@ -63,56 +42,52 @@ class Run:
     attention_ms: float
     attention: dict[str, Any]
     summary: str
-    computed: dict[str, list[list[Any]]]
+    densities: dict[str, list[list[Any]]]
     peak_memory_mb: float | None
     memory_counts: str
     measured_at: str
     cached: bool = False
 
     @property
-    def computed_share(self) -> float | None:
-        """Share of all query-key pairs of self-attention that was computed; None if step or layer of every call is unknown."""
-        shares = [share for cells in self.computed.values() for _, _, share in cells]
-        return sum(shares) / len(shares) if shares else None
+    def overall_density(self) -> float | None:
+        """Mean density over all calls of self-attention, a dense one counting as 1; None if step or layer of every call is unknown."""
+        found = [density for cells in self.densities.values() for _, _, density in cells]
+        return sum(found) / len(found) if found else None
 
     @property
-    def density(self) -> float | None:
-        """Mean kept share over the calls that ran sparse; None if none did."""
-        parts = [part for part in self.attention["components"].values() if part["density"] is not None]
+    def sparse_density(self) -> float | None:
+        """Mean density over the calls that ran sparse; None if none did."""
+        parts = [part for part in self.attention["components"].values() if part["sparse_density"] is not None]
         calls = sum(part["sparse"] for part in parts)
-        return sum(part["density"] * part["sparse"] for part in parts) / calls if calls else None
+        return sum(part["sparse_density"] * part["sparse"] for part in parts) / calls if calls else None
 
 
-def run_clip(work: Workload, setting: Setting, clip: Clip, **changes: Any) -> Run:
-    """Make one clip. `changes` replace arguments of the pipeline's call.
+def run_clip(workload: Workload, setting: Setting, clip: Clip, **changes: Any) -> Run:
+    """Make one clip and measure it. `changes` replace arguments of the pipeline's call.
 
     Raises:
-        what `install` and `call_pipeline` raise.
+        DitattnError: see `Workload.render`.
     """
-    arguments = {**work.arguments(clip.prompt), **changes}
-    components = dict(setting.components)
-    with install(work.pipe, setting.backend, components=components, strict=work.strict, **setting.config) as handle:
-        with peak_memory(work.device) as memory:
-            frames, times = call_pipeline(work.pipe, arguments, seed=clip.seed)
-        report = handle.report()
-        return Run(
-            frames=frames,
-            total_ms=times.total_ms,
-            stages_ms=times.stages,
-            steps_ms=times.steps,
-            attention_ms=report.attention_ms,
-            attention=report.as_dict(),
-            summary=report.summary(),
-            computed={name: [list(cell) for cell in cells] for name, cells in handle.computed_shares().items()},
-            peak_memory_mb=memory.peak_mb,
-            memory_counts=memory.counts,
-            measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
+    with peak_memory(workload.device) as memory:
+        made = workload.render(setting, clip, **changes)
+    return Run(
+        frames=made.frames,
+        total_ms=sum(made.stages_ms.values()),
+        stages_ms=made.stages_ms,
+        steps_ms=made.steps_ms,
+        attention_ms=made.report.attention_ms,
+        attention=made.report.as_dict(),
+        summary=made.report.summary(),
+        densities={name: [list(cell) for cell in cells] for name, cells in made.densities.items()},
+        peak_memory_mb=memory.peak_mb,
+        memory_counts=memory.counts,
+        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
 
 
-def warm_up(work: Workload, setting: Setting, clip: Clip) -> None:
+def warm_up(workload: Workload, setting: Setting, clip: Clip) -> None:
     """Run a few steps, sparse ones from the first on, so that nothing is built or allocated for the first time while the clock runs."""
-    changes = {"num_inference_steps": WARM_UP_STEPS} if "num_inference_steps" in call_defaults(type(work.pipe)) else {}
-    is_sparse = load_backend(setting.backend).is_sparse
-    schedule = {"skip_first_steps": 0, "skip_last_steps": 0} if is_sparse else {}
-    run_clip(work, replace(setting, config={**setting.config, **schedule}), clip, **changes)
+    changes = {"num_inference_steps": WARM_UP_STEPS} if workload.takes_num_inference_steps else {}
+    if isinstance(setting.config, SparseAttentionConfig):
+        setting = setting.with_keys(skip_first_steps=0, skip_last_steps=0)
+    run_clip(workload, setting, clip, **changes)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from ditattn.backends.registry import DEFAULT_BACKEND, load_backend
+from ditattn.backends.setting import Setting
 from ditattn.errors import ConfigError
 
-__all__ = ["REFERENCE", "Clip", "Setting", "expand", "foreign_keys", "name_settings"]
+__all__ = ["REFERENCE", "REFERENCE_NAME", "Clip", "dropped_keys", "expand", "setting_names"]
 
 
 @dataclass(frozen=True)
@@ -20,31 +22,15 @@ class Clip:
     seed: int
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A backend and its configuration.
-
-    Attributes:
-        backend: its name.
-        config: keys of its configuration.
-        components: other backends for single denoisers.
-        name: short and unlike that of its neighbours, for tables and plots.
-    """
-
-    backend: str
-    config: Mapping[str, Any] = field(default_factory=dict)
-    components: Mapping[str, str] = field(default_factory=dict)
-    name: str = ""
-
-
-REFERENCE = Setting("torch_sdpa", name="torch_sdpa (reference)")
+REFERENCE = Setting.parse(DEFAULT_BACKEND)
+REFERENCE_NAME = f"{DEFAULT_BACKEND} (reference)"
 
 
 def expand(
     backends: Sequence[str],
     configs: Sequence[Mapping[str, Any]],
     grid: Mapping[str, Sequence[Any]],
-    known: Mapping[str, Collection[str]] | None = None,
+    components: Mapping[str, str] | None = None,
 ) -> list[Setting]:
     """Every backend with every configuration and every point of the grid; repetitions are dropped.
 
@@ -52,36 +38,42 @@ def expand(
         backends: names.
         configs: configurations; none means one without keys.
         grid: values by key.
-        known: by backend, the keys that it understands: it is spared those that only others of `backends` understand. None spares nobody.
+        components: other backends for single components, in every setting.
+
+    A backend goes without the keys that only others of `backends` have, see `dropped_keys`.
 
     Raises:
-        ConfigError: a key that a configuration and the grid both set.
+        ConfigError: a key that a configuration and the grid both set; or as `Setting.parse`.
     """
-    settings = []
+    settings: list[Setting] = []
     for backend, config in product(backends, configs or [{}]):
         if both := sorted(set(config) & set(grid)):
             raise ConfigError(f"{', '.join(both)} is set by --attention-backend-config and by --grid: name it in one of them")
-        foreign = foreign_keys(backend, (*config, *grid), known or {})
+        dropped = dropped_keys(backend, (*config, *grid), backends)
         for point in product(*grid.values()):
-            values = {**config, **dict(zip(grid, point, strict=True))}
-            setting = Setting(backend, {key: value for key, value in values.items() if key not in foreign})
+            keys = {**config, **dict(zip(grid, point, strict=True))}
+            setting = Setting.parse(backend, {key: value for key, value in keys.items() if key not in dropped}, components)
             if setting not in settings:
                 settings.append(setting)
-    return name_settings(settings)
+    return settings
 
 
-def foreign_keys(backend: str, keys: Iterable[str], known: Mapping[str, Collection[str]]) -> list[str]:
-    """Those of `keys` that another backend of `known` understands and this one does not."""
-    own, others = known.get(backend, ()), {key for name, theirs in known.items() if name != backend for key in theirs}
+def dropped_keys(backend: str, keys: Iterable[str], backends: Iterable[str]) -> list[str]:
+    """Those of `keys` that another one of `backends` has and this one does not. What nobody has stays, to be refused."""
+    own, others = _keys_of(backend), {key for other in backends for key in _keys_of(other)}
     return [key for key in dict.fromkeys(keys) if key in others and key not in own]
 
 
-def name_settings(settings: Sequence[Setting]) -> list[Setting]:
-    """The settings, each named by its backend and by the keys in which it differs from another setting of that backend."""
-    named = []
-    for setting in settings:
-        same = [other.config for other in settings if other.backend == setting.backend]
-        keys = [key for key in setting.config if len(same) == 1 or any(other.get(key) != setting.config[key] for other in same)]
-        values = ",".join(f"{key}={setting.config[key]}" for key in keys)
-        named.append(Setting(setting.backend, setting.config, setting.components, f"{setting.backend} {values}".strip()))
-    return named
+def _keys_of(backend: str) -> frozenset[str]:
+    return frozenset(load_backend(backend).get_config_cls().model_fields)
+
+
+def setting_names(settings: Sequence[Setting]) -> list[str]:
+    """Names for tables and plots: the backend, and the keys in which a setting differs from another one of that backend."""
+    return [_name(setting, [other for other in settings if other.backend == setting.backend]) for setting in settings]
+
+
+def _name(setting: Setting, same: Sequence[Setting]) -> str:
+    keys = [key for key in setting.keys if len(same) == 1 or any(other.keys.get(key) != setting.keys[key] for other in same)]
+    values = ",".join(f"{key}={setting.keys[key]}" for key in keys)
+    return f"{setting.backend} {values}".strip()

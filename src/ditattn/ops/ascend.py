@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ditattn.devices.npu import cann_version, soc_generation, soc_name
+from ditattn.ops.table import CallFacts
 from ditattn.packages import Package
 
-__all__ = ["Operator", "first_of", "padded_head_dim", "to_heads_first"]
+__all__ = ["Operator", "Provider", "first_of", "padded_head_dim", "to_heads_first"]
 
 # what the block-sparse kernels are compiled for; other head sizes are padded with zeros, which changes no score
 _HEAD_DIMS = (64, 128)
@@ -77,6 +78,25 @@ class Operator:
     @property
     def _title(self) -> str:
         return f"torch.ops.{self.namespace}.{self.names[0]}"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One operator of one package behind an op's contract: what a row of the op's table names. Subclasses add `run`."""
+
+    operator: Operator
+
+    def machine(self) -> str | None:
+        """Why nothing to install would help on this machine, or None."""
+        return self.operator.wrong_generation()
+
+    def probe(self) -> str | None:
+        """Why it cannot run here, or None."""
+        return self.operator.why_not()
+
+    def limits(self, facts: CallFacts) -> str | None:
+        """Why the operator refuses such a call on every machine, or None."""
+        return None
 
 
 def _dotted(version: tuple[int, ...]) -> str:

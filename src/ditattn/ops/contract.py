@@ -15,9 +15,19 @@ from torch import Tensor
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.table import CallFacts
 
-__all__ = ["call_facts", "check_qkv", "checked_scale", "default_scale", "without_autocast"]
+__all__ = ["call_facts", "check_qkv", "checked_scale", "default_scale", "joined", "split", "without_autocast"]
 
 _LENGTH_DTYPES = (torch.int32, torch.int64)
+
+
+def joined(names: tuple[str, ...]) -> str:
+    """Names as the schema of a torch op can hold them, which knows no lists of strings."""
+    return ",".join(names)
+
+
+def split(text: str) -> tuple[str, ...]:
+    """The names that `joined` was given."""
+    return tuple(text.split(",")) if text else ()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -9,34 +9,19 @@ from torch import Tensor
 
 from ditattn.errors import UnsupportedCall
 from ditattn.ops import cpu_library
+from ditattn.ops.calls import DenseCall, SparseCall
 from ditattn.ops.cpu_library import Library, Tensor4
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 
-__all__ = ["HEAD_DIMS", "attention", "block_mean"]
-
-HEAD_DIMS = (32, 64, 96, 128)
+__all__ = ["attention", "block_mean"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: BlockPlan | None,
-    scale: float,
-    causal: bool,
-    key_lengths: Tensor | None,
-    *,
-    return_lse: bool = False,
-    fast_fp32: bool = False,
-    order: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Dense attention, or block-sparse where there is a plan.
+def attention(call: DenseCall | SparseCall, *, fast_fp32: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Dense attention, or block-sparse.
 
     Args:
-        query: `[B, S, H, D]`; key, value: `[B, T, G, D]`.
-        order: int64 `[S]`: token i of the plan's blocks is token `order[i]` of the tensors and of the result; S = T.
         fast_fp32: multiply fp32 tensors as bf16. Costs accuracy: 0.3 % on random data, 3 % where logits are large.
 
     Returns:
@@ -46,14 +31,16 @@ def attention(
         UnsupportedCall: the plan breaks an invariant or the order is no permutation; checked here because the kernel trusts them.
     """
     library = _library()
+    query, key, value, scale = call.query, call.key, call.value, call.scale
+    sparse = call if isinstance(call, SparseCall) else None
     batch, length, heads, dim = query.shape
     if scale == 0:
         # hidden scores are -infinity, and -infinity times 0 is NaN; a NaN or infinity of the query stays one
         query, scale = query * 0, 1.0
     query, key, value = (_dense_rows(x) for x in (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype)
-    lse = torch.empty(batch, heads, length, dtype=torch.float32) if return_lse else None
-    call = cpu_library.Attention(
+    lse = torch.empty(batch, heads, length, dtype=torch.float32) if sparse and sparse.return_lse else None
+    structure = cpu_library.Attention(
         query=_tensor(query),
         key=_tensor(key),
         value=_tensor(value),
@@ -67,18 +54,18 @@ def attention(
         head_dim=dim,
         dtype=_DTYPES[query.dtype],
         compute_bf16=library.has_bf16 and (query.dtype == torch.bfloat16 or fast_fp32),
-        causal=causal,
+        causal=call.causal,
         num_threads=torch.get_num_threads(),
         scale=scale,
     )
     # locals keep alive what the structure points to
-    lengths = None if key_lengths is None else key_lengths.clamp(0, key.shape[1]).to(torch.int32).contiguous()
-    call.key_lengths = None if lengths is None else lengths.data_ptr()
-    if plan is not None:
-        _set_plan(call, plan, batch, heads)
-    order = _permutation(order, length)
-    call.order = None if order is None else order.data_ptr()
-    _run(library.functions.ditattn_attention, call)
+    lengths = None if call.key_lengths is None else call.key_lengths.clamp(0, key.shape[1]).to(torch.int32).contiguous()
+    structure.key_lengths = None if lengths is None else lengths.data_ptr()
+    if sparse is not None:
+        _set_plan(structure, sparse.plan, batch, heads)
+        order = _permutation(sparse.order, length)
+        structure.order = None if order is None else order.data_ptr()
+    _run(library.functions.ditattn_attention, structure)
     return out, lse
 
 
@@ -89,7 +76,7 @@ def block_mean(x: Tensor, block_size: int, order: Tensor | None = None) -> Tenso
     batch, length, heads, dim = x.shape
     out = torch.empty(batch, -(-length // block_size), heads, dim, dtype=torch.float32)
     order = _permutation(order, length)
-    call = cpu_library.BlockMean(
+    structure = cpu_library.BlockMean(
         input=_tensor(x),
         out=out.data_ptr(),
         order=None if order is None else order.data_ptr(),
@@ -102,7 +89,7 @@ def block_mean(x: Tensor, block_size: int, order: Tensor | None = None) -> Tenso
         dtype=_DTYPES[x.dtype],
         num_threads=torch.get_num_threads(),
     )
-    _run(library.functions.ditattn_block_mean, call)
+    _run(library.functions.ditattn_block_mean, structure)
     return out
 
 
@@ -112,10 +99,10 @@ def _library() -> Library:
     return library
 
 
-def _run(function: object, call: cpu_library.Attention | cpu_library.BlockMean) -> None:
-    call.struct_bytes = ctypes.sizeof(call)
-    call.host = ctypes.pointer(cpu_library.host())
-    cpu_library.raise_for(function(ctypes.byref(call)))  # type: ignore[operator]
+def _run(function: object, structure: cpu_library.Attention | cpu_library.BlockMean) -> None:
+    structure.struct_bytes = ctypes.sizeof(structure)
+    structure.host = ctypes.pointer(cpu_library.host())
+    cpu_library.raise_for(function(ctypes.byref(structure)))  # type: ignore[operator]
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -137,7 +124,7 @@ def _tensor(x: Tensor) -> Tensor4:
     return Tensor4(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
 
 
-def _set_plan(call: cpu_library.Attention, plan: BlockPlan, batch: int, heads: int) -> None:
+def _set_plan(structure: cpu_library.Attention, plan: BlockPlan, batch: int, heads: int) -> None:
     if plan.block_size != BLOCK_SIZE:
         raise UnsupportedCall(f"the CPU kernel has blocks of {BLOCK_SIZE} tokens, the plan {plan.block_size}")
     plan.check(batch, heads)
@@ -145,8 +132,8 @@ def _set_plan(call: cpu_library.Attention, plan: BlockPlan, batch: int, heads: i
     # the stride of an axis of length 1 means nothing, and torch calls such tensors contiguous whatever it is
     if indices.stride(3) != 1 and indices.shape[3] > 1:
         raise UnsupportedCall("the last axis of the plan's indices must be dense")
-    call.indices, call.counts = indices.data_ptr(), counts.data_ptr()
+    structure.indices, structure.counts = indices.data_ptr(), counts.data_ptr()
     for axis in range(3):
         # an axis of length 1 is shared by all
-        call.indices_stride[axis] = indices.stride(axis) if indices.shape[axis] > 1 else 0
-        call.counts_stride[axis] = counts.stride(axis) if counts.shape[axis] > 1 else 0
+        structure.indices_stride[axis] = indices.stride(axis) if indices.shape[axis] > 1 else 0
+        structure.counts_stride[axis] = counts.stride(axis) if counts.shape[axis] > 1 else 0

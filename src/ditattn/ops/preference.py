@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ditattn.ops.calls import DenseCall
 from ditattn.ops.table import CallFacts, Implementation, load
 
 __all__ = ["Measurement", "dense_on_cpu", "measurements"]
@@ -74,24 +75,21 @@ def _measure_dense(facts: CallFacts) -> Measurement:
     from ditattn.ops.dense_attention import TABLE
 
     own, rival = _row(TABLE, "cpu"), _row(TABLE, "torch")
-    query, key, value, lengths = _dense_call(facts)
-    causal = "causal" in facts.needs
     own_run, rival_run = load(own), load(rival)
-    own_ms, rival_ms = fastest_ms(
-        lambda: own_run(query, key, value, 0.1, causal, lengths, None), lambda: rival_run(query, key, value, 0.1, causal, lengths, None)
-    )
+    call = _dense_call(facts)
+    own_ms, rival_ms = fastest_ms(lambda: own_run(call), lambda: rival_run(call))
     preferred = rival.name if own_ms > CLEARLY_FASTER * rival_ms else own.name
     return Measurement(facts.sentence(), own.name, own_ms, rival.name, rival_ms, preferred)
 
 
-def _dense_call(facts: CallFacts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _dense_call(facts: CallFacts) -> DenseCall:
     generator = torch.Generator().manual_seed(0)
     num_keys = TOKENS * 3 // 4 if "unequal_lengths" in facts.needs else TOKENS
     key_heads = 2 if "gqa" in facts.needs else 4
     shapes = ((1, TOKENS, 4), (1, num_keys, key_heads), (1, num_keys, key_heads))
     query, key, value = (torch.randn(*shape, facts.head_dim, generator=generator).to(facts.dtype) for shape in shapes)
     lengths = torch.tensor([num_keys - 1]) if "key_lengths" in facts.needs else None
-    return query, key, value, lengths
+    return DenseCall(query, key, value, 0.1, "causal" in facts.needs, lengths)
 
 
 def fastest_ms(*calls: Callable[[], object]) -> list[float]:

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,12 +18,17 @@ import torch
 from ditattn.errors import BackendUnavailable, UnsupportedCall
 from ditattn.packages import Package
 
-__all__ = ["CallFacts", "Implementation", "Verdict", "choose", "choose_to_run", "explain", "load"]
+__all__ = ["KERNEL_HEAD_DIMS", "CallFacts", "Implementation", "Names", "Verdict", "choose", "choose_to_run", "explain", "load", "names_of"]
 
 logger = logging.getLogger("ditattn")
 
+Names = str | Sequence[str] | None
+"""Implementations that a caller names: one, or several in order of preference; None takes the first possible one."""
+
 HALF = ("bfloat16", "float16")
 FLOATS = ("float32", *HALF)
+# what every attention kernel of this package and of the Ascend packages, padded where need be, can be asked for
+KERNEL_HEAD_DIMS = (32, 64, 96, 128)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Implementation:
 
     Attributes:
         name: the technique: `reference`, `torch`, `cpu`, `triton`, `ascend`, ...
-        target: "module:function", loaded when first taken.
+        target: "module:function", loaded when first taken. The function takes the op's call as a value.
         devices: torch device types; empty means any.
         dtypes: names of torch dtypes.
         head_dims: possible head sizes; empty means any.
@@ -76,6 +80,7 @@ class Implementation:
         preference: "module:function" that measures a call's kind once and returns an `ops.preference.Measurement`: where that prefers
             another row, this one stands back unless it is asked for by name.
         slow_on: device types whose own rows are much faster: a call that they all refuse is served with a warning.
+        provider: the target is an object whose methods `run`, `machine`, `probe` and `limits` are what the fields say for other rows.
     """
 
     name: str
@@ -93,6 +98,7 @@ class Implementation:
     orders_tokens: bool = False
     preference: str | None = None
     slow_on: tuple[str, ...] = ()
+    provider: bool = False
 
     @property
     def operation(self) -> str:
@@ -106,11 +112,11 @@ class Implementation:
         """Why this row cannot serve the call, or None."""
         if not self.runs_on(facts.device):
             return f"runs on {' or '.join(self.devices)}, not on {facts.device}"
-        hopeless = _resolve(self.machine)() if self.machine else None
+        unsuitable = self._answer("machine", self.machine)
         missing = [package.sentence() for package in self.packages if package.missing()]
-        if hopeless or missing:
-            return hopeless or "; ".join(missing)
-        return self.mismatch(facts) or (_resolve(self.probe)() if self.probe else None)
+        if unsuitable or missing:
+            return unsuitable or "; ".join(missing)
+        return self.mismatch(facts) or self._answer("probe", self.probe)
 
     def mismatch(self, facts: CallFacts) -> str | None:
         """What of the call's dtype, head size, options or shape the row does not take, or None."""
@@ -121,7 +127,14 @@ class Implementation:
             return f"takes head sizes {', '.join(map(str, self.head_dims))}, not {facts.head_dim}"
         if unmet := facts.needs - self.honours:
             return f"does not honour {', '.join(sorted(unmet))}"
-        return _resolve(self.limits)(facts) if self.limits else None
+        return self._answer("limits", self.limits, facts)
+
+    def _answer(self, question: str, target: str | None, *arguments: CallFacts) -> str | None:
+        """What the provider or the function named by the field says."""
+        if self.provider:
+            answer: str | None = getattr(_resolve(self.target), question)(*arguments)
+            return answer
+        return _resolve(target)(*arguments) if target else None
 
 
 @dataclass(frozen=True)
@@ -140,15 +153,23 @@ class Verdict:
 
 
 @cache
-def _resolve(target: str) -> Callable[..., Any]:
+def _resolve(target: str) -> Any:
     module, _, attribute = target.partition(":")
-    function: Callable[..., Any] = attrgetter(attribute)(importlib.import_module(module))
-    return function
+    return getattr(importlib.import_module(module), attribute)
 
 
 def load(implementation: Implementation) -> Callable[..., Any]:
     """The function behind a row."""
-    return _resolve(implementation.target)
+    found = _resolve(implementation.target)
+    function: Callable[..., Any] = found.run if implementation.provider else found
+    return function
+
+
+def names_of(implementation: Names) -> tuple[str, ...]:
+    """The names in order of preference; none where the caller leaves the choice to the table."""
+    if implementation is None:
+        return ()
+    return (implementation,) if isinstance(implementation, str) else tuple(implementation)
 
 
 def explain(table: Sequence[Implementation], facts: CallFacts) -> list[Verdict]:
@@ -169,8 +190,8 @@ def _weighed(verdict: Verdict, facts: CallFacts, possible: set[str]) -> Verdict:
 
 
 @lru_cache(maxsize=1024)
-def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | None = None) -> Implementation:
-    """The row that serves the call: the first possible one of those named (separated by commas), or the first possible automatic one.
+def choose(table: tuple[Implementation, ...], facts: CallFacts, names: tuple[str, ...] = ()) -> Implementation:
+    """The row that serves the call: the first possible one of those named, or without names the first possible automatic one.
 
     Decided once per call signature.
 
@@ -178,8 +199,8 @@ def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | None
         BackendUnavailable: no named row can run on this machine.
         UnsupportedCall: no such name, the named rows refuse the call's shape or options, or no row is possible.
     """
-    if name is not None:
-        return _named(table, facts, name.split(","))
+    if names:
+        return _named(table, facts, names)
     verdicts = explain(table, facts)
     for verdict in verdicts:
         if verdict.reason is None and verdict.implementation.automatic and not verdict.stands_back:
@@ -189,10 +210,10 @@ def choose(table: tuple[Implementation, ...], facts: CallFacts, name: str | None
 
 
 @lru_cache(maxsize=1024)
-def choose_to_run(table: tuple[Implementation, ...], facts: CallFacts, name: str | None = None) -> Implementation:
+def choose_to_run(table: tuple[Implementation, ...], facts: CallFacts, names: tuple[str, ...] = ()) -> Implementation:
     """As `choose`, for a call that is about to run: warns of a row that is slow there and was not asked for, with the others' reasons."""
-    row = choose(table, facts, name)
-    if name is None and facts.device in row.slow_on:
+    row = choose(table, facts, names)
+    if not names and facts.device in row.slow_on:
         _warn_once(_why_slow(table, facts, row))
     return row
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ditattn.backends.base import AttentionMetadata, AttentionMetadataBuilder
-from ditattn.backends.config import AttentionConfig, SparseAttentionConfig, parse_layers, resolve_steps
+from ditattn.backends.config import AttentionConfig, SparseAttentionConfig, parse_layers
 from ditattn.backends.sparse import SparseAttentionMetadata
 from ditattn.errors import ConfigError
 from ditattn.models import TokenLayout
@@ -21,19 +21,14 @@ def build_attn_metadata(
     """The metadata of a step; without a layout the geometry stays unknown."""
     if not isinstance(config, SparseAttentionConfig):
         return builder.build(current_timestep=step.index)
-    fields = config.model_dump(exclude={"skip_first_steps", "skip_last_steps", "skip_layers"})
-    if layout is not None:
-        fields["num_prefix_tokens"] = layout.num_prefix_tokens
-        fields["num_suffix_tokens"] = layout.num_suffix_tokens
     return builder.build(
         current_timestep=step.index,
         raw_latent_shape=None if layout is None else layout.raw_latent_shape,
         patch_size=1 if layout is None else layout.patch_size,
+        config=config,
         num_steps=step.num_steps,
-        skip_first_steps=resolve_steps(config.skip_first_steps, step.num_steps),
-        skip_last_steps=resolve_steps(config.skip_last_steps, step.num_steps),
-        skip_layers=parse_layers(config.skip_layers),
-        **fields,
+        num_prefix_tokens=0 if layout is None else layout.num_prefix_tokens,
+        num_suffix_tokens=0 if layout is None else layout.num_suffix_tokens,
     )
 
 

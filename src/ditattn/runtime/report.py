@@ -31,8 +31,8 @@ class Cell:
         density = record.plan.density_tensor()
         self.density_sum = density if self.density_sum is None else self.density_sum + density
 
-    def computed_share(self) -> float:
-        """Mean share of query-key pairs that was computed; a dense call computes all."""
+    def overall_density(self) -> float:
+        """Mean density over all calls of the cell: the share of query-key pairs that was computed; a dense call counts as 1."""
         kept = 0.0 if self.density_sum is None else float(self.density_sum)
         return (kept + self.dense) / (self.sparse + self.dense)
 
@@ -65,7 +65,7 @@ class ComponentLog:
     step_sources: Counter[str] = field(default_factory=Counter)
     steps: set[int] = field(default_factory=set)
     schedule_steps: int | None = None
-    implementations: dict[str, str] = field(default_factory=dict)
+    implementations: dict[str, set[str]] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def add(self, step: int | None, layer: int | None, record: CallRecord) -> None:
@@ -86,8 +86,7 @@ class ComponentLog:
 
     def note_implementation(self, op: str, name: str) -> None:
         """An implementation of an op serves some of the calls."""
-        names = {*filter(None, self.implementations.get(op, "").split(", ")), name}
-        self.implementations[op] = ", ".join(sorted(names))
+        self.implementations.setdefault(op, set()).add(name)
 
     def report(self) -> ComponentReport:
         """The state of the log, densities fetched from the device."""
@@ -101,20 +100,20 @@ class ComponentLog:
             reused_plans=self.reused,
             not_reused_reasons=dict(self.not_reused.most_common()),
             dense_reasons=dict(self.reasons.most_common()),
-            density=_mean_density(list(self.cells.values())),
-            density_by_step={step: _mean_density(self._of(0, step)) for step in self._keys(0)},
-            density_by_layer={layer: _mean_density(self._of(1, layer)) for layer in self._keys(1)},
+            sparse_density=_mean_density(list(self.cells.values())),
+            sparse_density_by_step={step: _mean_density(self._of(0, step)) for step in self._keys(0)},
+            sparse_density_by_layer={layer: _mean_density(self._of(1, layer)) for layer in self._keys(1)},
             step_sources=dict(self.step_sources.most_common()),
             steps_run=len(self.steps),
             schedule_steps=self.schedule_steps,
-            implementations=dict(self.implementations),
+            implementations={op: ", ".join(sorted(names)) for op, names in self.implementations.items()},
             attention_ms=self.stopwatch.total_ms(),
         )
 
-    def computed_shares(self) -> list[tuple[int, int, float]]:
-        """(step, layer, share of query-key pairs that was computed), of the calls whose step and layer are known."""
+    def overall_densities(self) -> list[tuple[int, int, float]]:
+        """(step, layer, overall density), of the calls whose step and layer are known."""
         known = [(step, layer, cell) for (step, layer), cell in self.cells.items() if step is not None and layer is not None]
-        return sorted((step, layer, cell.computed_share()) for step, layer, cell in known)
+        return sorted((step, layer, cell.overall_density()) for step, layer, cell in known)
 
     def _keys(self, axis: int) -> list[int]:
         return sorted({key[axis] for key in self.cells if key[axis] is not None})  # type: ignore[misc]
@@ -139,8 +138,9 @@ class ComponentReport:
         reused_plans: sparse calls whose plan an earlier call had made (`plan_refresh_steps`, `share_plan_between_branches`).
         not_reused_reasons: sparse calls that could have reused a plan by those settings and had to make one, by reason.
         dense_reasons: dense calls by reason.
-        density: mean kept share of query-key pairs over the sparse calls, protected blocks counted; None if nothing ran sparse.
-        density_by_step, density_by_layer: the same by step and by layer; dense ones are None.
+        sparse_density: mean density over the sparse calls alone: kept share of query-key pairs, protected blocks counted; None if there
+            were none.
+        sparse_density_by_step, sparse_density_by_layer: the same by step and by layer; dense ones are None.
         step_sources: forwards by where the step index came from.
         steps_run: different steps that ran: fewer than `schedule_steps` where a run begins in the middle (image to image).
         schedule_steps: steps of the schedule of the last forward; None if unknown.
@@ -156,9 +156,9 @@ class ComponentReport:
     reused_plans: int
     not_reused_reasons: dict[str, int]
     dense_reasons: dict[str, int]
-    density: float | None
-    density_by_step: dict[int, float | None]
-    density_by_layer: dict[int, float | None]
+    sparse_density: float | None
+    sparse_density_by_step: dict[int, float | None]
+    sparse_density_by_layer: dict[int, float | None]
     step_sources: dict[str, int]
     steps_run: int
     schedule_steps: int | None
@@ -170,7 +170,7 @@ class ComponentReport:
         parts = []
         if self.sparse:
             asked = f"asked sparsity {self.config.get('sparsity')}"
-            parts.append(f"{self.sparse} sparse at density {self.density:.3f} ({asked}{self._reuse()})")
+            parts.append(f"{self.sparse} sparse at density {self.sparse_density:.3f} ({asked}{self._reuse()})")
         if self.dense:
             parts.append(f"{self.dense} dense ({_counted(self.dense_reasons)})")
         ran = " / ".join(parts) or self._no_calls()

@@ -300,7 +300,7 @@ def _note_implementations(model: ServedModel, query: Tensor, key: Tensor, causal
             names = model.backend.implementations_on(query.device.type) if op == model.backend.ops[0] else ()
             # laser_attn on an NPU insists on its operators for the calls they take, and on no other
             insists = any(row.mismatch(facts) is None for row in tables[op] if row.name in names)
-            model.log.note_implementation(op, choose(tables[op], facts, ",".join(names) if insists else None).name)
+            model.log.note_implementation(op, choose(tables[op], facts, names if insists else ()).name)
 
 
 @torch.library.custom_op("ditattn::attend", mutates_args=())

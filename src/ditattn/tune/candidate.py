@@ -28,8 +28,9 @@ class Candidate:
     layers: tuple[int, ...] = ()
     whole_first_frame: bool = True
 
-    def config(self) -> dict[str, Any]:
-        """The keys of the backend's configuration."""
+    @property
+    def keys(self) -> dict[str, Any]:
+        """As keys of the backend's configuration."""
         found = {
             "sparsity": self.sparsity,
             "skip_first_steps": self.first_steps,
@@ -41,7 +42,7 @@ class Candidate:
     def words(self) -> str:
         """For people."""
         return ", ".join(
-            f"{key}={value}" for key, value in self.config().items() if key == "sparsity" or value is False or value not in (0, "")
+            f"{key}={value}" for key, value in self.keys.items() if key == "sparsity" or value is False or value not in (0, "")
         )
 
     def is_bolder_than(self, other: Candidate) -> bool:

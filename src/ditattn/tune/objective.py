@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Any
 
+from ditattn.backends.setting import Setting
 from ditattn.compare.measure import Comparison, References, compare
 from ditattn.compare.metrics import frame_ssim, pooled_psnr
 from ditattn.compare.run import Run, run_clip, warm_up
-from ditattn.compare.setting import REFERENCE, Clip, Setting
-from ditattn.hosts.diffusers.install import Request
-from ditattn.hosts.diffusers.probing import probe_run
+from ditattn.compare.setting import REFERENCE, Clip
 from ditattn.runtime.probe import CellReading
 from ditattn.tune.candidate import Candidate, Outcome, Target
 from ditattn.tune.sensitivity import PROBED_SPARSITIES
@@ -41,21 +39,18 @@ class Objective:
         Returns:
             The share of the dense time that is self-attention.
         """
-        warm_up(self.references.work, REFERENCE, self.clips[0])
+        warm_up(self.references.workload, REFERENCE, self.clips[0])
         self._dense: dict[Clip, Run] = {}
         for clip in self.clips:
             found = None if anew else self.references.find(clip)
             self._dense[clip] = found or self.references.make(clip)
-        warm_up(self.references.work, self.setting, self.clips[0])
+        warm_up(self.references.workload, self.setting, self.clips[0])
         return fmean(run.attention_ms / run.total_ms for run in self._dense.values())
-
-    def setting_of(self, candidate: Candidate) -> Setting:
-        return Setting(self.setting.backend, {**self.setting.config, **candidate.config()}, self.setting.components, candidate.words())
 
     def __call__(self, candidate: Candidate) -> Outcome:
         psnr, ssim, shares = float("inf"), None if self.target.ssim is None else 1.0, []
         for clip in list(self.clips):
-            run, dense = run_clip(self.references.work, self.setting_of(candidate), clip), self._dense[clip]
+            run, dense = run_clip(self.references.workload, self.setting.with_keys(**candidate.keys), clip), self._dense[clip]
             psnr = min(psnr, pooled_psnr(run.frames, dense.frames))
             if ssim is not None:
                 ssim = min(ssim, fmean(frame_ssim(run.frames, dense.frames)))
@@ -69,17 +64,15 @@ class Objective:
 
 def probe(references: References, setting: Setting, clip: Clip) -> dict[float, list[CellReading]]:
     """Readings by sparsity, of one dense run; every step and layer is tried."""
-    open_ = {"skip_first_steps": 0, "skip_last_steps": 0, "skip_layers": ""}
-    configs: list[Mapping[str, Any]] = [{**setting.config, **open_, "sparsity": sparsity} for sparsity in PROBED_SPARSITIES]
-    requests = [Request(setting.backend, setting.components, config) for config in configs]
-    work = references.work
-    found = probe_run(work.pipe, work.arguments(clip.prompt), seed=clip.seed, requests=requests)
+    everywhere = setting.with_keys(skip_first_steps=0, skip_last_steps=0, skip_layers="")
+    settings = [everywhere.with_keys(sparsity=sparsity) for sparsity in PROBED_SPARSITIES]
+    found = references.workload.probe(settings, clip)
     return dict(zip(PROBED_SPARSITIES, found, strict=True))
 
 
 def check(references: References, setting: Setting, clips: Sequence[Clip], *, needs_ssim: bool) -> tuple[float, float | None, Comparison]:
     """Worst PSNR and SSIM of a setting on clips that it was not tuned on, dense and sparse runs taking turns."""
-    fresh = References(references.work, None)
+    fresh = References(references.workload, None)
     found = compare(fresh, [setting], clips, probe=False, with_vmaf=False)
     scores = [one.scores for one in found.measured[0] if one.scores is not None]
     ssims = [one.ssim for one in scores if one.ssim is not None]

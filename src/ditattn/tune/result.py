@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ditattn.compare.setting import Setting
+from ditattn.backends.setting import Setting
 from ditattn.tune.candidate import Candidate, Outcome, Target
 
 __all__ = ["Checked", "Finding", "count_clips", "yaml_text"]
@@ -102,7 +102,7 @@ def yaml_text(finding: Finding) -> str:
         "versions: " + ", ".join(f"{key} {value}" for key, value in facts["versions"].items()),
     ]
     tried = [f"{candidate.words()}: {outcome.words()}" for candidate, outcome in finding.outcomes.items()]
-    config = yaml.safe_dump(dict(finding.setting.config), sort_keys=False)
+    config = yaml.safe_dump(finding.setting.keys, sort_keys=False)
     return _comment(origin) + config + _comment(["tried:", *tried])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ditattn.compare.cache import facts_digest
 from ditattn.errors import ConfigError
 from ditattn.runtime.probe import CellReading
 from ditattn.tune.candidate import Candidate, Outcome
@@ -19,8 +19,7 @@ __all__ = ["TuneState", "state_name"]
 
 def state_name(facts: Mapping[str, Any]) -> str:
     """A file name that any changed fact changes."""
-    text = json.dumps(facts, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return f"tune_{hashlib.sha256(text.encode()).hexdigest()[:12]}.state.json"
+    return f"tune_{facts_digest(facts)[:12]}.state.json"
 
 
 @dataclass

@@ -39,7 +39,7 @@ def run(tiny: TinyPipeline) -> tuple[Tensor, ComponentReport]:
 
 
 def labels(report: ComponentReport) -> tuple[Any, ...]:
-    return (report.calls, report.dense_reasons, report.step_sources, report.density_by_step, report.density_by_layer)
+    return (report.calls, report.dense_reasons, report.step_sources, report.sparse_density_by_step, report.sparse_density_by_layer)
 
 
 def test_repeated_blocks_share_one_graph_in_all_steps() -> None:

@@ -97,7 +97,7 @@ def test_keeping_every_block_through_the_sparse_kernel_is_native(name: str, back
         out = tiny.run(NUM_STEPS)
     torch.testing.assert_close(out, native, rtol=0, atol=OTHER_KERNEL_BOUND)
     for component in handle.report().components.values():
-        assert (component.dense, component.density) == (0, 1.0)
+        assert (component.dense, component.sparse_density) == (0, 1.0)
 
 
 @every_family
@@ -117,9 +117,9 @@ def test_lower_density_runs_in_the_right_steps_and_layers(name: str, backend: st
         assert ran.step_sources == {case.source: len(steps) * case.forwards}
         assert ran.dense_reasons == ({"first steps": calls} if 0 in steps else {})
         assert ran.sparse == calls * len([step for step in steps if step > 0])
-        assert ran.density is None or 0.4 <= ran.density < 0.85
-        assert {step: density is not None for step, density in ran.density_by_step.items()} == {step: step > 0 for step in steps}
-        assert list(ran.density_by_layer) == list(range(NUM_LAYERS))
+        assert ran.sparse_density is None or 0.4 <= ran.sparse_density < 0.85
+        assert {step: density is not None for step, density in ran.sparse_density_by_step.items()} == {step: step > 0 for step in steps}
+        assert list(ran.sparse_density_by_layer) == list(range(NUM_LAYERS))
 
 
 @every_family

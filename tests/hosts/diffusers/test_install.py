@@ -10,6 +10,8 @@ from torch import nn
 
 import ditattn
 import tiny_pipelines
+from ditattn.backends.rain_fusion_attn import RainFusionAttentionImpl
+from ditattn.backends.setting import Setting
 from ditattn.errors import (
     ConfigError,
     DenseInStrictMode,
@@ -19,6 +21,7 @@ from ditattn.errors import (
     UnsupportedHeadSize,
     UnsupportedModel,
 )
+from ditattn.hosts.diffusers.install import install_setting
 from ditattn.runtime.report import ComponentReport
 from ditattn.runtime.stage import running
 from tiny_pipelines import TinyPipeline
@@ -30,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sparse_steps(report: ComponentReport) -> list[int]:
-    return [step for step, density in report.density_by_step.items() if density is not None]
+    return [step for step, density in report.sparse_density_by_step.items() if density is not None]
 
 
 # settings
@@ -54,11 +57,23 @@ def test_dense_steps(wan: TinyPipeline, config: dict[str, Any], expected: list[i
     assert report.sparse == len(expected) * CALLS_PER_STEP
 
 
+def test_one_configuration_travels_from_the_request_to_every_call(wan: TinyPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, forward = [], RainFusionAttentionImpl.forward
+    monkeypatch.setattr(
+        RainFusionAttentionImpl, "forward", lambda self, q, k, v, metadata: seen.append(metadata.config) or forward(self, q, k, v, metadata)
+    )
+    setting = Setting.parse("rain_fusion_attn", SPARSE)
+    with install_setting(wan.pipe, setting):
+        wan.run(2)
+    assert len(seen) == 2 * CALLS_PER_STEP
+    assert all(config is setting.config for config in seen)
+
+
 def test_a_skipped_layer_is_dense_in_every_step(wan: TinyPipeline) -> None:
     report = ran(wan, skip_layers="1", **SPARSE)
     assert report.dense_reasons == {"skipped layer": 6}
-    assert report.density_by_layer[0] is not None
-    assert report.density_by_layer[1] is None
+    assert report.sparse_density_by_layer[0] is not None
+    assert report.sparse_density_by_layer[1] is None
 
 
 @pytest.mark.parametrize(("min_tokens", "sparse"), [(1400, 12), (1401, 0)])
@@ -75,7 +90,7 @@ def test_lower_density_is_further_from_native_but_not_far(wan: TinyPipeline, bac
     for sparsity in (0.2, 0.5, 0.8):
         with ditattn.install(wan.pipe, backend, **{**SPARSE, "sparsity": sparsity}) as handle:
             errors.append(float((wan.run(3) - native).norm() / native.norm()))
-        densities.append(handle.report().components["transformer"].density)
+        densities.append(handle.report().components["transformer"].sparse_density)
     assert densities == sorted(densities, reverse=True)
     assert errors == sorted(errors)
     assert errors[-1] < 0.1
@@ -125,7 +140,7 @@ def test_each_component_has_its_own_backend() -> None:
     first, second = handle.report().components["transformer"], handle.report().components["transformer_2"]
     assert (first.backend, second.backend) == ("torch_sdpa", "rain_fusion_attn")
     # one count for both: the second transformer goes on where the first one stopped
-    assert sorted(first.density_by_step) + sorted(second.density_by_step) == [0, 1, 2, 3]
+    assert sorted(first.sparse_density_by_step) + sorted(second.sparse_density_by_step) == [0, 1, 2, 3]
     assert (first.sparse, second.dense) == (0, 0)
 
 
@@ -145,7 +160,7 @@ def test_a_second_run_begins_at_step_zero(wan: TinyPipeline) -> None:
         wan.run(3)
     report = handle.report().components["transformer"]
     assert report.dense_reasons == {"first steps": 2 * 2 * CALLS_PER_STEP}
-    assert sorted(report.density_by_step) == [0, 1, 2]
+    assert sorted(report.sparse_density_by_step) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("build", [tiny_pipelines.flux, tiny_pipelines.cogvideox], ids=["scheduler", "timestep"])

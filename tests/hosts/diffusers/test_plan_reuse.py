@@ -17,8 +17,9 @@ from torch._dynamo.utils import counters
 import ditattn
 import tiny_pipelines
 from ditattn.backends.rain_fusion_attn import RainFusionAttentionImpl
-from ditattn.hosts.diffusers.install import Request
-from ditattn.hosts.diffusers.probing import probe_run
+from ditattn.backends.setting import Setting
+from ditattn.compare.setting import Clip
+from ditattn.hosts.diffusers.workload import PipelineWorkload
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.runtime.report import ComponentReport
 from ditattn.runtime.stage import running
@@ -108,7 +109,7 @@ def test_reuse_changes_the_result_only_where_it_happens(wan: TinyPipeline) -> No
     reused, report = ran(wan, plan_refresh_steps=4)
     assert not torch.equal(reused, plain)
     # the densities of calls with a reused plan are those of the plan that ran
-    assert set(report.density_by_step.values()) == {report.density_by_step[0]}
+    assert set(report.sparse_density_by_step.values()) == {report.sparse_density_by_step[0]}
     assert f"; {report.reused_plans} with a reused plan)" in report.sentence()
 
 
@@ -188,7 +189,8 @@ def test_equally_padded_text_reuses_plans(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_probe_of_compare_and_tune_tries_reuse_as_a_run_would(made: Made) -> None:
     tiny = tiny_pipelines.wan()
     arguments = {**tiny.arguments, "num_inference_steps": 3}
-    probe_run(tiny.pipe, arguments, seed=0, requests=[Request("rain_fusion_attn", {}, {**SPARSE, "plan_refresh_steps": 2})])
+    workload = PipelineWorkload(tiny.pipe, lambda _: arguments)
+    workload.probe([Setting.parse("rain_fusion_attn", {**SPARSE, "plan_refresh_steps": 2})], Clip("", 0))
     assert made.by_step() == {0: LAYERS * BRANCHES, 2: LAYERS * BRANCHES}
 
 

@@ -40,8 +40,8 @@ def test_a_registered_name_runs_sparse_in_the_right_steps(wan: TinyPipeline, bac
     assert not torch.equal(out, native)
     # the call carries no step: it is read from the timesteps
     assert report.step_sources == {"timestep": 6}
-    assert {step: density is not None for step, density in report.density_by_step.items()} == {0: False, 1: True, 2: True}
-    assert list(report.density_by_layer) == [0, 1]
+    assert {step: density is not None for step, density in report.sparse_density_by_step.items()} == {0: False, 1: True, 2: True}
+    assert list(report.sparse_density_by_layer) == [0, 1]
     # diffusers' call reaches cross-attention too, which stays dense and is counted as such
     assert report.dense_reasons == {"not self-attention of the denoiser": 12, "first steps": 4}
     assert report.sparse == 8

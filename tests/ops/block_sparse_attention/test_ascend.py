@@ -19,6 +19,7 @@ from ditattn.errors import BackendUnavailable
 from ditattn.ops.ascend import Operator
 from ditattn.ops.block_sparse_attention import TABLE, ascend, ascend_layout, block_sparse_attention
 from ditattn.ops.block_sparse_attention.ascend_operands import counted_inputs, index_inputs, mask_inputs
+from ditattn.ops.calls import SparseCall
 from ditattn.ops.table import CallFacts, Implementation
 from ditattn.plan.block_plan import BlockPlan
 
@@ -61,7 +62,7 @@ def test_masks_and_lists_need_no_host_synchronisation() -> None:
     q, k, v = (x.to("meta") for x in (problem.query, problem.key, problem.value))
     plan = BlockPlan(problem.plan.indices.to("meta"), problem.plan.counts.to("meta"), q.shape[1], k.shape[1])
     for inputs in (mask_inputs, index_inputs, counted_inputs):
-        assert inputs(q, k, v, plan).query.device.type == "meta"
+        assert inputs(SparseCall(q, k, v, plan, 0.1)).query.device.type == "meta"
 
 
 @pytest.mark.parametrize("stored", STORED)
@@ -104,10 +105,10 @@ def _copies(name: str, stored: str, dim: int, monkeypatch: pytest.MonkeyPatch, *
     monkeypatch.setattr(ascend, "soc_generation", lambda: "A2")
     q, k, v = (STORED[stored](torch.randn(2, 300, 2, dim, dtype=torch.bfloat16)) for _ in range(3))
     forward = torch.randperm(300)
-    order = {"order": forward, "inverse": forward.argsort()} if ordered else {}
+    order = (forward, forward.argsort()) if ordered else (None, None)
     lengths = torch.tensor([300, 200]) if padded else None
     with Copies(q.numel()) as copies:
-        out, _ = getattr(ascend, name).run(q, k, v, BlockPlan.full(300, 300), 0.1, False, lengths, False, **order)
+        out, _ = getattr(ascend, name).run(SparseCall(q, k, v, BlockPlan.full(300, 300), 0.1, False, lengths, False, *order))
         out.contiguous()
     return copies.names
 

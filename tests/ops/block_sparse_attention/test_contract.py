@@ -16,6 +16,7 @@ from ditattn.errors import UnsupportedCall
 from ditattn.ops import cpu_library
 from ditattn.ops.block_mean import block_mean
 from ditattn.ops.block_sparse_attention import TABLE, block_sparse_attention, block_sparse_attention_with_lse, pure_torch
+from ditattn.ops.calls import SparseCall
 from ditattn.ops.dense_attention import dense_attention
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder, token_order
@@ -196,7 +197,7 @@ def test_memory_of_the_torch_implementation_is_bounded(with_lse: bool) -> None:
     plan = BlockPlan.from_mask(mask, 8192, 8192)
     query, key, value = (torch.randn(1, 8192, 1, 32) for _ in range(3))
     with LargestTensor() as seen:
-        pure_torch.run(query, key, value, plan, 0.1, False, None, with_lse)
+        pure_torch.run(SparseCall(query, key, value, plan, 0.1, return_lse=with_lse))
     assert seen.num_bytes <= pure_torch.CHUNK_BYTES
 
 

@@ -10,6 +10,7 @@ import judge
 from cases import Case, build
 from ditattn.ops.block_sparse_attention.tiles import Tiles
 from ditattn.ops.block_sparse_attention.triton import launch
+from ditattn.ops.calls import SparseCall
 
 VARIANTS = (Tiles(keys=128, num_warps=4, num_stages=2, descriptors=True), Tiles(keys=64, num_warps=4, num_stages=2))
 CASES = (
@@ -27,7 +28,7 @@ def main() -> None:
             problem = build(case, torch.float16)
             tensors = [x.clone() if tiles.descriptors else x for x in (problem.query, problem.key, problem.value)]
             scale = case.dim**-0.5 if case.scale is None else case.scale
-            out, lse = launch(*tensors, problem.plan, scale, case.causal, problem.key_lengths, True, tiles)
+            out, lse = launch(SparseCall(*tensors, problem.plan, scale, case.causal, problem.key_lengths, True), tiles)
             judge.check_output(out, problem)
             judge.check_lse(lse, problem)
             names.append(f"{case}, {tiles}")

@@ -10,6 +10,7 @@ import ascend_operators
 import judge
 import oracle
 from ditattn.errors import BackendUnavailable
+from ditattn.ops.calls import DenseCall
 from ditattn.ops.dense_attention import ascend, dense_attention
 
 
@@ -23,7 +24,7 @@ def laser_operator(inputs: ascend.LaserInputs) -> Tensor:
 
 
 def run(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return ascend._la_postprocess_output(laser_operator(ascend._la_preprocess_input(query, key, value, scale)), query)
+    return ascend._la_postprocess_output(laser_operator(ascend._la_preprocess_input(DenseCall(query, key, value, scale))), query)
 
 
 @pytest.mark.parametrize("length", [2048, 2049, 2111, 2112, 2240, 2303, 2304])
@@ -38,7 +39,7 @@ def test_any_length_and_head_size(length: int, dim: int) -> None:
 
 @pytest.mark.parametrize("length", [256, 300])
 def test_padding_is_announced_and_only_then(length: int) -> None:
-    inputs = ascend._la_preprocess_input(*(draw(1, length, 1, 64, seed=i) for i in range(3)), 0.125)
+    inputs = ascend._la_preprocess_input(DenseCall(*(draw(1, length, 1, 64, seed=i) for i in range(3)), 0.125))
     assert inputs.pre_tokens == (ascend.LASER_NO_PADDING if length == 256 else 512 - 300)
 
 
@@ -64,7 +65,7 @@ def test_bf16_beyond_the_range_of_fp16() -> None:
 def test_scaling_of_bf16_is_exact() -> None:
     """A power of two: down to 2^-9 every bf16 number survives bit for bit; smaller ones are rounded by at most 2^-17."""
     x = draw(1, 2048, 1, 64, dtype=torch.bfloat16)
-    inputs = ascend._la_preprocess_input(x, x, x, 0.125)
+    inputs = ascend._la_preprocess_input(DenseCall(x, x, x, 0.125))
     back, there = inputs.query[0, 0, :, :64].float() * 256, x[0, :, 0].float()
     large = there.abs() >= 2**-9
     assert torch.equal(back[large], there[large])

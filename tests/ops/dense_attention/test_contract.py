@@ -161,3 +161,23 @@ def test_compiles_into_one_graph() -> None:
     compiled = torch.compile(lambda q, k, v: dense_attention(q, k, v, causal=True), fullgraph=True, backend="aot_eager")
     expected = dense_attention(problem.query, problem.key, problem.value, causal=True)
     assert torch.equal(compiled(problem.query, problem.key, problem.value), expected)
+
+
+def test_names_are_tried_in_the_order_given() -> None:
+    query, key, value = PLAIN.query, PLAIN.key, PLAIN.value
+    expected = dense_attention(query, key, value, implementation="torch")
+    assert torch.equal(dense_attention(query, key, value, implementation=["laser_mindiesd", "torch", "reference"]), expected)
+    with pytest.raises(BackendUnavailable, match=r"'laser_mindiesd' or 'flash'.*laser_mindiesd: runs on npu, not on cpu; flash: does not"):
+        dense_attention(query, key, value, attn_mask=torch.ones(30, 30).bool(), implementation=("laser_mindiesd", "flash"))
+
+
+def test_a_list_in_one_string_is_no_list() -> None:
+    with pytest.raises(UnsupportedCall, match="no implementation named 'laser_mindiesd,torch'"):
+        dense_attention(PLAIN.query, PLAIN.key, PLAIN.value, implementation="laser_mindiesd,torch")
+
+
+def test_names_reach_a_compiled_graph() -> None:
+    query, key, value = PLAIN.query, PLAIN.key, PLAIN.value
+    names = ("laser_mindiesd", "reference")
+    compiled = torch.compile(lambda q, k, v: dense_attention(q, k, v, implementation=names), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(query, key, value), dense_attention(query, key, value, implementation="reference"))

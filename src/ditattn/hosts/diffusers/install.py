@@ -6,7 +6,6 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -14,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditattn.backends.registry import parse_backend_name
 from ditattn.backends.selector import get_attn_backend
+from ditattn.backends.setting import Setting
 from ditattn.errors import ConfigError, UnsupportedModel
 from ditattn.hosts.diffusers.copies import copies_are_plain
 from ditattn.hosts.diffusers.dispatcher import add_private_backend
@@ -26,32 +25,9 @@ from ditattn.runtime.report import AttentionReport
 from ditattn.runtime.stage import DenoisingStage, Probe, ServedModel
 from ditattn.runtime.step import StepClock
 
-__all__ = ["Installation", "denoisers", "install", "self_attention_modules"]
+__all__ = ["Installation", "denoisers", "install", "install_setting", "self_attention_modules"]
 
 logger = logging.getLogger("ditattn")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for: a backend for the pipeline, others for single components, and configuration keys."""
-
-    backend: str | None
-    components: Mapping[str, str]
-    config: Mapping[str, Any]
-
-    def config_owner(self) -> str | None:
-        """The backend that the configuration belongs to; None if whatever is chosen takes it.
-
-        Raises:
-            ConfigError: the components name several backends and there is no pipeline backend to own the configuration.
-        """
-        if self.backend is not None:
-            return parse_backend_name(self.backend)
-        named = {parse_backend_name(other) for other in self.components.values()}
-        if self.config and len(named) > 1:
-            names = ", ".join(sorted(named))
-            raise ConfigError(f"whose are {', '.join(self.config)}? The components name {names}; name a backend for the pipeline too")
-        return named.pop() if len(named) == 1 else None
 
 
 class Installation:
@@ -68,9 +44,9 @@ class Installation:
         """What ran so far: calls, reasons, densities, time."""
         return self._stage.report()
 
-    def computed_shares(self) -> dict[str, list[tuple[int, int, float]]]:
-        """(step, layer, share of query-key pairs that was computed) of every component."""
-        return {model.name: model.log.computed_shares() for model in self._stage.models}
+    def overall_densities(self) -> dict[str, list[tuple[int, int, float]]]:
+        """(step, layer, overall density) of every component: a dense call counts as 1."""
+        return {model.name: model.log.overall_densities() for model in self._stage.models}
 
     def watch(self, probe: Probe) -> None:
         """Let `probe` see every served call."""
@@ -121,20 +97,24 @@ def install(
         UnsupportedModel: already installed, no denoiser found, context parallelism is on, the family does not support the backend, or
             (strict) the family is unknown.
     """
+    return install_setting(target, Setting.parse(backend, config, components), strict=strict)
+
+
+def install_setting(target: Any, setting: Setting, *, strict: bool = False) -> Installation:
+    """`install` of what was parsed before. Raises as `install`, but for what `Setting.parse` has checked."""
     models = denoisers(target)
     if not models:
         raise UnsupportedModel(
             f"{type(target).__name__} has no component named transformer*; it has {', '.join(_components(target)) or 'none'}"
         )
-    unknown = sorted(set(components or {}) - set(models))
+    unknown = sorted(set(setting.components) - set(models))
     if unknown:
         raise UnsupportedModel(f"no denoiser named {', '.join(unknown)}; there is {', '.join(models)}")
-    request = Request(backend, {name: other for name, other in (components or {}).items() if other is not None}, config)
     stage = DenoisingStage(StepClock(None if isinstance(target, nn.Module) else lambda: getattr(target, "scheduler", None)), strict)
     handle = Installation(stage)
     try:
         for name, module in models.items():
-            _install_one(handle, stage, name, module, request)
+            _install_one(handle, stage, name, module, setting)
     except BaseException:
         handle.remove()
         raise
@@ -154,23 +134,21 @@ def self_attention_modules(module: nn.Module, family: ModelFamily) -> dict[str, 
     return {path: part for path, part in module.named_modules() if family.is_self_attention(path) and hasattr(part, "processor")}
 
 
-def serve(module: Any, name: str, family: ModelFamily, request: Request) -> ServedModel:
-    """Choose the backend of one denoiser and validate its configuration."""
+def serve(module: Any, name: str, family: ModelFamily, setting: Setting) -> ServedModel:
+    """Choose the backend of one denoiser, and its configuration."""
     parameter = next(module.parameters())
     chosen = get_attn_backend(
         family.head_size(module.config),
         parameter.dtype if parameter.dtype in (torch.float32, torch.float16) else torch.bfloat16,
         device=_execution_device(module, parameter),
         component=name,
-        component_backends=request.components,
-        pipeline_backend=request.backend,
+        component_backends=setting.components,
+        pipeline_backend=setting.backend,
         supported=family.supported,
         model=family.name,
     )
-    owner = request.config_owner()
-    values = request.config if owner is None or owner == chosen.name else {}
     layers = list(self_attention_modules(module, family))
-    served = ServedModel(name, family, module.config, chosen, chosen.get_config_cls().from_mapping(values), layers)
+    served = ServedModel(name, family, module.config, chosen, setting.config_of(chosen), layers)
     check_layers(served.config, len(layers), name)
     return served
 
@@ -180,7 +158,7 @@ def _install_one(
     stage: DenoisingStage,
     name: str,
     module: nn.Module,
-    request: Request,
+    setting: Setting,
 ) -> None:
     module = unwrapped(module)
     family = find_family(type(module).__name__)
@@ -192,7 +170,7 @@ def _install_one(
     modules = list(self_attention_modules(module, family).values())
     if any(getattr(part.processor, "_parallel_config", None) is not None for part in modules):
         raise UnsupportedModel(f"{name} runs with context parallelism, which is not supported yet")
-    served = serve(module, name, family, request)
+    served = serve(module, name, family, setting)
     stage.models.append(served)
     handle.on_remove(add_root_hook(module, stage, served))
     handle.on_remove(add_layer_hooks(modules))

@@ -20,10 +20,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ditattn.backends.registry import backend_names, load_backend, usable_backends
+from ditattn.backends.setting import Setting
 from ditattn.errors import ConfigError, UnsupportedModel
 from ditattn.hosts.diffusers.dispatcher import add_public_backend
 from ditattn.hosts.diffusers.hooks import bind_arguments, enter_layer, leave_layer
-from ditattn.hosts.diffusers.install import Request, self_attention_modules, serve
+from ditattn.hosts.diffusers.install import self_attention_modules, serve
 from ditattn.models import find_family
 from ditattn.runtime.report import AttentionReport
 from ditattn.runtime.stage import DenoisingStage, Forward, ServedModel, running
@@ -59,7 +60,7 @@ def _check(config: Mapping[str, Any]) -> None:
     refusal: ConfigError | None = None
     for backend in filter(lambda backend: backend.is_sparse, usable_backends()):
         try:
-            backend.config_cls.from_mapping(config)
+            Setting.parse(backend.name, config)
             return
         except ConfigError as error:
             refusal = error
@@ -175,8 +176,8 @@ class Registration:
         family = find_family(type(module).__name__)
         assert family is not None
         stage = DenoisingStage(StepClock(), self._strict)
-        config = self._config if load_backend(name).is_sparse else {}
-        served = serve(module, type(module).__name__, family, Request(name, {}, config))
+        keys = self._config if load_backend(name).is_sparse else {}
+        served = serve(module, type(module).__name__, family, Setting.parse(name, keys))
         served.layers_by_count = False
         stage.models.append(served)
         layer_of = WeakIdKeyDictionary({part: number for number, part in enumerate(self._layers[module])})

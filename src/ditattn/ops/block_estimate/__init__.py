@@ -12,32 +12,30 @@ from torch import Tensor
 
 from ditattn.ops.block_estimate.pure_torch import STRIDE
 from ditattn.ops.contract import call_facts, check_qkv
-from ditattn.ops.table import HALF, CallFacts, Implementation, load
-from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU
+from ditattn.ops.table import HALF, KERNEL_HEAD_DIMS, CallFacts, Implementation, load
+from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, Package
 from ditattn.plan.block_plan import BLOCK_SIZE
 
 __all__ = ["PORTABLE", "STRIDE", "TABLE", "block_estimate", "serving"]
 
-_HERE = "ditattn.ops.block_estimate"
 
-TABLE: tuple[Implementation, ...] = tuple(
-    Implementation(
+def _on_ascend(name: str, provider: str, package: Package) -> Implementation:
+    return Implementation(
         name,
-        f"{_HERE}.ascend:{name.upper()}.run",
+        provider,
         devices=("npu",),
         dtypes=HALF,
-        head_dims=(32, 64, 96, 128),
+        head_dims=KERNEL_HEAD_DIMS,
         honours=frozenset({"gqa"}),
         packages=(TORCH_NPU, package),
-        machine=f"{_HERE}.ascend:{name.upper()}.operator.wrong_generation",
-        probe=f"{_HERE}.ascend:{name.upper()}.why_not",
-        limits=f"{_HERE}.ascend:{name.upper()}.limits",
+        provider=True,
     )
-    for name, package in (
-        ("estimate_sgl_kernel_npu", SGL_KERNEL_NPU),
-        ("estimate_attentions", ATTENTIONS),
-        ("estimate_mindiesd", MINDIESD),
-    )
+
+
+TABLE: tuple[Implementation, ...] = (
+    _on_ascend("estimate_sgl_kernel_npu", "ditattn.ops.block_estimate.ascend:ESTIMATE_SGL_KERNEL_NPU", SGL_KERNEL_NPU),
+    _on_ascend("estimate_attentions", "ditattn.ops.block_estimate.ascend:ESTIMATE_ATTENTIONS", ATTENTIONS),
+    _on_ascend("estimate_mindiesd", "ditattn.ops.block_estimate.ascend:ESTIMATE_MINDIESD", MINDIESD),
 )
 
 # what a listing adds: never chosen here, since the selection itself goes on where this op returns None

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ditattn.ops.ascend import Operator, padded_head_dim, to_heads_first
+from ditattn.ops.ascend import Operator, Provider, padded_head_dim, to_heads_first
 from ditattn.ops.block_estimate import STRIDE
 from ditattn.ops.table import CallFacts
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, Package
@@ -48,13 +48,8 @@ def row_share(columns: int, sparsity: float) -> float:
 
 
 @dataclass(frozen=True)
-class Estimator:
+class Estimator(Provider):
     """One package's operator. All of them have the same signature."""
-
-    operator: Operator
-
-    def why_not(self) -> str | None:
-        return self.operator.why_not()
 
     def limits(self, facts: CallFacts) -> str | None:
         if facts.num_keys is None:

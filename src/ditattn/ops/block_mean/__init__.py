@@ -6,49 +6,47 @@ import torch
 from torch import Tensor
 
 from ditattn.errors import UnsupportedCall
-from ditattn.ops.table import CallFacts, Implementation, choose, load
+from ditattn.ops.contract import joined, split
+from ditattn.ops.table import CallFacts, Implementation, Names, choose, load, names_of
 from ditattn.packages import TRITON
 from ditattn.plan.block_plan import BLOCK_SIZE, num_blocks
 from ditattn.plan.token_order import TokenOrder
 
 __all__ = ["TABLE", "block_mean"]
 
-_HERE = "ditattn.ops.block_mean"
-_TARGETS = "ditattn.ops.triton_targets"
-
 TABLE: tuple[Implementation, ...] = (
     Implementation(
         "triton",
-        f"{_HERE}.triton:run",
+        "ditattn.ops.block_mean.triton:run",
         devices=("cuda",),
         packages=(TRITON,),
-        probe=f"{_TARGETS}:why_not_cuda",
+        probe="ditattn.ops.triton_targets:why_not_cuda",
         orders_tokens=True,
     ),
     # the same kernel on CPU tensors in triton's interpreter: for checking, never for running
     Implementation(
         "triton",
-        f"{_HERE}.triton:run",
+        "ditattn.ops.block_mean.triton:run",
         devices=("cpu",),
         packages=(TRITON,),
-        probe=f"{_TARGETS}:why_not_interpreted",
+        probe="ditattn.ops.triton_targets:why_not_interpreted",
         automatic=False,
         orders_tokens=True,
     ),
-    Implementation("cpu", f"{_HERE}.cpu:run", devices=("cpu",), probe="ditattn.ops.cpu_library:problem", orders_tokens=True),
-    Implementation("torch", f"{_HERE}.pure_torch:run"),
-    Implementation("reference", f"{_HERE}.reference:run", automatic=False),
+    Implementation("cpu", "ditattn.ops.block_mean.cpu:run", devices=("cpu",), probe="ditattn.ops.cpu_library:problem", orders_tokens=True),
+    Implementation("torch", "ditattn.ops.block_mean.pure_torch:run"),
+    Implementation("reference", "ditattn.ops.block_mean.reference:run", automatic=False),
 )
 
 
-def block_mean(x: Tensor, block_size: int = BLOCK_SIZE, *, order: TokenOrder | None = None, implementation: str | None = None) -> Tensor:
+def block_mean(x: Tensor, block_size: int = BLOCK_SIZE, *, order: TokenOrder | None = None, implementation: Names = None) -> Tensor:
     """Mean over blocks of `block_size` consecutive tokens; the tail block is the mean of its real tokens.
 
     Args:
         x: `[B, S, H, D]`, any strides.
         block_size: tokens per block.
         order: blocks are made of the tokens in this order; None leaves them where they are.
-        implementation: a name from `TABLE`; None takes the first possible one.
+        implementation: a name from `TABLE`, or several in order of preference; None takes the first possible one.
 
     Returns:
         fp32 `[B, ceil(S / block_size), H, D]`.
@@ -61,17 +59,17 @@ def block_mean(x: Tensor, block_size: int = BLOCK_SIZE, *, order: TokenOrder | N
     if order is not None:
         order.check_length(x.shape[1])
         order.check_device(x.device)
+    names = names_of(implementation)
     # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
-    name = implementation or ""
     if not torch.compiler.is_compiling():
-        name = choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation).name
-    out: Tensor = _op(x, block_size, name, None if order is None else order.forward)
+        names = (choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), names).name,)
+    out: Tensor = _op(x, block_size, joined(names), None if order is None else order.forward)
     return out
 
 
 @torch.library.custom_op("ditattn::block_mean", mutates_args=())
-def _op(x: Tensor, block_size: int, implementation: str, order: Tensor | None = None) -> Tensor:
-    row = choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), implementation or None)
+def _op(x: Tensor, block_size: int, implementations: str, order: Tensor | None = None) -> Tensor:
+    row = choose(TABLE, CallFacts(x.device.type, x.dtype, x.shape[3]), split(implementations))
     run = load(row)
     out: Tensor
     if order is None:
@@ -84,5 +82,5 @@ def _op(x: Tensor, block_size: int, implementation: str, order: Tensor | None = 
 
 
 @_op.register_fake
-def _(x: Tensor, block_size: int, implementation: str, order: Tensor | None = None) -> Tensor:
+def _(x: Tensor, block_size: int, implementations: str, order: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], num_blocks(x.shape[1], block_size), *x.shape[2:], dtype=torch.float32)

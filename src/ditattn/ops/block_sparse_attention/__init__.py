@@ -9,108 +9,107 @@ import torch
 from torch import Tensor
 
 from ditattn.errors import UnsupportedCall
-from ditattn.ops.contract import call_facts, check_qkv, checked_scale, without_autocast
-from ditattn.ops.table import HALF, CallFacts, Implementation, choose_to_run, load
+from ditattn.ops.calls import SparseCall
+from ditattn.ops.contract import check_qkv, checked_scale, joined, split, without_autocast
+from ditattn.ops.table import HALF, KERNEL_HEAD_DIMS, Implementation, Names, choose_to_run, load, names_of
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON, Package
-from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
+from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
 
-__all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse"]
+__all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse", "compute"]
 
-_HERE = "ditattn.ops.block_sparse_attention"
-_LIBRARY = "ditattn.ops.cpu_library"
-_TARGETS = "ditattn.ops.triton_targets"
-_HEAD_DIMS = (32, 64, 96, 128)
 _MOST = frozenset({"causal", "key_lengths", "lse", "gqa", "unequal_lengths"})
 _FLEX_HONOURS = frozenset({"gqa", "unequal_lengths"})
 _EVERYTHING = _MOST | {"other_block_size"}
 _MASKED = _MOST - {"causal"}
 _LISTED = frozenset({"gqa", "unequal_lengths"})
-# Ascend's operators in order of preference: true masks per batch element and head first, then index lists, then masks with counts
-_ASCEND: tuple[tuple[str, Package, frozenset[str]], ...] = (
-    ("mask_torch_npu", TORCH_NPU, _MASKED),
-    ("mask_mindiesd", MINDIESD, _MASKED),
-    ("index_attentions", ATTENTIONS, _LISTED),
-    ("index_mindiesd", MINDIESD, _LISTED),
-    ("counted_sgl_kernel_npu", SGL_KERNEL_NPU, _LISTED),
-    ("counted_attentions", ATTENTIONS, _LISTED),
-    ("counted_mindiesd", MINDIESD, _LISTED),
-)
+
+
+def _on_ascend(name: str, provider: str, honours: frozenset[str], *packages: Package) -> Implementation:
+    return Implementation(
+        name,
+        provider,
+        devices=("npu",),
+        dtypes=HALF,
+        head_dims=KERNEL_HEAD_DIMS,
+        honours=honours,
+        packages=(TORCH_NPU, *packages),
+        orders_tokens=True,
+        provider=True,
+    )
+
 
 TABLE: tuple[Implementation, ...] = (
     Implementation(
         "triton",
-        f"{_HERE}.triton:run",
+        "ditattn.ops.block_sparse_attention.triton:run",
         devices=("cuda",),
         dtypes=HALF,
-        head_dims=_HEAD_DIMS,
+        head_dims=KERNEL_HEAD_DIMS,
         honours=_MOST,
         packages=(TRITON,),
-        probe=f"{_TARGETS}:why_not_cuda",
+        probe="ditattn.ops.triton_targets:why_not_cuda",
     ),
     # the same kernel on CPU tensors in triton's interpreter: for checking, never for running
     Implementation(
         "triton",
-        f"{_HERE}.triton:run",
+        "ditattn.ops.block_sparse_attention.triton:run",
         devices=("cpu",),
         dtypes=HALF,
-        head_dims=_HEAD_DIMS,
+        head_dims=KERNEL_HEAD_DIMS,
         honours=_MOST,
         packages=(TRITON,),
-        probe=f"{_TARGETS}:why_not_interpreted",
+        probe="ditattn.ops.triton_targets:why_not_interpreted",
         automatic=False,
     ),
-    *(
-        Implementation(
-            name,
-            f"{_HERE}.ascend:{name.upper()}.run",
-            devices=("npu",),
-            dtypes=HALF,
-            head_dims=_HEAD_DIMS,
-            honours=honours,
-            packages=(TORCH_NPU,) if package is TORCH_NPU else (TORCH_NPU, package),
-            machine=f"{_HERE}.ascend:{name.upper()}.operator.wrong_generation",
-            probe=f"{_HERE}.ascend:{name.upper()}.why_not",
-            limits=f"{_HERE}.ascend:{name.upper()}.limits",
-            orders_tokens=True,
-        )
-        for name, package, honours in _ASCEND
-    ),
+    # true masks per batch element and head first, then index lists, then masks with counts
+    _on_ascend("mask_torch_npu", "ditattn.ops.block_sparse_attention.ascend:MASK_TORCH_NPU", _MASKED),
+    _on_ascend("mask_mindiesd", "ditattn.ops.block_sparse_attention.ascend:MASK_MINDIESD", _MASKED, MINDIESD),
+    _on_ascend("index_attentions", "ditattn.ops.block_sparse_attention.ascend:INDEX_ATTENTIONS", _LISTED, ATTENTIONS),
+    _on_ascend("index_mindiesd", "ditattn.ops.block_sparse_attention.ascend:INDEX_MINDIESD", _LISTED, MINDIESD),
+    _on_ascend("counted_sgl_kernel_npu", "ditattn.ops.block_sparse_attention.ascend:COUNTED_SGL_KERNEL_NPU", _LISTED, SGL_KERNEL_NPU),
+    _on_ascend("counted_attentions", "ditattn.ops.block_sparse_attention.ascend:COUNTED_ATTENTIONS", _LISTED, ATTENTIONS),
+    _on_ascend("counted_mindiesd", "ditattn.ops.block_sparse_attention.ascend:COUNTED_MINDIESD", _LISTED, MINDIESD),
     Implementation(
         "cpu",
-        f"{_HERE}.cpu:run",
+        "ditattn.ops.block_sparse_attention.cpu:run",
         devices=("cpu",),
-        head_dims=_HEAD_DIMS,
+        head_dims=KERNEL_HEAD_DIMS,
         honours=_MOST,
-        probe=f"{_LIBRARY}:problem",
+        probe="ditattn.ops.cpu_library:problem",
         orders_tokens=True,
     ),
     Implementation(
         "cpu_fast_fp32",
-        f"{_HERE}.cpu:run_fast_fp32",
+        "ditattn.ops.block_sparse_attention.cpu:run_fast_fp32",
         devices=("cpu",),
         dtypes=("float32",),
-        head_dims=_HEAD_DIMS,
+        head_dims=KERNEL_HEAD_DIMS,
         honours=_MOST,
-        probe=f"{_LIBRARY}:bf16_problem",
+        probe="ditattn.ops.cpu_library:bf16_problem",
         automatic=False,
         computes_in="bfloat16",
         orders_tokens=True,
     ),
-    Implementation("torch", f"{_HERE}.pure_torch:run", honours=_EVERYTHING, slow_on=("npu",)),
+    Implementation("torch", "ditattn.ops.block_sparse_attention.pure_torch:run", honours=_EVERYTHING, slow_on=("npu",)),
     Implementation(
         "flex",
-        f"{_HERE}.flex:run",
+        "ditattn.ops.block_sparse_attention.flex:run",
         devices=("cuda",),
         honours=_FLEX_HONOURS | {"lse"},
         packages=(TRITON,),
-        probe=f"{_TARGETS}:why_not_cuda",
+        probe="ditattn.ops.triton_targets:why_not_cuda",
         automatic=False,
     ),
     Implementation(
-        "flex", f"{_HERE}.flex:run", devices=("cpu",), honours=_FLEX_HONOURS, probe=f"{_HERE}.flex:why_not_compiled", automatic=False
+        "flex",
+        "ditattn.ops.block_sparse_attention.flex:run",
+        devices=("cpu",),
+        honours=_FLEX_HONOURS,
+        probe="ditattn.ops.block_sparse_attention.flex:why_not_compiled",
+        automatic=False,
     ),
-    Implementation("reference", f"{_HERE}.reference:run", honours=_EVERYTHING, automatic=False),
+    Implementation("reference", "ditattn.ops.block_sparse_attention.reference:run", honours=_EVERYTHING, automatic=False),
 )
 
 
@@ -124,7 +123,7 @@ def block_sparse_attention(
     causal: bool = False,
     key_lengths: Tensor | None = None,
     order: TokenOrder | None = None,
-    implementation: str | None = None,
+    implementation: Names = None,
 ) -> Tensor:
     """Exact attention over the kept blocks of `plan`.
 
@@ -137,7 +136,7 @@ def block_sparse_attention(
         key_lengths: int32 or int64 `[B]` on the tensors' device; only that many leading keys of each batch element are real.
         order: the order of the tokens that the plan and `key_lengths` speak of, where it is not that of the tensors: query, key, value and
             the result stay as they are, and the implementation reads and writes them in this order, or copies them. Needs S = T.
-        implementation: a name from `TABLE`, or several separated by commas in order of preference; None takes the first possible one.
+        implementation: a name from `TABLE`, or several in order of preference; None takes the first possible one.
 
     Returns:
         `[B, S, H, D]`, contiguous, in the query's dtype. Rows that see no key are zero.
@@ -160,7 +159,7 @@ def block_sparse_attention_with_lse(
     causal: bool = False,
     key_lengths: Tensor | None = None,
     order: TokenOrder | None = None,
-    implementation: str | None = None,
+    implementation: Names = None,
 ) -> tuple[Tensor, Tensor]:
     """As `block_sparse_attention`; also the natural log-sum-exp of the scaled scores, fp32 `[B, H, S]`, -inf where no key is seen."""
     return _call(query, key, value, plan, scale, causal, key_lengths, order, True, implementation)
@@ -176,20 +175,32 @@ def _call(
     key_lengths: Tensor | None,
     order: TokenOrder | None,
     return_lse: bool,
-    implementation: str | None,
+    implementation: Names,
 ) -> tuple[Tensor, Tensor]:
     check_qkv(query, key, value, key_lengths)
     _check_plan(query, key, plan)
     forward, inverse = _ordering(query, key, causal, order)
-    # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
-    name = implementation or ""
-    if not torch.compiler.is_compiling():
-        name = choose_to_run(TABLE, _facts(query, key, causal, key_lengths, return_lse, plan.block_size), implementation).name
     scale = checked_scale(scale, query.shape[3])
-    out, lse = _op(
-        query, key, value, plan.indices, plan.counts, plan.block_size, scale, causal, key_lengths, return_lse, name, forward, inverse
-    )
+    names = names_of(implementation)
+    # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
+    if not torch.compiler.is_compiling():
+        call = SparseCall(query, key, value, plan, scale, causal, key_lengths, return_lse, forward, inverse)
+        names = (choose_to_run(TABLE, call.facts(), names).name,)
+    listed = (plan.indices, plan.counts, plan.block_size)
+    out, lse = _op(query, key, value, *listed, scale, causal, key_lengths, return_lse, joined(names), forward, inverse)
     return out, lse
+
+
+def compute(call: SparseCall, row: Implementation) -> tuple[Tensor, Tensor | None]:
+    """The call by a chosen row, unchecked and without an op around it: for code that torch sees as one operation already."""
+    run = load(row)
+    with without_autocast(call.query.device):
+        if call.inverse is None or row.orders_tokens:
+            out, lse = run(call)
+        else:
+            out, lse = run(call.ordered())
+            out, lse = out.index_select(1, call.inverse), (lse.index_select(2, call.inverse) if call.return_lse else None)
+    return out.contiguous(), lse if call.return_lse else None
 
 
 def _ordering(query: Tensor, key: Tensor, causal: bool, order: TokenOrder | None) -> tuple[Tensor | None, Tensor | None]:
@@ -201,11 +212,6 @@ def _ordering(query: Tensor, key: Tensor, causal: bool, order: TokenOrder | None
     order.check_length(key.shape[1])
     order.check_device(query.device)
     return order.forward, order.inverse
-
-
-def _facts(query: Tensor, key: Tensor, causal: bool, key_lengths: Tensor | None, return_lse: bool, block_size: int) -> CallFacts:
-    other = block_size != BLOCK_SIZE
-    return call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, lse=return_lse, other_block_size=other)
 
 
 def _check_plan(query: Tensor, key: Tensor, plan: BlockPlan) -> None:
@@ -236,24 +242,14 @@ def _op(
     causal: bool,
     key_lengths: Tensor | None,
     return_lse: bool,
-    implementation: str,
+    implementations: str,
     order: Tensor | None = None,
     inverse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    facts = _facts(query, key, causal, key_lengths, return_lse, block_size)
-    row = choose_to_run(TABLE, facts, implementation or None)
-    run = load(row)
-    options = (BlockPlan(indices, counts, query.shape[1], key.shape[1], block_size), scale, causal, key_lengths, return_lse)
-    with without_autocast(query.device):
-        if order is None:
-            out, lse = run(query, key, value, *options)
-        elif row.orders_tokens:
-            out, lse = run(query, key, value, *options, order=order, inverse=inverse)
-        else:
-            assert inverse is not None
-            out, lse = run(*(x.index_select(1, order) for x in (query, key, value)), *options)
-            out, lse = out.index_select(1, inverse), (lse.index_select(2, inverse) if return_lse else None)
-    return out.contiguous(), (lse if return_lse else query.new_empty(0, dtype=torch.float32))
+    plan = BlockPlan(indices, counts, query.shape[1], key.shape[1], block_size)
+    call = SparseCall(query, key, value, plan, scale, causal, key_lengths, return_lse, order, inverse)
+    out, lse = compute(call, choose_to_run(TABLE, call.facts(), split(implementations)))
+    return out, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 @_op.register_fake
@@ -268,7 +264,7 @@ def _(
     causal: bool,
     key_lengths: Tensor | None,
     return_lse: bool,
-    implementation: str,
+    implementations: str,
     order: Tensor | None = None,
     inverse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -5,20 +5,18 @@ Written from the operators' documentation and checked against the installed pack
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ditattn.devices.npu import soc_generation
-from ditattn.ops.ascend import Operator, first_of
-from ditattn.ops.block_sparse_attention.ascend_layout import BNSD, TND, Reorder
+from ditattn.ops.ascend import Operator, Provider, first_of
+from ditattn.ops.block_sparse_attention.ascend_layout import BNSD, TND
 from ditattn.ops.block_sparse_attention.ascend_operands import counted_inputs, index_inputs, mask_inputs, mask_lse, output
+from ditattn.ops.calls import SparseCall
 from ditattn.ops.table import CallFacts
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, Package
-from ditattn.plan.block_plan import BlockPlan
 
 # the kernels give each group of query heads a share of 128 rows
 GROUP_ROWS = 128
@@ -27,58 +25,6 @@ FP32_SOFTMAX = 0
 A5_SOFTMAX = 4
 # the only mode of the operator with counts that is compiled for fp16 and bf16; bf16 computes its softmax in fp32 there
 COUNTED_SOFTMAX = 1
-
-
-class Call(NamedTuple):
-    """One call of the op, as the operators know it: never causal."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    plan: BlockPlan
-    scale: float
-    key_lengths: Tensor | None
-    return_lse: bool
-    reorder: Reorder | None
-
-
-@dataclass(frozen=True)
-class Provider(ABC):
-    """One operator of one package."""
-
-    operator: Operator
-
-    def why_not(self) -> str | None:
-        return self.operator.why_not()
-
-    def limits(self, facts: CallFacts) -> str | None:
-        """Why the operator refuses such a call, or None."""
-        return None
-
-    def run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        plan: BlockPlan,
-        scale: float,
-        causal: bool,
-        key_lengths: Tensor | None,
-        return_lse: bool,
-        order: Tensor | None = None,
-        inverse: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The op's contract. `order` and `inverse` are int64 `[S]`, both or neither."""
-        assert not causal
-        reorder = None
-        if order is not None:
-            assert inverse is not None
-            reorder = Reorder(order, inverse)
-        return self.attend(Call(query, key, value, plan, scale, key_lengths, return_lse, reorder))
-
-    @abstractmethod
-    def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        """`[B, S, H, D]`, and the log-sum-exp where it is asked for."""
 
 
 def _group_refusal(facts: CallFacts) -> str | None:
@@ -102,26 +48,25 @@ class Masked(Provider):
             return f"{reason}: load the model in float16, or use mask_mindiesd ({MINDIESD.install})"
         return _group_refusal(facts)
 
-    def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        query, key, plan = call.query, call.key, call.plan
-        inputs = mask_inputs(query, key, call.value, plan, call.key_lengths, call.reorder)
+    def run(self, call: SparseCall) -> tuple[Tensor, Tensor | None]:
+        block_size = call.plan.block_size
+        inputs = mask_inputs(call)
         out, lse = self.operator.load()(
             inputs.query,
             inputs.key,
             inputs.value,
             block_sparse_mask=inputs.mask,
-            block_shape=[plan.block_size, plan.block_size],
+            block_shape=[block_size, block_size],
             q_input_layout=inputs.layout,
             kv_input_layout=inputs.layout,
-            num_key_value_heads=key.shape[2],
+            num_key_value_heads=call.key.shape[2],
             scale_value=call.scale,
             inner_precise=inner_precise(soc_generation()),
             actual_seq_lengths=inputs.query_lengths,
             actual_seq_lengths_kv=inputs.key_lengths,
             softmax_lse_flag=int(call.return_lse),
         )
-        out = output(out, inputs.layout, query, inputs.empty, plan.block_size, call.reorder)
-        return out, mask_lse(lse, query, inputs, plan.block_size, call.reorder) if call.return_lse else None
+        return output(out, inputs.layout, call, inputs.empty), mask_lse(lse, call, inputs) if call.return_lse else None
 
 
 @dataclass(frozen=True)
@@ -131,35 +76,35 @@ class Indexed(Provider):
     def limits(self, facts: CallFacts) -> str | None:
         return _group_refusal(facts)
 
-    def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        query, key, plan = call.query, call.key, call.plan
-        inputs = index_inputs(query, key, call.value, plan, call.reorder)
+    def run(self, call: SparseCall) -> tuple[Tensor, Tensor | None]:
+        block_size = call.plan.block_size
+        inputs = index_inputs(call)
         out, _ = self.operator.load()(
             inputs.query,
             inputs.key,
             inputs.value,
             inputs.indices,
             inputs.counts,
-            [plan.block_size, plan.block_size],
+            [block_size, block_size],
             actual_seq_qlen=inputs.query_lengths,
             actual_seq_kvlen=inputs.key_lengths,
             q_input_layout=TND,
             kv_input_layout=TND,
-            head_num=key.shape[2],
+            head_num=call.key.shape[2],
             mask_type=0,
             scale=call.scale,
             inner_precise=FP32_SOFTMAX,
         )
-        return output(out, TND, query, inputs.empty, plan.block_size, call.reorder), None
+        return output(out, TND, call, inputs.empty), None
 
 
 @dataclass(frozen=True)
 class Counted(Provider):
     """Ada block-sparse attention. float16 computes its softmax in fp16 here."""
 
-    def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        query, key, plan = call.query, call.key, call.plan
-        inputs = counted_inputs(query, key, call.value, plan, call.reorder)
+    def run(self, call: SparseCall) -> tuple[Tensor, Tensor | None]:
+        block_size = call.plan.block_size
+        inputs = counted_inputs(call)
         result = self.operator.load()(
             inputs.query,
             inputs.key,
@@ -167,14 +112,14 @@ class Counted(Provider):
             inputs.mask,
             inputs.counts,
             input_layout=BNSD,
-            sparse_size=plan.block_size,
-            num_heads=query.shape[2],
-            num_key_value_heads=key.shape[2],
+            sparse_size=block_size,
+            num_heads=call.query.shape[2],
+            num_key_value_heads=call.key.shape[2],
             scale_value=call.scale,
             causal=False,
             inner_precise=COUNTED_SOFTMAX,
         )
-        return output(first_of(result), BNSD, query, inputs.empty, plan.block_size, call.reorder), None
+        return output(first_of(result), BNSD, call, inputs.empty), None
 
 
 def _masked(package: Package, namespace: str, name: str) -> Masked:

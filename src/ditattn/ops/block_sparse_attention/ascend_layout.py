@@ -6,8 +6,6 @@ list of row numbers does both, and the operator that gathers reads and writes co
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -15,19 +13,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ditattn.ops.ascend import to_heads_first
 
-__all__ = ["BNSD", "TND", "Reorder", "arranged", "restored"]
+__all__ = ["BNSD", "TND", "arranged", "restored"]
 
 TND, BNSD = "TND", "BNSD"
 
 # order or inverse -> {(batch, heads, from heads first): row numbers}; goes when the order goes
 _rows_of = WeakIdKeyDictionary()
-
-
-class Reorder(NamedTuple):
-    """The order of the operands, where it is not that of the tensors: int64 `[S]`, position i holds token `forward[i]`, and its inverse."""
-
-    forward: Tensor
-    inverse: Tensor
 
 
 def arranged(x: Tensor, layout: str, head_dim: int, order: Tensor | None) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ditattn.ops.ascend import padded_head_dim
-from ditattn.ops.block_sparse_attention.ascend_layout import BNSD, TND, Reorder, arranged, restored
+from ditattn.ops.block_sparse_attention.ascend_layout import BNSD, TND, arranged, restored
+from ditattn.ops.calls import SparseCall
 from ditattn.plan.block_plan import BlockPlan
 
 # the mask of the operator with counts: one row must fill whole 32-byte units
@@ -32,10 +33,10 @@ def cleared(out: Tensor, layout: str, empty: Tensor, length: int, block_size: in
     return out.masked_fill_((rows.transpose(1, 2).flatten(0, 1) if layout == TND else rows).unsqueeze(-1), 0)
 
 
-def output(out: Tensor, layout: str, query: Tensor, empty: Tensor, block_size: int, order: Reorder | None) -> Tensor:
+def output(out: Tensor, layout: str, call: SparseCall, empty: Tensor) -> Tensor:
     """An operator's output in `layout` -> `[B, S, H, D]` in the order of the query, with zeros in the tokens of empty rows."""
-    out = cleared(out, layout, empty, query.shape[1], block_size)
-    return restored(out, layout, query, None if order is None else order.inverse)
+    out = cleared(out, layout, empty, call.query.shape[1], call.plan.block_size)
+    return restored(out, layout, call.query, call.inverse)
 
 
 def _of_tokens(rows: Tensor, length: int, block_size: int) -> Tensor:
@@ -60,27 +61,25 @@ class MaskInputs(NamedTuple):
     empty: Tensor
 
 
-def mask_inputs(
-    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, key_lengths: Tensor | None = None, order: Reorder | None = None
-) -> MaskInputs:
-    """`[B, S, H, D]` -> operands. Waits for the device only to read `key_lengths`."""
-    batch, length, heads, _ = query.shape
-    keep = plan.to_mask().expand(batch, heads, -1, -1)
-    lengths = [key.shape[1]] * batch
-    if key_lengths is not None:
-        start = torch.arange(keep.shape[-1], device=keep.device) * plan.block_size
-        keep = keep & (start < key_lengths.view(-1, 1, 1, 1))
-        lengths = [min(max(int(n), 1), key.shape[1]) for n in key_lengths.tolist()]
+def mask_inputs(call: SparseCall) -> MaskInputs:
+    """The call's operands. Waits for the device only to read `key_lengths`."""
+    batch, length, heads, _ = call.query.shape
+    keep = call.plan.to_mask().expand(batch, heads, -1, -1)
+    lengths = [call.key.shape[1]] * batch
+    if call.key_lengths is not None:
+        start = torch.arange(keep.shape[-1], device=keep.device) * call.plan.block_size
+        keep = keep & (start < call.key_lengths.view(-1, 1, 1, 1))
+        lengths = [min(max(int(n), 1), call.key.shape[1]) for n in call.key_lengths.tolist()]
     empty = ~keep.any(-1)
     mask = _with_first(keep, empty).to(torch.int8)
-    layout = TND if key_lengths is None else BNSD
-    q, k, v = _operands((query, key, value), layout, order)
+    layout = TND if call.key_lengths is None else BNSD
+    q, k, v = _operands((call.query, call.key, call.value), layout, call.order)
     return MaskInputs(q, k, v, mask, layout, [length] * batch, lengths, empty)
 
 
-def _operands(tensors: tuple[Tensor, ...], layout: str, order: Reorder | None) -> Iterator[Tensor]:
+def _operands(tensors: tuple[Tensor, ...], layout: str, order: Tensor | None) -> Iterator[Tensor]:
     """Query, key and value in `layout` and order, with a head size that the operators take."""
-    return (arranged(x, layout, padded_head_dim(x.shape[3]), None if order is None else order.forward) for x in tensors)
+    return (arranged(x, layout, padded_head_dim(x.shape[3]), order) for x in tensors)
 
 
 def _with_first(keep: Tensor, empty: Tensor) -> Tensor:
@@ -88,12 +87,12 @@ def _with_first(keep: Tensor, empty: Tensor) -> Tensor:
     return keep | (empty.unsqueeze(-1) & (torch.arange(keep.shape[-1], device=keep.device) == 0))
 
 
-def mask_lse(lse: Tensor, query: Tensor, inputs: MaskInputs, block_size: int, order: Reorder | None) -> Tensor:
+def mask_lse(lse: Tensor, call: SparseCall, inputs: MaskInputs) -> Tensor:
     """The operator's log-sum-exp -> fp32 `[B, H, S]` in the order of the query, -inf in the tokens of empty rows."""
-    batch, length, heads, _ = query.shape
+    batch, length, heads, _ = call.query.shape
     lse = lse.view(batch, length, heads).transpose(1, 2) if inputs.layout == TND else lse.view(batch, heads, length)
-    lse = lse.float().masked_fill(_of_tokens(inputs.empty, length, block_size), -torch.inf)
-    return lse if order is None else lse.index_select(2, order.inverse)
+    lse = lse.float().masked_fill(_of_tokens(inputs.empty, length, call.plan.block_size), -torch.inf)
+    return lse if call.inverse is None else lse.index_select(2, call.inverse)
 
 
 class IndexInputs(NamedTuple):
@@ -113,15 +112,16 @@ class IndexInputs(NamedTuple):
     empty: Tensor
 
 
-def index_inputs(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, order: Reorder | None = None) -> IndexInputs:
-    """`[B, S, H, D]` -> operands, without waiting for the device. The rows of every batch element are listed, one element after another."""
-    batch, length, heads, _ = query.shape
+def index_inputs(call: SparseCall) -> IndexInputs:
+    """The call's operands, without waiting for the device. The rows of every batch element are listed, one element after another."""
+    plan = call.plan
+    batch, length, heads, _ = call.query.shape
     indices = pad(plan.indices.long(), (0, plan.num_key_blocks - plan.indices.shape[-1]), value=-1).expand(batch, heads, -1, -1)
     empty = empty_rows(plan, batch, heads)
     first = torch.arange(plan.num_key_blocks, device=indices.device) == 0
     indices = torch.where(empty.unsqueeze(-1) & first, 0, indices)
     counts = plan.counts.long().expand(batch, heads, -1).clamp(min=1)
-    q, k, v = _operands((query, key, value), TND, order)
+    q, k, v = _operands((call.query, call.key, call.value), TND, call.order)
     return IndexInputs(
         q,
         k,
@@ -129,7 +129,7 @@ def index_inputs(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, ord
         indices.transpose(1, 2).flatten(0, 1).contiguous(),
         counts.transpose(1, 2).flatten(0, 1).contiguous(),
         [length] * batch,
-        [key.shape[1]] * batch,
+        [call.key.shape[1]] * batch,
         empty,
     )
 
@@ -149,11 +149,11 @@ class CountedInputs(NamedTuple):
     empty: Tensor
 
 
-def counted_inputs(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, order: Reorder | None = None) -> CountedInputs:
-    """`[B, S, H, D]` -> operands, without waiting for the device."""
-    batch, _, heads, _ = query.shape
-    empty = empty_rows(plan, batch, heads)
-    mask = _with_first(plan.to_mask().expand(batch, heads, -1, -1), empty).to(torch.int8)
+def counted_inputs(call: SparseCall) -> CountedInputs:
+    """The call's operands, without waiting for the device."""
+    batch, _, heads, _ = call.query.shape
+    empty = empty_rows(call.plan, batch, heads)
+    mask = _with_first(call.plan.to_mask().expand(batch, heads, -1, -1), empty).to(torch.int8)
     mask = pad(mask, (0, -mask.shape[-1] % COUNTED_MASK_COLUMNS))
-    q, k, v = _operands((query, key, value), BNSD, order)
+    q, k, v = _operands((call.query, call.key, call.value), BNSD, call.order)
     return CountedInputs(q, k, v, mask, mask.sum(-1, dtype=torch.int32), empty)

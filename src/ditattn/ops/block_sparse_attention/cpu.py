@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 
 from ditattn.ops import cpu_call
-from ditattn.plan.block_plan import BlockPlan
+from ditattn.ops.calls import SparseCall
 
 
-def run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: BlockPlan,
-    scale: float,
-    causal: bool,
-    key_lengths: Tensor | None,
-    return_lse: bool,
-    order: Tensor | None = None,
-    inverse: Tensor | None = None,
-    *,
-    fast_fp32: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    return cpu_call.attention(query, key, value, plan, scale, causal, key_lengths, return_lse=return_lse, fast_fp32=fast_fp32, order=order)
+def run(call: SparseCall) -> tuple[Tensor, Tensor | None]:
+    return cpu_call.attention(call)
 
 
-run_fast_fp32 = partial(run, fast_fp32=True)
-"""As `run`, multiplying fp32 tensors as bf16."""
+def run_fast_fp32(call: SparseCall) -> tuple[Tensor, Tensor | None]:
+    """As `run`, multiplying fp32 tensors as bf16."""
+    return cpu_call.attention(call, fast_fp32=True)

@@ -15,22 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditattn.ops.calls import SparseCall
 from ditattn.plan.block_plan import BlockPlan
 
 __all__ = ["block_mask", "run", "why_not_compiled"]
 
 
-def run(
-    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float, causal: bool, key_lengths: Tensor | None, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    assert not causal
-    assert key_lengths is None
+def run(call: SparseCall) -> tuple[Tensor, Tensor | None]:
+    assert not call.causal
+    assert call.key_lengths is None
     # FlexAttention takes [B, H, S, D] and, on the CPU, no strided last axis
-    q, k, v = ((x if x.stride(3) == 1 else x.contiguous()).transpose(1, 2) for x in (query, key, value))
-    result = _compiled()(
-        q, k, v, block_mask=block_mask(plan), scale=scale, enable_gqa=query.shape[2] != key.shape[2], return_lse=return_lse
-    )
-    out, lse = result if return_lse else (result, None)
+    q, k, v = ((x if x.stride(3) == 1 else x.contiguous()).transpose(1, 2) for x in (call.query, call.key, call.value))
+    options = {"scale": call.scale, "enable_gqa": q.shape[1] != k.shape[1], "return_lse": call.return_lse}
+    result = _compiled()(q, k, v, block_mask=block_mask(call.plan), **options)
+    out, lse = result if call.return_lse else (result, None)
     return out.transpose(1, 2), lse
 
 

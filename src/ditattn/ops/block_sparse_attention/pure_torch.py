@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ditattn.plan.block_plan import BlockPlan
+from ditattn.ops.calls import SparseCall
 
 # 32 MiB of gathered keys and values: large enough to amortise the calls, small enough to stay near the caches
 CHUNK_BYTES = 32 * 2**20
@@ -29,12 +29,11 @@ class Shape(NamedTuple):
     diagonal: bool
 
 
-def run(
-    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float, causal: bool, key_lengths: Tensor | None, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+def run(call: SparseCall) -> tuple[Tensor, Tensor | None]:
+    query, key, value, plan, return_lse = call.query, call.key, call.value, call.plan, call.return_lse
     batch, length, heads, _ = query.shape
     group = heads // key.shape[2]
-    shapes = _row_shapes(plan, batch, causal, key_lengths)
+    shapes = _row_shapes(call)
     out = query.new_empty(query.shape)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32) if return_lse else None
     for b in range(batch):
@@ -48,7 +47,7 @@ def run(
                     values,
                     plan.indices[plan_b, plan_h],
                     shapes[b][plan_h],
-                    scale,
+                    call.scale,
                     return_lse,
                 )
                 out[b, :, h] = head_out.flatten(0, 1)[:length]
@@ -66,20 +65,22 @@ def _blocks(x: Tensor, block_size: int) -> Tensor:
     return padded.view(rows, block_size, dim)
 
 
-def _row_shapes(plan: BlockPlan, batch: int, causal: bool, key_lengths: Tensor | None) -> list[list[dict[Shape, list[int]]]]:
+def _row_shapes(call: SparseCall) -> list[list[dict[Shape, list[int]]]]:
     """Rows grouped by shape, for each batch element and each head of the plan. One transfer to the host."""
-    limit = (
-        torch.full((batch,), plan.key_length, device=plan.indices.device) if key_lengths is None else key_lengths.clamp(max=plan.key_length)
-    )
+    plan, batch = call.plan, call.query.shape[0]
+    if call.key_lengths is None:
+        limit = torch.full((batch,), plan.key_length, device=plan.indices.device)
+    else:
+        limit = call.key_lengths.clamp(max=plan.key_length)
     starts = plan.indices.long() * plan.block_size
     row = torch.arange(plan.num_query_blocks, device=starts.device).view(-1, 1)
     usable = (plan.indices >= 0) & (starts < limit.view(-1, 1, 1, 1))
-    if causal:
+    if call.causal:
         usable &= plan.indices <= row
     counts = usable.sum(-1)
     last_start = starts.expand(batch, -1, -1, -1).gather(-1, (counts - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
     last_tokens = (limit.view(-1, 1, 1) - last_start).clamp(max=plan.block_size)
-    diagonal = (last_start == row.squeeze(-1) * plan.block_size) & causal
+    diagonal = (last_start == row.squeeze(-1) * plan.block_size) & call.causal
     table = torch.stack([counts, last_tokens, diagonal.long()], dim=-1).tolist()
     return [[_grouped(head) for head in element] for element in table]
 

@@ -10,6 +10,7 @@ This module imports triton; it is loaded when its row of the table is taken.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -18,7 +19,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ditattn.ops.block_sparse_attention.tiles import INTERPRETER, Tiles, tiles_for
-from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
+from ditattn.ops.calls import SparseCall
+from ditattn.plan.block_plan import BLOCK_SIZE
 
 __all__ = ["attend_kernel", "run", "start_order"]
 
@@ -27,10 +29,9 @@ LOG2_E = math.log2(math.e)
 DESCRIPTOR_ALIGNMENT_BYTES = 16
 
 
-def run(
-    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, scale: float, causal: bool, key_lengths: Tensor | None, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    assert plan.block_size == BLOCK_SIZE
+def run(call: SparseCall) -> tuple[Tensor, Tensor | None]:
+    assert call.plan.block_size == BLOCK_SIZE
+    query, key, value = call.query, call.key, call.value
     dtype = query.dtype
     if query.device.type == "cuda":
         tiles = tiles_for(_capability(query.device), query.shape[3])
@@ -40,25 +41,16 @@ def run(
             # the interpreter keeps bf16 as integers and would multiply those
             query, key, value = query.float(), key.float(), value.float()
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
-    out, lse = launch(query, key, value, plan, scale, causal, key_lengths, return_lse, tiles)
+    out, lse = launch(replace(call, query=query, key=key, value=value), tiles)
     return out.to(dtype), lse
 
 
-def launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: BlockPlan,
-    scale: float,
-    causal: bool,
-    key_lengths: Tensor | None,
-    return_lse: bool,
-    tiles: Tiles,
-) -> tuple[Tensor, Tensor | None]:
+def launch(call: SparseCall, tiles: Tiles) -> tuple[Tensor, Tensor | None]:
     """`run` with given tiles, for tensors whose last axis is contiguous."""
+    query, key, value, plan = call.query, call.key, call.value, call.plan
     batch, length, heads, dim = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device) if return_lse else None
+    lse = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device) if call.return_lse else None
     descriptors = tiles.descriptors and _aligned(key) and _aligned(value)
     block_shape = [1, tiles.keys, 1, triton.next_power_of_2(dim)]
     rows = plan.num_query_blocks
@@ -73,9 +65,9 @@ def launch(
             lse,
             plan.indices.contiguous(),
             plan.counts.contiguous(),
-            start_order(plan.counts, batch, heads, causal),
+            start_order(plan.counts, batch, heads, call.causal),
             # the kernel counts in elements: expanded lengths and columns of a table have other strides
-            None if key_lengths is None else key_lengths.contiguous(),
+            None if call.key_lengths is None else call.key_lengths.contiguous(),
             *query.stride()[:3],
             *key.stride()[:3],
             *value.stride()[:3],
@@ -86,14 +78,14 @@ def launch(
             key.shape[1],
             heads,
             heads // key.shape[2],
-            abs(scale) * LOG2_E,
+            abs(call.scale) * LOG2_E,
             HEAD_DIM=dim,
             PADDED_DIM=triton.next_power_of_2(dim),
             BLOCK=plan.block_size,
             STEP=tiles.keys,
-            CAUSAL=causal,
+            CAUSAL=call.causal,
             DESCRIPTORS=descriptors,
-            NEGATIVE=scale < 0,
+            NEGATIVE=call.scale < 0,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )

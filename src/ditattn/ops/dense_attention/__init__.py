@@ -10,82 +10,93 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ditattn.ops.contract import call_facts, check_qkv, checked_scale, without_autocast
-from ditattn.ops.table import HALF, Implementation, choose, load
-from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU
+from ditattn.ops.calls import DenseCall
+from ditattn.ops.contract import check_qkv, checked_scale, joined, split, without_autocast
+from ditattn.ops.table import FLOATS, HALF, KERNEL_HEAD_DIMS, Implementation, Names, choose, load, names_of
+from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, Package
 
-__all__ = ["LASER_NAMES", "TABLE", "dense_attention"]
+__all__ = ["LASER_NAMES", "TABLE", "compute", "dense_attention"]
 
-_HERE = "ditattn.ops.dense_attention"
 _SDPA_HONOURS = frozenset({"causal", "key_lengths", "attn_mask", "gqa", "unequal_lengths"})
 _CPU_HONOURS = frozenset({"causal", "key_lengths", "gqa", "unequal_lengths"})
-_LIBRARY = "ditattn.ops.cpu_library"
-_HEAD_DIMS = (32, 64, 96, 128)
 _FLASH_HONOURS = frozenset({"causal", "gqa", "unequal_lengths"})
 
 # the packages that bring Ascend's Laser operator, in order of preference
 LASER_NAMES = ("laser_sgl_kernel_npu", "laser_attentions", "laser_mindiesd")
 
+
+def _laser(name: str, provider: str, package: Package) -> Implementation:
+    return Implementation(
+        name,
+        provider,
+        devices=("npu",),
+        dtypes=HALF,
+        head_dims=KERNEL_HEAD_DIMS,
+        honours=frozenset({"gqa"}),
+        packages=(TORCH_NPU, package),
+        automatic=False,
+        provider=True,
+    )
+
+
+def _flash(device: str, dtypes: tuple[str, ...]) -> Implementation:
+    return Implementation(
+        "flash",
+        "ditattn.ops.dense_attention.pure_torch:run_flash",
+        devices=(device,),
+        dtypes=dtypes,
+        honours=_FLASH_HONOURS,
+        automatic=False,
+    )
+
+
 TABLE: tuple[Implementation, ...] = (
     Implementation(
         "cudnn",
-        f"{_HERE}.pure_torch:run_cudnn",
+        "ditattn.ops.dense_attention.pure_torch:run_cudnn",
         devices=("cuda",),
         dtypes=HALF,
-        head_dims=(32, 64, 96, 128),
+        head_dims=KERNEL_HEAD_DIMS,
         honours=frozenset({"unequal_lengths"}),
-        probe=f"{_HERE}.pure_torch:why_not_cudnn",
+        probe="ditattn.ops.dense_attention.pure_torch:why_not_cudnn",
     ),
     Implementation(
         "cpu",
-        f"{_HERE}.cpu:run",
+        "ditattn.ops.dense_attention.cpu:run",
         devices=("cpu",),
-        head_dims=_HEAD_DIMS,
+        head_dims=KERNEL_HEAD_DIMS,
         honours=_CPU_HONOURS,
-        probe=f"{_LIBRARY}:problem",
+        probe="ditattn.ops.cpu_library:problem",
         # where the CPU has matrix instructions that a kernel does not use as well, torch may be faster
         preference="ditattn.ops.preference:dense_on_cpu",
     ),
     Implementation(
         "cpu_fast_fp32",
-        f"{_HERE}.cpu:run_fast_fp32",
+        "ditattn.ops.dense_attention.cpu:run_fast_fp32",
         devices=("cpu",),
         dtypes=("float32",),
-        head_dims=_HEAD_DIMS,
+        head_dims=KERNEL_HEAD_DIMS,
         honours=_CPU_HONOURS,
-        probe=f"{_LIBRARY}:bf16_problem",
+        probe="ditattn.ops.cpu_library:bf16_problem",
         automatic=False,
         computes_in="bfloat16",
     ),
-    Implementation("torch", f"{_HERE}.pure_torch:run", honours=_SDPA_HONOURS),
-    Implementation("flash", f"{_HERE}.pure_torch:run_flash", devices=("cpu",), honours=_FLASH_HONOURS, automatic=False),
-    Implementation("flash", f"{_HERE}.pure_torch:run_flash", devices=("cuda",), dtypes=HALF, honours=_FLASH_HONOURS, automatic=False),
+    Implementation("torch", "ditattn.ops.dense_attention.pure_torch:run", honours=_SDPA_HONOURS),
+    _flash("cpu", FLOATS),
+    _flash("cuda", HALF),
     Implementation(
         "flash",
-        f"{_HERE}.ascend:run_fused",
+        "ditattn.ops.dense_attention.ascend:run_fused",
         devices=("npu",),
         dtypes=HALF,
         honours=frozenset({"gqa", "unequal_lengths"}),
         packages=(TORCH_NPU,),
         automatic=False,
     ),
-    *(
-        Implementation(
-            name,
-            f"{_HERE}.ascend:{name.upper()}.run",
-            devices=("npu",),
-            dtypes=HALF,
-            head_dims=(32, 64, 96, 128),
-            honours=frozenset({"gqa"}),
-            packages=(TORCH_NPU, package),
-            machine=f"{_HERE}.ascend:{name.upper()}.operator.wrong_generation",
-            probe=f"{_HERE}.ascend:{name.upper()}.why_not",
-            limits=f"{_HERE}.ascend:{name.upper()}.limits",
-            automatic=False,
-        )
-        for name, package in zip(LASER_NAMES, (SGL_KERNEL_NPU, ATTENTIONS, MINDIESD), strict=True)
-    ),
-    Implementation("reference", f"{_HERE}.reference:run", honours=_SDPA_HONOURS, automatic=False),
+    _laser("laser_sgl_kernel_npu", "ditattn.ops.dense_attention.ascend:LASER_SGL_KERNEL_NPU", SGL_KERNEL_NPU),
+    _laser("laser_attentions", "ditattn.ops.dense_attention.ascend:LASER_ATTENTIONS", ATTENTIONS),
+    _laser("laser_mindiesd", "ditattn.ops.dense_attention.ascend:LASER_MINDIESD", MINDIESD),
+    Implementation("reference", "ditattn.ops.dense_attention.reference:run", honours=_SDPA_HONOURS, automatic=False),
 )
 
 
@@ -98,7 +109,7 @@ def dense_attention(
     causal: bool = False,
     key_lengths: Tensor | None = None,
     attn_mask: Tensor | None = None,
-    implementation: str | None = None,
+    implementation: Names = None,
 ) -> Tensor:
     """Exact attention over every key.
 
@@ -110,7 +121,7 @@ def dense_attention(
         key_lengths: int32 or int64 `[B]` on the tensors' device; only that many leading keys of each batch element are real. Length 0
             yields zeros.
         attn_mask: bool (True is kept) or additive, broadcastable to `[B, H, S, T]`.
-        implementation: a name from `TABLE`, or several separated by commas in order of preference; None takes the first possible one.
+        implementation: a name from `TABLE`, or several in order of preference; None takes the first possible one.
 
     Returns:
         `[B, S, H, D]`, contiguous, in the query's dtype.
@@ -120,14 +131,21 @@ def dense_attention(
         BackendUnavailable: the named implementation cannot run here.
     """
     check_qkv(query, key, value, key_lengths)
-    # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
-    name = implementation or ""
-    if not torch.compiler.is_compiling():
-        facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, attn_mask=attn_mask is not None)
-        name = choose(TABLE, facts, implementation).name
     scale = checked_scale(scale, query.shape[3])
-    out: Tensor = _op(query, key, value, scale, causal, key_lengths, attn_mask, name)
+    names = names_of(implementation)
+    # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
+    if not torch.compiler.is_compiling():
+        call = DenseCall(query, key, value, scale, causal, key_lengths, attn_mask)
+        names = (choose(TABLE, call.facts(), names).name,)
+    out: Tensor = _op(query, key, value, scale, causal, key_lengths, attn_mask, joined(names))
     return out
+
+
+def compute(call: DenseCall, row: Implementation) -> Tensor:
+    """The call by a chosen row, unchecked and without an op around it: for code that torch sees as one operation already."""
+    with without_autocast(call.query.device):
+        out: Tensor = load(row)(call)
+    return out.contiguous()
 
 
 @torch.library.custom_op("ditattn::dense_attention", mutates_args=())
@@ -139,13 +157,10 @@ def _op(
     causal: bool,
     key_lengths: Tensor | None,
     attn_mask: Tensor | None,
-    implementation: str,
+    implementations: str,
 ) -> Tensor:
-    facts = call_facts(query, key, causal=causal, key_lengths=key_lengths is not None, attn_mask=attn_mask is not None)
-    run = load(choose(TABLE, facts, implementation or None))
-    with without_autocast(query.device):
-        out: Tensor = run(query, key, value, scale, causal, key_lengths, attn_mask)
-    return out.contiguous()
+    call = DenseCall(query, key, value, scale, causal, key_lengths, attn_mask)
+    return compute(call, choose(TABLE, call.facts(), split(implementations)))
 
 
 @_op.register_fake
@@ -157,6 +172,6 @@ def _(
     causal: bool,
     key_lengths: Tensor | None,
     attn_mask: Tensor | None,
-    implementation: str,
+    implementations: str,
 ) -> Tensor:
     return query.new_empty(query.shape)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ditattn.ops.ascend import Operator, to_heads_first
+from ditattn.ops.ascend import Operator, Provider, to_heads_first
+from ditattn.ops.calls import DenseCall
 from ditattn.ops.table import CallFacts
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, Package
 
@@ -40,36 +41,29 @@ class LaserInputs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Laser:
+class Laser(Provider):
     """One package's Laser operator. All of them have the same signature."""
-
-    operator: Operator
-
-    def why_not(self) -> str | None:
-        return self.operator.why_not()
 
     def limits(self, facts: CallFacts) -> str | None:
         if facts.num_keys is not None and facts.num_keys > LASER_MAX_TOKENS:
             return f"Laser takes up to {LASER_MAX_TOKENS} tokens, not {facts.num_keys}"
         return None
 
-    def run(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, key_lengths: Tensor | None, attn_mask: Tensor | None
-    ) -> Tensor:
-        inputs = _la_preprocess_input(query, key, value, scale)
+    def run(self, call: DenseCall) -> Tensor:
+        inputs = _la_preprocess_input(call)
         _, out = self.operator.load()(
             inputs.query,
             inputs.key,
             inputs.value,
             scale_value=inputs.scale,
-            head_num=query.shape[2],
+            head_num=call.query.shape[2],
             input_layout="BNSD",
             keep_prob=1.0,
             pre_tokens=inputs.pre_tokens,
             next_tokens=1,
             is_highPrecision=True,
         )
-        return _la_postprocess_output(out, query)
+        return _la_postprocess_output(out, call.query)
 
 
 def _laser(package: Package, namespace: str, name: str) -> Laser:
@@ -82,13 +76,12 @@ LASER_ATTENTIONS = _laser(ATTENTIONS, "attentions", "la")
 LASER_MINDIESD = _laser(MINDIESD, "mindiesd", "la")
 
 
-def _la_preprocess_input(query: Tensor, key: Tensor, value: Tensor, scale: float) -> LaserInputs:
-    """`[B, S, H, D]` tensors of equal length -> what the operator takes."""
-    length = query.shape[1]
-    padding = -length % LASER_LENGTH_MULTIPLE
-    divisor = LASER_BF16_DIVISOR if query.dtype == torch.bfloat16 else 1.0
-    q, k, v = (_to_laser(x, padding, divisor) for x in (query, key, value))
-    return LaserInputs(q, k, v, scale * divisor * divisor, padding or LASER_NO_PADDING)
+def _la_preprocess_input(call: DenseCall) -> LaserInputs:
+    """A call with as many queries as keys -> what the operator takes."""
+    padding = -call.query.shape[1] % LASER_LENGTH_MULTIPLE
+    divisor = LASER_BF16_DIVISOR if call.query.dtype == torch.bfloat16 else 1.0
+    q, k, v = (_to_laser(x, padding, divisor) for x in (call.query, call.key, call.value))
+    return LaserInputs(q, k, v, call.scale * divisor * divisor, padding or LASER_NO_PADDING)
 
 
 def _to_laser(x: Tensor, padding: int, divisor: float) -> Tensor:
@@ -103,17 +96,15 @@ def _la_postprocess_output(out: Tensor, query: Tensor) -> Tensor:
     return (out if divisor == 1 else out * divisor).to(query.dtype)
 
 
-def run_fused(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, key_lengths: Tensor | None, attn_mask: Tensor | None
-) -> Tensor:
+def run_fused(call: DenseCall) -> Tensor:
     torch_npu = importlib.import_module("torch_npu")
     out: Tensor = torch_npu.npu_fused_infer_attention_score(
-        query.contiguous(),
-        key.contiguous(),
-        value.contiguous(),
-        num_heads=query.shape[2],
-        num_key_value_heads=key.shape[2],
-        scale=scale,
+        call.query.contiguous(),
+        call.key.contiguous(),
+        call.value.contiguous(),
+        num_heads=call.query.shape[2],
+        num_key_value_heads=call.key.shape[2],
+        scale=call.scale,
         input_layout="BSND",
     )[0]
     return out

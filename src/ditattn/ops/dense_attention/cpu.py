@@ -5,18 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from ditattn.ops import cpu_call
+from ditattn.ops.calls import DenseCall
 
 
-def run(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, key_lengths: Tensor | None, attn_mask: Tensor | None
-) -> Tensor:
-    assert attn_mask is None, "the table refuses calls with a mask"
-    return cpu_call.attention(query, key, value, None, scale, causal, key_lengths)[0]
+def run(call: DenseCall) -> Tensor:
+    assert call.attn_mask is None, "the table refuses calls with a mask"
+    return cpu_call.attention(call)[0]
 
 
-def run_fast_fp32(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, key_lengths: Tensor | None, attn_mask: Tensor | None
-) -> Tensor:
+def run_fast_fp32(call: DenseCall) -> Tensor:
     """As `run`, multiplying fp32 tensors as bf16."""
-    assert attn_mask is None, "the table refuses calls with a mask"
-    return cpu_call.attention(query, key, value, None, scale, causal, key_lengths, fast_fp32=True)[0]
+    assert call.attn_mask is None, "the table refuses calls with a mask"
+    return cpu_call.attention(call, fast_fp32=True)[0]

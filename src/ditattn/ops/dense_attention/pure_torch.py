@@ -7,34 +7,29 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from ditattn.ops.calls import DenseCall
+
 CUDNN_MAJORS = (9, 10)
 
 
-def run(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, key_lengths: Tensor | None, attn_mask: Tensor | None
-) -> Tensor:
-    mask = _merged_mask(query, key, causal, key_lengths, attn_mask)
-    out = _sdpa(query, key, value, scale, causal and mask is None, mask)
-    if key_lengths is None:
+def run(call: DenseCall) -> Tensor:
+    out = _sdpa(call, _merged_mask(call))
+    if call.key_lengths is None:
         return out
     # SDPA leaves a row without keys undefined; the contract says zeros
-    return torch.where(key_lengths.view(-1, 1, 1, 1) > 0, out, 0)
+    return torch.where(call.key_lengths.view(-1, 1, 1, 1) > 0, out, 0)
 
 
-def run_flash(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, key_lengths: Tensor | None, attn_mask: Tensor | None
-) -> Tensor:
+def run_flash(call: DenseCall) -> Tensor:
     """As `run`, with only torch's own FlashAttention kernel allowed: it raises instead of falling back."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return _sdpa(query, key, value, scale, causal, None)
+        return _sdpa(call)
 
 
-def run_cudnn(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, key_lengths: Tensor | None, attn_mask: Tensor | None
-) -> Tensor:
+def run_cudnn(call: DenseCall) -> Tensor:
     """As `run`, with only cuDNN's kernel allowed: it raises instead of falling back."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return _sdpa(query, key, value, scale, causal, None)
+        return _sdpa(call)
 
 
 def why_not_cudnn() -> str | None:
@@ -48,30 +43,33 @@ def why_not_cudnn() -> str | None:
         return f"cuDNN's attention pays on Hopper and data-centre Blackwell (compute capability 9 and 10), this GPU has {major}.{minor}"
     try:
         sample = torch.zeros(1, 128, 1, 128, dtype=torch.bfloat16, device="cuda")
-        run_cudnn(sample, sample, sample, 1.0, False, None, None)
+        run_cudnn(DenseCall(sample, sample, sample, 1.0))
     except RuntimeError as error:
         return f"cuDNN refused a small call: {str(error).splitlines()[0]}"
     return None
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
+def _sdpa(call: DenseCall, mask: Tensor | None = None) -> Tensor:
+    """`mask` stands for all that the call hides; without one, SDPA is told whether the call is causal."""
+    query, scale = call.query, call.scale
     if scale <= 0:
         # torch's FlashAttention for the CPU hides keys before it scales: -infinity times such a scale is NaN or +infinity
         query, scale = (-query, -scale) if scale else (query * 0, 1.0)
     # no fused kernel of torch takes a strided last axis
-    q, k, v = ((x if x.stride(3) == 1 else x.contiguous()).transpose(1, 2) for x in (query, key, value))
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=query.shape[2] != key.shape[2])
-    return out.transpose(1, 2)
+    q, k, v = ((x if x.stride(3) == 1 else x.contiguous()).transpose(1, 2) for x in (query, call.key, call.value))
+    options = {"is_causal": call.causal and mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, **options).transpose(1, 2)
 
 
-def _merged_mask(query: Tensor, key: Tensor, causal: bool, key_lengths: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
+def _merged_mask(call: DenseCall) -> Tensor | None:
     """One mask for all three kinds, or None where SDPA needs none. SDPA refuses a mask beside is_causal."""
-    if key_lengths is None and attn_mask is None:
+    query, key, attn_mask = call.query, call.key, call.attn_mask
+    if call.key_lengths is None and attn_mask is None:
         return None
     keep: Tensor | None = None
-    if key_lengths is not None:
-        keep = torch.arange(key.shape[1], device=key.device) < key_lengths.view(-1, 1, 1, 1)
-    if causal:
+    if call.key_lengths is not None:
+        keep = torch.arange(key.shape[1], device=key.device) < call.key_lengths.view(-1, 1, 1, 1)
+    if call.causal:
         triangle = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device).tril()
         keep = triangle if keep is None else keep & triangle
     if attn_mask is None:

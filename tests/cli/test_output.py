@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ditattn.cli.outputs import Outbox, default_name
-from ditattn.cli.settings import read_settings
+from ditattn.cli.output import DraftFiles, default_name
+from ditattn.cli.settings import GenerateSettings, read_settings
 
 PROMPTS = {
     "latin": "a" * 300,
@@ -19,9 +19,9 @@ PROMPTS = {
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
 def test_a_default_name_can_be_written_whatever_the_alphabet(prompt, tmp_path):
     name = "compare_" + default_name(prompt, "")
-    with Outbox() as outbox:
-        outbox.draft(tmp_path / f"{name}.html").write_text("x")
-        outbox.commit()
+    with DraftFiles() as files:
+        files.draft(tmp_path / f"{name}.html").write_text("x")
+        files.commit()
     assert prompt[:20] in name
     assert "\ufffd" not in name
 
@@ -29,6 +29,6 @@ def test_a_default_name_can_be_written_whatever_the_alphabet(prompt, tmp_path):
 def test_a_home_that_no_shell_expanded_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     keys = ("output_path", "perf_dump_path", "image_path")
-    settings = read_settings({"prompt": "a", **{key: f"~/{key}" for key in keys}})
+    settings = read_settings(GenerateSettings, {"prompt": "a", **{key: f"~/{key}" for key in keys}})
     assert [getattr(settings, key) for key in keys] == [f"/home/somebody/{key}" for key in keys]
-    assert read_settings({"prompt": "a"}).image_path is None
+    assert read_settings(GenerateSettings, {"prompt": "a"}).image_path is None

@@ -15,7 +15,7 @@ import numpy as np
 
 from ditattn.errors import ConfigError
 
-__all__ = ["Outbox", "check_file_name", "check_folder", "check_plain_name", "default_name", "numbered", "write_media"]
+__all__ = ["DraftFiles", "check_file_name", "check_folder", "check_plain_name", "default_name", "numbered", "write_media"]
 
 MEDIA = (".mp4", ".png")
 
@@ -78,7 +78,7 @@ def numbered(path: Path, number: int, count: int) -> Path:
     return path if count == 1 else path.with_name(f"{path.stem}-{number + 1}{path.suffix}")
 
 
-class Outbox:
+class DraftFiles:
     """Files are written under hidden names beside their final ones and renamed together by `commit`.
 
     Leaving the block without a commit, for whatever reason, removes them and the folders that were made for them.
@@ -110,7 +110,7 @@ class Outbox:
             place.mkdir(exist_ok=True)
             self._folders.append(place)
 
-    def __enter__(self) -> Outbox:
+    def __enter__(self) -> DraftFiles:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -95,18 +95,20 @@ class RunRecord:
         }
 
     def perf_dump(self) -> dict[str, Any]:
-        """sglang's keys, plus `attention`. Loading the model is no part of the total."""
+        """sglang's keys, plus `attention`. Loading the model is no part of the total.
+
+        There is no `commit_hash`: an installed package does not know it.
+        """
         stages = {**self.times.stages, "write": self.write_ms}
         return {
             "timestamp": _now(),
             "request_id": str(uuid4()),
-            "commit_hash": f"ditattn-{__version__}",
             "tag": "ditattn",
             "total_duration_ms": sum(stages.values()),
             "steps": [{"name": STAGE_NAMES[name], "duration_ms": duration_ms} for name, duration_ms in stages.items()],
             "denoise_steps_ms": [{"step": step, "duration_ms": duration_ms} for step, duration_ms in enumerate(self.times.steps)],
             "memory_checkpoints": {f"after_{STAGE_NAMES[name]}": sizes for name, sizes in self.times.memory.items()},
-            "meta": {"prompt": self.prompt, "model": self.model["path"]},
+            "meta": {"prompt": self.prompt, "model": self.model["path"], "ditattn": __version__},
             "attention": self.attention.as_dict(),
         }
 

@@ -1,0 +1,85 @@
+"""What is asked of the attention of a pipeline: one value, parsed and checked once, from the command line or a host down to the stage."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ditattn.backends.base import AttentionBackend
+from ditattn.backends.config import AttentionConfig
+from ditattn.backends.registry import load_backend, parse_backend_name
+from ditattn.backends.selector import unnamed_backend
+from ditattn.errors import ConfigError
+
+__all__ = ["Setting"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A backend for the pipeline, its configuration, and other backends for single components. Made by `parse`.
+
+    Attributes:
+        backend: the pipeline's backend; None if nobody named one.
+        config_owner: the backend that `config` belongs to: the pipeline's, else the one that the components name, else the one that
+            serves where nobody names a backend.
+        config: its configuration. A component with another backend runs with that one's defaults.
+        components: names of backends by component.
+    """
+
+    backend: str | None
+    config_owner: str
+    config: AttentionConfig
+    components: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(
+        cls, backend: str | None = None, keys: Mapping[str, Any] | None = None, components: Mapping[str, str | None] | None = None
+    ) -> Setting:
+        """Check names, keys and ranges.
+
+        Args:
+            backend: a backend's name in any case, or None.
+            keys: of the configuration, such as {"sparsity": 0.5}.
+            components: backends by component; None for one means the pipeline's.
+
+        Raises:
+            UnknownBackend: a name that is no backend.
+            UnknownKey, ConfigError: a key that the backend does not have, a value outside its range, or keys of nobody knows whom.
+            BackendUnavailable: the package that brings the backend cannot be imported.
+        """
+        named = {component: parse_backend_name(name) for component, name in (components or {}).items() if name is not None}
+        pipeline = None if backend is None else parse_backend_name(backend)
+        owner = _config_owner(pipeline, set(named.values()), keys or {})
+        return cls(pipeline, owner, _parse_config(owner, keys or {}), named)
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The keys that were given, checked, as plain values; `parse` takes them back."""
+        return self.config.model_dump(exclude_unset=True)
+
+    def with_keys(self, **keys: Any) -> Setting:
+        """The same with other values of some keys. Raises as `parse`."""
+        return replace(self, config=_parse_config(self.config_owner, {**self.keys, **keys}))
+
+    def config_of(self, backend: type[AttentionBackend]) -> AttentionConfig:
+        """The configuration of a component that `backend` serves."""
+        return self.config if backend.name == self.config_owner else _parse_config(backend.name, {})
+
+
+def _config_owner(pipeline: str | None, named: Collection[str], keys: Mapping[str, Any]) -> str:
+    if pipeline is not None:
+        return pipeline
+    if len(named) == 1:
+        return next(iter(named))
+    if keys and named:
+        names = ", ".join(sorted(named))
+        raise ConfigError(f"whose are {', '.join(keys)}? The components name {names}; name a backend for the pipeline too")
+    return unnamed_backend()
+
+
+def _parse_config(backend: str, keys: Mapping[str, Any]) -> AttentionConfig:
+    try:
+        return load_backend(backend).get_config_cls().from_mapping(keys)
+    except ConfigError as error:
+        raise type(error)(f"{backend}: {error}") from None

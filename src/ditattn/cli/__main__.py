@@ -1,5 +1,0 @@
-"""`python -m ditattn.cli`."""
-
-from ditattn.cli import main
-
-main()

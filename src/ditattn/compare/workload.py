@@ -1,0 +1,66 @@
+"""What a comparison needs of a loaded pipeline. Hosts implement it; comparisons and searches know no host."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ditattn.backends.setting import Setting
+from ditattn.compare.setting import Clip
+from ditattn.runtime.probe import CellReading
+from ditattn.runtime.report import AttentionReport
+
+__all__ = ["Rendered", "Workload"]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One clip as a pipeline made it.
+
+    Attributes:
+        frames: `[F, H, W, 3]` uint8.
+        stages_ms, steps_ms: times of the call's parts, and of its denoising steps.
+        report: what the attention did.
+        densities: by component: (step, layer, overall density); a dense call counts as 1.
+    """
+
+    frames: np.ndarray[Any, Any]
+    stages_ms: dict[str, float]
+    steps_ms: list[float]
+    report: AttentionReport
+    densities: dict[str, list[tuple[int, int, float]]]
+
+
+class Workload(ABC):
+    """A loaded pipeline and how to call it."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @property
+    @abstractmethod
+    def takes_num_inference_steps(self) -> bool:
+        """True if the number of steps can be named in a call, as `num_inference_steps`."""
+
+    @abstractmethod
+    def render(self, setting: Setting, clip: Clip, **changes: Any) -> Rendered:
+        """Make one clip under a setting. `changes` replace arguments of the pipeline's call.
+
+        Raises:
+            DitattnError: the setting or the call cannot be honoured.
+        """
+
+    @abstractmethod
+    def probe(self, settings: Sequence[Setting], clip: Clip) -> list[list[CellReading]]:
+        """Make one clip densely and try every setting on its attention calls; returns the readings of each setting.
+
+        Raises:
+            DitattnError: as `render`.
+        """

@@ -1,0 +1,78 @@
+"""One attention call as a value: what every implementation of an op takes.
+
+Letters: B batch, S query tokens, T key tokens, H query heads, G key heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ditattn.ops.contract import call_facts
+from ditattn.ops.table import CallFacts
+from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
+
+__all__ = ["DenseCall", "SparseCall"]
+
+
+@dataclass(frozen=True, eq=False)
+class DenseCall:
+    """Attention over every key. The tensors fit together and the scale is finite: the op has checked that.
+
+    Attributes:
+        query: `[B, S, H, D]`, any strides.
+        key, value: `[B, T, G, D]`, H a multiple of G.
+        scale: factor on the scores.
+        causal: query i sees keys 0..i.
+        key_lengths: int32 or int64 `[B]`, how many leading keys of each batch element are real; None means all.
+        attn_mask: bool (True is kept) or additive, broadcastable to `[B, H, S, T]`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    causal: bool = False
+    key_lengths: Tensor | None = None
+    attn_mask: Tensor | None = None
+
+    def facts(self) -> CallFacts:
+        """What the choice of an implementation depends on."""
+        needs = {"causal": self.causal, "key_lengths": self.key_lengths is not None, "attn_mask": self.attn_mask is not None}
+        return call_facts(self.query, self.key, **needs)
+
+
+@dataclass(frozen=True, eq=False)
+class SparseCall:
+    """Attention over the kept key blocks of `plan`. Tensors, plan and order fit together: the op has checked that.
+
+    Attributes:
+        query, key, value, scale, causal, key_lengths: as in DenseCall.
+        plan: kept key blocks per batch element and query head.
+        return_lse: the log-sum-exp is asked for.
+        order, inverse: int64 `[S]`, both or neither: token i of the plan and of `key_lengths` is token `order[i]` of the tensors and of the
+            result; S = T, and the call is not causal.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    plan: BlockPlan
+    scale: float
+    causal: bool = False
+    key_lengths: Tensor | None = None
+    return_lse: bool = False
+    order: Tensor | None = None
+    inverse: Tensor | None = None
+
+    def facts(self) -> CallFacts:
+        """What the choice of an implementation depends on."""
+        needs = {"causal": self.causal, "key_lengths": self.key_lengths is not None, "lse": self.return_lse}
+        return call_facts(self.query, self.key, **needs, other_block_size=self.plan.block_size != BLOCK_SIZE)
+
+    def ordered(self) -> SparseCall:
+        """The same call on copies of the tensors, whose tokens stand as the plan has them."""
+        assert self.order is not None
+        query, key, value = (x.index_select(1, self.order) for x in (self.query, self.key, self.value))
+        return replace(self, query=query, key=key, value=value, order=None, inverse=None)
