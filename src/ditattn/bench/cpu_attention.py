@@ -18,8 +18,9 @@ from ditattn.backends.selection import mean_pool
 from ditattn.bench.timing import Timing, interleaved, machine, ratio
 from ditattn.ops import cpu_library
 from ditattn.ops.block_sparse_attention import block_sparse_attention
+from ditattn.ops.block_sparse_attention.flex import block_mask
 from ditattn.ops.dense_attention import dense_attention
-from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
+from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan, num_blocks
 from ditattn.plan.token_order import token_order
 
 __all__ = ["Measured", "Ratio", "measure_growth", "measure_shape", "measure_video", "render", "render_machine"]
@@ -150,10 +151,10 @@ def measure_growth(lengths: tuple[int, ...], heads: int, head_dim: int, dtype: t
     return Measured(title, tuple(times.values()), ratios=(Ratio("exponent of the time in S", slope, slope, slope),))
 
 
-def random_plan(length: int, heads: int, density: float) -> BlockPlan:
+def random_plan(length: int, heads: int, density: float, device: str = "cpu") -> BlockPlan:
     """A uniform random plan that keeps the same number of blocks in every row. Always the same one for the same arguments."""
-    blocks = -(-length // BLOCK_SIZE)
-    scores = torch.rand(1, heads, blocks, blocks, generator=torch.Generator().manual_seed(0))
+    blocks = num_blocks(length)
+    scores = torch.rand(1, heads, blocks, blocks, generator=torch.Generator(device).manual_seed(0), device=device)
     kept = max(1, round(blocks * density))
     ranks = scores.argsort(-1).argsort(-1)
     return BlockPlan.from_mask(ranks < kept, length, length).trimmed()
@@ -210,13 +211,10 @@ def _on_one_thread(call: Callable[[], object]) -> None:
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan) -> Callable[[], object]:
-    """Compiled FlexAttention on the same plan, given as full blocks; both need S to be a multiple of the block."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    """Compiled FlexAttention on the same plan."""
+    from torch.nn.attention.flex_attention import flex_attention
 
     q, k, v = (x.transpose(1, 2).contiguous() for x in (query, key, value))
-    # it reads the number of key blocks off the width of the indices
-    indices = torch.nn.functional.pad(plan.indices.clamp(min=0), (0, plan.num_key_blocks - plan.indices.shape[-1]))
-    none = torch.zeros_like(plan.counts), torch.zeros_like(indices)
-    mask = BlockMask.from_kv_blocks(*none, plan.counts, indices, BLOCK_SIZE=BLOCK_SIZE)
+    mask = block_mask(plan)
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(q, k, v, block_mask=mask)
