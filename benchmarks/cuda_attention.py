@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmarks.cuda_peers import PEERS, prepare
 from ditattn.backends.rain_fusion_attn import RainFusionAttentionBackend
+from ditattn.bench.cpu_attention import random_plan
 from ditattn.devices.clock import Stopwatch
 from ditattn.errors import DitattnError
 from ditattn.ops.block_sparse_attention import block_sparse_attention
@@ -156,20 +157,17 @@ def draw(shape: Shape, device: str, seed: int = 0) -> list[Tensor]:
     return [torch.randn(size, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(3)]
 
 
-def random_plan(shape: Shape, sparsity: float, device: str, seed: int = 0) -> BlockPlan:
+def plan_of(shape: Shape, sparsity: float, device: str) -> BlockPlan:
     """As many blocks per row as rain_fusion_attn keeps, at random: the least that neighbouring rows can share."""
-    generator = torch.Generator(device).manual_seed(seed)
     blocks = num_blocks(shape.tokens)
-    scores = torch.rand(1, shape.heads, blocks, blocks, generator=generator, device=device)
-    ranks = scores.argsort(-1).argsort(-1)
-    return BlockPlan.from_mask(ranks < num_kept(blocks, sparsity), shape.tokens, shape.tokens).trimmed()
+    return random_plan(shape.tokens, shape.heads, num_kept(blocks, sparsity) / blocks, device)
 
 
 def check_arms(device: str, arms: tuple[str, ...] = (*SPARSE_ARMS, *DENSE_ARMS)) -> dict[str, str]:
     """Arms that cannot run or are wrong on a small problem, with the reason. They are not timed."""
     shape = Shape("check", (1, 25, 40), heads=2)
     q, k, v = draw(shape, device)
-    plan = random_plan(shape, 0.5, device)
+    plan = plan_of(shape, 0.5, device)
     refused = {}
     for arm in arms:
         call = _call(arm, q, k, v, plan)
@@ -205,7 +203,7 @@ def measure(shape: Shape, device: str, rounds: int, deadline_s: float, refused: 
     for arm in DENSE_ARMS:
         work.append((replace(base, arm=arm, samples_ms=[]), _call(arm, q, k, v, None)))
     for sparsity in SPARSITIES:
-        plan = random_plan(shape, sparsity, device)
+        plan = plan_of(shape, sparsity, device)
         for arm in SPARSE_ARMS:
             work.append((replace(base, arm=arm, sparsity=sparsity, density=plan.density(), samples_ms=[]), _call(arm, q, k, v, plan)))
         work += _whole_call(base, shape, sparsity, q, k, v)

@@ -92,12 +92,13 @@ def test_every_backend_serves_on_the_cpu(listing):
 @pytest.mark.parametrize("preferred", ["cpu", "torch"])
 def test_the_measured_choice_is_shown_with_its_numbers(ditattn, monkeypatch, preferred):
     facts = CallFacts("cpu", torch.bfloat16, 64)
-    measured = preference.Measurement("this kind", "cpu", 1.5, "torch", 2.5, preferred)
+    cpu_ms, torch_ms = (1.5, 2.5) if preferred == "cpu" else (2.5, 1.5)
+    measured = preference.Measurement("this kind", cpu_ms, torch_ms)
     monkeypatch.setitem(preference._MEASURED, facts, measured)
     rows = json.loads(ditattn("backends", "--json", "--device", "cpu").out)["backends"]
     for backend in ("laser_attn", "block_sparse_attn", "rain_fusion_attn"):
         dense = {row["implementation"]: row for row in rows if (row["backend"], row["operation"]) == (backend, "dense_attention")}
-        assert dense["cpu"]["note"] == f"measured here for this kind: cpu 1.50 ms, torch 2.50 ms, so {preferred}"
+        assert dense["cpu"]["note"] == f"measured here for this kind: cpu {cpu_ms:.2f} ms, torch {torch_ms:.2f} ms, so {preferred}"
         assert (dense["cpu"]["serves"], dense["torch"]["serves"]) == (preferred == "cpu", preferred == "torch")
         assert dense["cpu"]["available"]
     # where a backend insists on an implementation, or nothing was measured, there is nothing to say

@@ -80,7 +80,7 @@ def fake_wan(backend: str, dtype: torch.dtype, **config: Any) -> Iterator[Callab
             "timestep": torch.ones(2, dtype=torch.int64),
             "encoder_hidden_states": torch.randn(2, 8, model.config.text_dim, dtype=dtype),
         }
-        with ditattn.install(model, backend, **config):
+        with ditattn.install(model, backend, **config) as handle:
 
             def forward() -> list[str]:
                 with torch.no_grad(), ditattn.step(30, 40), Called() as called:
@@ -89,6 +89,7 @@ def fake_wan(backend: str, dtype: torch.dtype, **config: Any) -> Iterator[Callab
                 assert out.shape == inputs["hidden_states"].shape
                 return called.names
 
+            forward.report = handle.report
             yield forward
 
 
@@ -201,3 +202,13 @@ def test_no_token_is_read_on_the_host(only: Callable[..., None]) -> None:
         out, _ = ascend.MASK_TORCH_NPU.run(SparseCall(q, q, q, plan, 0.1))
     assert out.shape == q.shape
     assert {name.lower() for name in BLOCK_SPARSE} <= {row.name for row in TABLE}
+
+
+@pytest.mark.usefixtures("_through")
+def test_the_report_names_what_served_and_not_what_the_backend_would_rather_have(only: Callable[..., None]) -> None:
+    """The tokens of this model are too few for Laser, whatever is installed."""
+    only("mindiesd")
+    with fake_wan("laser_attn", torch.bfloat16) as forward:
+        assert "mindiesd.la" not in forward()
+        (component,) = forward.report().components.values()
+    assert component.implementations == {"dense_attention": "torch"}

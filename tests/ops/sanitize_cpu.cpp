@@ -93,6 +93,8 @@ static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool c
     a.indices = indices.data(), a.counts = counts.data();
     a.indices_stride[1] = rows * blocks, a.indices_stride[2] = blocks, a.counts_stride[1] = rows, a.counts_stride[2] = 1;
   }
+  if (sparse && ditattn_check_plan(indices.data(), counts.data(), heads * rows, blocks, blocks) != DITATTN_OK) return 1;
+  if (ditattn_check_order(order.data(), queries) != DITATTN_OK) return 1;
   if (ditattn_attention(&a) != DITATTN_OK) return 1;
   if (!compare || (int64_t)queries * keys * dim > 65 * 254 * 64) return 0;
   compared++;

@@ -24,7 +24,7 @@ import cpu_checks
 import judge
 from cases import Case, build
 from ditattn.errors import BackendUnavailable, UnsupportedCall
-from ditattn.ops import cpu_library, preference
+from ditattn.ops import cpu_call, cpu_library, preference
 from ditattn.ops.block_sparse_attention import TABLE, block_sparse_attention
 from ditattn.ops.dense_attention import TABLE as DENSE_TABLE
 from ditattn.ops.dense_attention import dense_attention
@@ -159,6 +159,31 @@ def test_bad_values_are_refused_before_the_kernel_runs(field: str, value: int, t
 
 
 @needs_kernel
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_the_quick_look_at_a_plan_finds_what_the_check_finds(data: st.DataObject) -> None:
+    """Small numbers written anywhere into a good plan: some leave it good."""
+    plan = BlockPlan.from_mask(
+        torch.rand(1, 2, 3, 4, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))) < 0.6, 300, 500
+    )
+    for _ in range(data.draw(st.integers(0, 2))):
+        tensor = data.draw(st.sampled_from([plan.indices, plan.counts]))
+        tensor.view(-1)[data.draw(st.integers(0, tensor.numel() - 1))] = data.draw(st.integers(-2, 5))
+    assert cpu_call._is_valid(plan, 1, 2) == (next(plan._problems(1, 2), None) is None)
+
+
+@needs_kernel
+@pytest.mark.parametrize("order", [[], [0], [1, 0, 2], [0, 0], [0, 2], [-1, 0], [2**40, 0]], ids=str)
+def test_a_token_order_is_followed_only_if_it_is_a_permutation(order: list[int]) -> None:
+    tensor = torch.tensor(order, dtype=torch.int64)
+    if sorted(order) == list(range(len(order))):
+        assert torch.equal(cpu_call._permutation(tensor, len(order)), tensor)
+        return
+    with pytest.raises(UnsupportedCall, match=rf"no permutation of 0 \.\. {len(order) - 1}"):
+        cpu_call._permutation(tensor, len(order))
+
+
+@needs_kernel
 def test_negative_and_zero_scales() -> None:
     for scale in (-0.3, 0.0):
         for dtype in (torch.float32, torch.bfloat16):
@@ -221,20 +246,49 @@ def test_after_fork() -> None:
     assert finished == 0
 
 
+FORKED = CallFacts("cpu", torch.float32, 32, frozenset({"causal", "gqa"}))
+
+
 def _measure_in_child() -> None:
     torch.set_num_threads(1)
-    preference.dense_on_cpu(CallFacts("cpu", torch.float32, 32))
+    sys.exit(0 if preference.dense_on_cpu(FORKED).cpu_ms > 0 else 1)
 
 
 @needs_kernel
-def test_a_fork_during_the_self_measurement_leaves_no_closed_lock() -> None:
-    with preference._LOCK:
-        process = multiprocessing.get_context("fork").Process(target=_measure_in_child)
-        process.start()
+def test_a_child_forked_during_the_self_measurement_measures_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no such thread to wait for."""
+    parent, begun, forked, measure = os.getpid(), threading.Event(), threading.Event(), preference._measure
+
+    def measure_slowly(*arguments: object) -> preference.Measurement:
+        if os.getpid() == parent:
+            begun.set()
+            forked.wait(60)
+        return measure(*arguments)
+
+    monkeypatch.setattr(preference, "_measure", measure_slowly)
+    thread = threading.Thread(target=preference.dense_on_cpu, args=(FORKED,))
+    thread.start()
+    assert begun.wait(60)
+    process = multiprocessing.get_context("fork").Process(target=_measure_in_child)
+    process.start()
     process.join(60)
     finished = process.exitcode
     process.kill()
+    forked.set()
+    thread.join()
     assert finished == 0
+
+
+@needs_kernel
+def test_threads_that_ask_at_once_get_one_answer() -> None:
+    facts = CallFacts("cpu", torch.float32, 128, frozenset({"causal", "gqa"}))
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(preference.dense_on_cpu, [facts] * 4))
+    assert all(answer is answers[0] for answer in answers)
+
+
+def test_torch_is_preferred_where_it_wins_clearly() -> None:
+    assert [preference.Measurement("", cpu_ms, 1.0).preferred for cpu_ms in (0.5, 1.2, 1.3)] == ["cpu", "cpu", "torch"]
 
 
 class Attending(torch.utils.data.Dataset):
@@ -300,8 +354,7 @@ def test_the_dense_choice_is_measured_once_and_shown() -> None:
     facts = CallFacts("cpu", torch.float32, 96, frozenset({"causal"}))
     first = preference.dense_on_cpu(facts)
     assert preference.dense_on_cpu(facts) is first
-    assert first in preference.measurements()
-    assert min(first.own_ms, first.rival_ms) > 0
+    assert min(first.cpu_ms, first.torch_ms) > 0
     verdict = next(v for v in explain(DENSE_TABLE, facts) if v.implementation.name == "cpu")
     assert verdict.note == first.sentence()
     assert choose.__wrapped__(DENSE_TABLE, facts).name == first.preferred

@@ -155,7 +155,7 @@ def prefers_own(_: CallFacts) -> Measured:
     return Measured("own")
 
 
-def test_a_measurement_may_make_a_row_stand_back_and_is_shown() -> None:
+def test_a_measurement_may_deprioritise_a_row_and_is_shown() -> None:
     table = (row("own", preference=f"{__name__}:prefers_portable"), row("portable"))
     assert choose(table, FACTS).name == "portable"
     assert choose(table, FACTS, ("own",)).name == "own"
@@ -163,7 +163,7 @@ def test_a_measurement_may_make_a_row_stand_back_and_is_shown() -> None:
     assert choose((row("own", preference=f"{__name__}:prefers_own"), row("portable")), FACTS).name == "own"
 
 
-def test_a_row_never_stands_back_for_one_that_cannot_run() -> None:
+def test_a_row_is_never_deprioritised_for_one_that_cannot_run() -> None:
     table = (row("own", preference=f"{__name__}:prefers_portable"), row("portable", dtypes=("float16",)))
     assert choose(table, FACTS).name == "own"
 

@@ -248,10 +248,10 @@ def measure_growth(
     return _table(title, rows, (Ratio("exponent of the time in S", slope, slope, slope),), left_out)
 
 
-def random_plan(length: int, heads: int, density: float) -> BlockPlan:
+def random_plan(length: int, heads: int, density: float, device: str = "cpu") -> BlockPlan:
     """A uniform random plan that keeps the same number of blocks in every row. Always the same one for the same arguments."""
-    blocks = -(-length // BLOCK_SIZE)
-    scores = torch.rand(1, heads, blocks, blocks, generator=torch.Generator().manual_seed(0))
+    blocks = num_blocks(length)
+    scores = torch.rand(1, heads, blocks, blocks, generator=torch.Generator(device).manual_seed(0), device=device)
     kept = max(1, round(blocks * density))
     ranks = scores.argsort(-1).argsort(-1)
     return BlockPlan.from_mask(ranks < kept, length, length).trimmed()

@@ -93,7 +93,7 @@ def _rows(device: Device, backend: type[AttentionBackend]) -> Iterator[Row]:
                 # a backend that insists on implementations is never computed by another
                 continue
             reason = _joined(refused, verdict.reason)
-            taken = bool(named) or (implementation.automatic and not verdict.stands_back)
+            taken = bool(named) or (implementation.automatic and not verdict.deprioritised)
             serves = reason is None and not served and taken
             served = served or serves
             yield Row(

@@ -1,28 +1,28 @@
 """Which of two exact implementations is faster on this machine, found out by timing both once.
 
-The order of a table is a guess about machines its authors have not seen. A row may name a `preference`: a function that says for a call
-why the row stands back although it could serve it. Here it is a measurement: both implementations run a small call of the same kind
-(dtype, head size, options) a few times in turns, and the fastest run of each decides, because a busy machine only ever adds time. One
-kind is measured once per process, takes some ten milliseconds, and is kept with its numbers, so that `explain` can show it; a call that
-names its implementation measures nothing.
+The order of a table is a guess about machines its authors have not seen: where torch uses the matrix units better, its SDPA is faster than
+the compiled kernel. A row may name a `preference`, which measures: both implementations run a small call of the same kind (dtype, head
+size, options) a few times in turns, and the fastest run of each decides, because a busy machine only ever adds time. One kind is measured
+once per process, takes some ten milliseconds, and is kept with its numbers, so that `explain` can show it; a call that names its
+implementation measures nothing.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from ditattn.ops.calls import DenseCall
-from ditattn.ops.table import CallFacts, Implementation, load
+from ditattn.ops.dense_attention import cpu, pure_torch
+from ditattn.ops.table import CallFacts
 
-__all__ = ["Measurement", "dense_on_cpu", "measurements"]
+__all__ = ["Measurement", "dense_on_cpu"]
 
-# A rival must win clearly: near a tie the choice, and with it the last bits of the result, must not change from run to run.
+# torch must win clearly: near a tie the choice, and with it the last bits of the result, must not change from run to run
 CLEARLY_FASTER = 1.25
 ROUNDS = 7
 TOKENS = 1024
@@ -30,59 +30,45 @@ TOKENS = 1024
 
 @dataclass(frozen=True)
 class Measurement:
-    """Fastest runs in milliseconds of one kind of call; `preferred` is the name of the implementation that serves it."""
+    """Fastest runs of one kind of call in milliseconds."""
 
     kind: str
-    own: str
-    own_ms: float
-    rival: str
-    rival_ms: float
-    preferred: str
+    cpu_ms: float
+    torch_ms: float
+
+    @property
+    def preferred(self) -> str:
+        """The name of the implementation that serves such calls."""
+        return "torch" if self.cpu_ms > CLEARLY_FASTER * self.torch_ms else "cpu"
 
     def sentence(self) -> str:
-        return f"measured here for {self.kind}: {self.own} {self.own_ms:.2f} ms, {self.rival} {self.rival_ms:.2f} ms, so {self.preferred}"
+        return f"measured here for {self.kind}: cpu {self.cpu_ms:.2f} ms, torch {self.torch_ms:.2f} ms, so {self.preferred}"
 
 
 _MEASURED: dict[CallFacts, Measurement] = {}
-_LOCK = threading.Lock()
-
-
-def _new_lock() -> None:
-    """A child forked while another thread measures would wait for that thread, which it does not have."""
-    global _LOCK
-    _LOCK = threading.Lock()
-
-
-# systems without fork do not have it
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock)
-
-
-def measurements() -> list[Measurement]:
-    """What was measured in this process, in order."""
-    return list(_MEASURED.values())
 
 
 def dense_on_cpu(facts: CallFacts) -> Measurement:
     """The compiled dense kernel against torch's SDPA on the CPU."""
-    with _LOCK:
-        if facts not in _MEASURED:
-            _MEASURED[facts] = _in_own_thread(lambda: _measure_dense(facts))
+    if facts not in _MEASURED:
+        threads = torch.get_num_threads()
+        # in a thread of its own, away from the caller's mode: under fake tensors, or while a graph is traced, nothing can be timed
+        with ThreadPoolExecutor(1, "ditattn-self-measurement") as pool:
+            # where two threads ask at once, the first answer is that of both
+            _MEASURED.setdefault(facts, pool.submit(_measure, facts, threads).result())
     return _MEASURED[facts]
 
 
-def _measure_dense(facts: CallFacts) -> Measurement:
-    from ditattn.ops.dense_attention import TABLE
-
-    own, rival = _row(TABLE, "cpu"), _row(TABLE, "torch")
-    own_run, rival_run = load(own), load(rival)
-    call = _dense_call(facts)
-    own_ms, rival_ms = fastest_ms(lambda: own_run(call), lambda: rival_run(call))
-    preferred = rival.name if own_ms > CLEARLY_FASTER * rival_ms else own.name
-    return Measurement(facts.sentence(), own.name, own_ms, rival.name, rival_ms, preferred)
+@torch.inference_mode()
+def _measure(facts: CallFacts, threads: int) -> Measurement:
+    # OpenMP counts threads per thread
+    torch.set_num_threads(threads)
+    call = _call_of(facts)
+    rounds = [(_time_ms(cpu.run, call), _time_ms(pure_torch.run, call)) for _ in range(ROUNDS)]
+    return Measurement(facts.sentence(), *map(min, zip(*rounds, strict=True)))
 
 
-def _dense_call(facts: CallFacts) -> DenseCall:
+def _call_of(facts: CallFacts) -> DenseCall:
     generator = torch.Generator().manual_seed(0)
     num_keys = TOKENS * 3 // 4 if "unequal_lengths" in facts.needs else TOKENS
     key_heads = 2 if "gqa" in facts.needs else 4
@@ -92,35 +78,7 @@ def _dense_call(facts: CallFacts) -> DenseCall:
     return DenseCall(query, key, value, 0.1, "causal" in facts.needs, lengths)
 
 
-def fastest_ms(*calls: Callable[[], object]) -> list[float]:
-    """Shortest wall time of each call in milliseconds; they run in turns."""
-    fastest = [float("inf")] * len(calls)
-    for _ in range(ROUNDS):
-        for number, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            fastest[number] = min(fastest[number], 1000 * (time.perf_counter() - start))
-    return fastest
-
-
-def _row(table: tuple[Implementation, ...], name: str) -> Implementation:
-    return next(row for row in table if row.name == name and row.runs_on("cpu"))
-
-
-def _in_own_thread(work: Callable[[], Measurement]) -> Measurement:
-    """Away from whatever mode the caller is in: under fake tensors, or while a graph is traced, nothing could be timed."""
-    results: list[Measurement] = []
-    threads = torch.get_num_threads()
-
-    def body() -> None:
-        # OpenMP counts threads per thread
-        torch.set_num_threads(threads)
-        with torch.inference_mode():
-            results.append(work())
-
-    thread = threading.Thread(target=body, name="ditattn-self-measurement")
-    thread.start()
-    thread.join()
-    if not results:
-        raise RuntimeError("the self-measurement of the CPU kernels failed; its error was printed by its thread")
-    return results[0]
+def _time_ms(run: Callable[[DenseCall], object], call: DenseCall) -> float:
+    start_s = time.perf_counter()
+    run(call)
+    return 1e3 * (time.perf_counter() - start_s)

@@ -78,7 +78,7 @@ class Implementation:
         orders_tokens: the function also takes `order` (and where there is an output of S tokens `inverse`), int64 `[S]`, and applies them
             itself; for the other rows the op reorders copies.
         preference: "module:function" that measures a call's kind once and returns an `ops.preference.Measurement`: where that prefers
-            another row, this one stands back unless it is asked for by name.
+            another row, this one is deprioritised, and serves only when asked for by name.
         slow_on: device types whose own rows are much faster: a call that they all refuse is served with a warning.
         provider: the target is an object whose methods `run`, `machine`, `probe` and `limits` are what the fields say for other rows.
     """
@@ -143,13 +143,13 @@ class Verdict:
 
     Attributes:
         note: what a self-measurement found, for rows that can serve the call and have a preference.
-        stands_back: the measurement prefers another row.
+        deprioritised: the measurement prefers another row.
     """
 
     implementation: Implementation
     reason: str | None = field(default=None)
     note: str | None = None
-    stands_back: bool = False
+    deprioritised: bool = False
 
 
 @cache
@@ -185,8 +185,8 @@ def _weighed(verdict: Verdict, facts: CallFacts, possible: set[str]) -> Verdict:
     if verdict.reason is not None or row.preference is None:
         return verdict
     measured = _resolve(row.preference)(facts.kind())
-    stands_back = measured.preferred != row.name and measured.preferred in possible
-    return Verdict(row, None, measured.sentence(), stands_back)
+    deprioritised = measured.preferred != row.name and measured.preferred in possible
+    return Verdict(row, None, measured.sentence(), deprioritised)
 
 
 @lru_cache(maxsize=1024)
@@ -203,7 +203,7 @@ def choose(table: tuple[Implementation, ...], facts: CallFacts, names: tuple[str
         return _named(table, facts, names)
     verdicts = explain(table, facts)
     for verdict in verdicts:
-        if verdict.reason is None and verdict.implementation.automatic and not verdict.stands_back:
+        if verdict.reason is None and verdict.implementation.automatic and not verdict.deprioritised:
             return verdict.implementation
     reasons = "; ".join(f"{v.implementation.name}: {v.reason}" for v in verdicts if v.reason)
     raise UnsupportedCall(f"no implementation takes this call ({facts.sentence()}). {reasons}")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ditattn.ops.calls import SparseCall
 from ditattn.plan.block_plan import BlockPlan
@@ -40,8 +41,8 @@ def block_mask(plan: BlockPlan, mask_mod: Callable[..., Tensor] | None = None) -
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    # places past a row's count are not read, but must be block numbers
-    indices = plan.indices.clamp(min=0)
+    # places past a row's count are not read, but must be block numbers; on the CPU the width is taken for the number of key blocks
+    indices = pad(plan.indices.clamp(min=0), (0, plan.num_key_blocks - plan.indices.shape[-1]))
     # no block needs a mask inside; one tensor given twice breaks torch 2.13's code for the CPU
     no_counts, no_indices = torch.zeros_like(plan.counts), torch.zeros_like(indices)
     return BlockMask.from_kv_blocks(
