@@ -23,8 +23,10 @@ HOOK_NAME = "ditattn"
 
 
 def bind_arguments(signature: inspect.Signature, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A forward's arguments by name."""
-    return dict(signature.bind_partial(module, *args, **kwargs).arguments)
+    """A forward's arguments by name, also those that a `**kwargs` of its signature collects."""
+    arguments = dict(signature.bind_partial(module, *args, **kwargs).arguments)
+    collecting = next((name for name, one in signature.parameters.items() if one.kind is inspect.Parameter.VAR_KEYWORD), None)
+    return arguments if collecting is None else {**arguments, **arguments.get(collecting, {})}
 
 
 class _NoState(BaseState):

@@ -19,7 +19,7 @@ from ditattn.errors import ConfigError, UnsupportedModel
 from ditattn.hosts.diffusers.copies import copies_are_plain
 from ditattn.hosts.diffusers.dispatcher import add_private_backend
 from ditattn.hosts.diffusers.hooks import add_layer_hooks, add_root_hook, is_listening, redirect_sdpa
-from ditattn.models import MODELS, ModelFamily, find_family, unwrapped
+from ditattn.models import MODELS, ModelFamily, family_of, known_class, unwrapped
 from ditattn.runtime.metadata import check_layers
 from ditattn.runtime.report import AttentionReport
 from ditattn.runtime.stage import DenoisingStage, Probe, ServedModel
@@ -149,6 +149,7 @@ def serve(module: Any, name: str, family: ModelFamily, setting: Setting) -> Serv
     )
     layers = list(self_attention_modules(module, family))
     served = ServedModel(name, family, module.config, chosen, setting.config_of(chosen), layers)
+    served.log.model = _described(module)
     check_layers(served.config, len(layers), name)
     return served
 
@@ -161,7 +162,7 @@ def _install_one(
     setting: Setting,
 ) -> None:
     module = unwrapped(module)
-    family = find_family(type(module).__name__)
+    family = family_of(module)
     if family is None:
         _leave_alone(stage, name, module)
         return
@@ -206,6 +207,12 @@ def _replace_processor(part: nn.Module, processor: Any) -> Callable[[], None]:
         part.processor = before
 
     return restore
+
+
+def _described(module: nn.Module) -> str:
+    """The class of a denoiser, and where it is a subclass the known one that it is served as."""
+    own, known = type(module).__name__, known_class(module)
+    return own if known in (own, None) else f"{own}, served as {known}"
 
 
 def _leave_alone(stage: DenoisingStage, name: str, module: nn.Module) -> None:

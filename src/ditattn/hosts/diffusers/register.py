@@ -25,7 +25,7 @@ from ditattn.errors import ConfigError, UnsupportedModel
 from ditattn.hosts.diffusers.dispatcher import add_public_backend
 from ditattn.hosts.diffusers.hooks import bind_arguments, enter_layer, leave_layer
 from ditattn.hosts.diffusers.install import self_attention_modules, serve
-from ditattn.models import find_family
+from ditattn.models import family_of
 from ditattn.runtime.report import AttentionReport
 from ditattn.runtime.stage import DenoisingStage, Forward, ServedModel, running
 from ditattn.runtime.step import StepClock
@@ -126,7 +126,7 @@ class Registration:
 
     def _notice(self, module: nn.Module, args: Any) -> None:
         """First global hook: a denoiser that uses one of our names is about to run."""
-        if torch.compiler.is_compiling() or find_family(type(module).__name__) is None:
+        if torch.compiler.is_compiling() or family_of(module) is None:
             return
         name = self._chosen_name(module)
         if name is None:
@@ -164,7 +164,7 @@ class Registration:
 
     def _chosen_name(self, module: nn.Module) -> str | None:
         """Which of our names the denoiser's self-attention uses, or None."""
-        family = find_family(type(module).__name__)
+        family = family_of(module)
         assert family is not None
         parts = self._layers.get(module)
         if parts is None:
@@ -173,7 +173,7 @@ class Registration:
         return str(chosen.value) if chosen is not None and chosen.value in self._names else None
 
     def _meet(self, module: nn.Module, name: str) -> _Denoiser:
-        family = find_family(type(module).__name__)
+        family = family_of(module)
         assert family is not None
         stage = DenoisingStage(StepClock(), self._strict)
         keys = self._config if load_backend(name).is_sparse else {}
