@@ -211,7 +211,7 @@ class AttentionReport:
 
     Attributes:
         components: by name in the pipeline.
-        not_served: components left as they were, with the reason.
+        not_served: components and single layers ("transformer: blocks.0.attn1") left as they were, with the reason.
     """
 
     components: dict[str, ComponentReport]
@@ -231,7 +231,12 @@ class AttentionReport:
         }
 
     def summary(self) -> str:
-        """What ran sparse, at what density, how long attention took and why calls were dense: a line per component."""
+        """What ran sparse, at what density, how long attention took and why calls were dense: a line per component.
+
+        What was not served has a line per reason.
+        """
         lines = [f"attention ({name}): {component.sentence()}" for name, component in self.components.items()]
-        lines += [f"attention ({name}): not served: {reason}" for name, reason in self.not_served.items()]
+        reasons = dict.fromkeys(self.not_served.values())
+        names = {reason: ", ".join(name for name, why in self.not_served.items() if why == reason) for reason in reasons}
+        lines += [f"attention ({name}): not served: {reason}" for reason, name in names.items()]
         return "\n".join(lines) or "attention: no component was served"

@@ -51,7 +51,8 @@ class ServedModel:
         backend: backend class.
         config: validated configuration of the backend.
         layers: paths of its self-attention modules, in order; a layer's number is its place here.
-        layers_by_count: a call whose layer is unknown (compiled graphs run no module hooks) is the next self-attention call of the forward.
+        served_layers: numbers of the layers whose calls come here, in order; every layer's unless the host leaves some alone.
+        layers_by_count: a call whose layer is unknown (compiled graphs run no module hooks) is the next served call of the forward.
     """
 
     name: str
@@ -67,6 +68,12 @@ class ServedModel:
         self.builder = self.backend.get_builder_cls()()
         self.builder.prepare()
         self.log = ComponentLog(self.name, self.backend.name, self.config.model_dump())
+        self.served_layers = list(range(len(self.layers)))
+
+    def layer_of_call(self, call: int) -> int:
+        """Number of the layer that makes the n-th served call of a forward; calls beyond the last layer go on counting."""
+        beyond = call - len(self.served_layers)
+        return self.served_layers[call] if beyond < 0 else len(self.layers) + beyond
 
 
 @dataclass
@@ -202,7 +209,7 @@ class DenoisingStage:
         model = forward.model
         layer = forward.layer
         if layer is None and model.layers_by_count:
-            layer = forward.num_calls
+            layer = model.layer_of_call(forward.num_calls)
         forward.num_calls += 1
         with model.log.stopwatch.measure(query.device):
             out = self._serve(forward, layer, query, key, value, attn_mask, is_causal, scale)

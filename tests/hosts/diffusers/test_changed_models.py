@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,7 +11,12 @@ from torch import nn
 
 import ditattn
 import tiny_pipelines
-from tiny_pipelines import FAMILIES
+from ditattn.errors import UnsupportedModel
+from ditattn.hosts.diffusers.install import self_attention_modules
+from ditattn.models import family_of
+from tiny_pipelines import FAMILIES, TinyPipeline
+from tiny_pipelines.footprint import footprint
+from tiny_pipelines.wan import transformer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,3 +89,114 @@ def test_a_subclass_with_arguments_of_its_own_runs_densely_and_says_so() -> None
     with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE) as handle:
         tiny.run(1)
     assert set(handle.report().components["transformer"].dense_reasons) == {"unknown geometry"}
+
+
+# attention processors of the user's own
+
+
+class OwnProcessor:
+    """As papers' code has them: no attribute that diffusers' dispatcher would read, and no dictionary to put one in."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def _with_own_processors(tiny: TinyPipeline, *layers: int) -> list[str]:
+    """Give these layers a processor of the user's own. Returns their paths."""
+    modules = self_attention_modules(tiny.pipe.transformer, family_of(tiny.pipe.transformer))
+    paths = [list(modules)[layer] for layer in layers]
+    for path in paths:
+        inner = modules[path].processor
+        # the attention module reads the signature to know which arguments to pass
+        own = type(
+            "OwnProcessor", (OwnProcessor,), {"__slots__": (), "__call__": functools.wraps(type(inner).__call__)(OwnProcessor.__call__)}
+        )
+        modules[path].processor = own(inner)
+    return paths
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_layer_with_a_processor_of_the_users_own_is_left_alone_and_named(name: str) -> None:
+    tiny = FAMILIES[name]()
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE, skip_layers="0"):
+        expected = tiny.run(2)
+    native = tiny.run(2)
+    (path,) = _with_own_processors(tiny, 0)
+    before = footprint(tiny.pipe)
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE) as handle:
+        out = tiny.run(2)
+    report = handle.report()
+    assert list(report.not_served) == [f"transformer: {path}"]
+    assert "its processor OwnProcessor" in report.not_served[f"transformer: {path}"]
+    assert f"attention (transformer: {path}): not served: its processor OwnProcessor" in report.summary()
+    # the number of the other layer stays
+    assert list(report.components["transformer"].sparse_density_by_layer) == [1]
+    assert report.components["transformer"].dense == 0
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
+    assert footprint(tiny.pipe) == before
+    assert torch.equal(tiny.run(2), native)
+    with pytest.raises(UnsupportedModel, match=f"^transformer: {path}: its processor OwnProcessor .*$"):
+        ditattn.install(tiny.pipe, "rain_fusion_attn", strict=True, **SPARSE)
+    assert footprint(tiny.pipe) == before
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_of_which_no_layer_can_be_served_stays_as_it_was(name: str) -> None:
+    tiny = FAMILIES[name]()
+    native = tiny.run(1)
+    paths = _with_own_processors(tiny, 0, 1)
+    before = footprint(tiny.pipe)
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE) as handle:
+        assert footprint(tiny.pipe) == before
+        assert torch.equal(tiny.run(1), native)
+    assert list(handle.report().not_served) == [f"transformer: {path}" for path in paths]
+    assert handle.report().components == {}
+    # one reason, one line
+    assert len(handle.report().summary().splitlines()) == 1
+
+
+def test_a_processor_of_the_users_own_that_calls_sdpa_itself_is_served_where_the_family_does_so() -> None:
+    tiny = tiny_pipelines.cogvideox()
+
+    class Own(type(tiny.pipe.transformer.transformer_blocks[0].attn1.processor)):  # type: ignore[misc]
+        pass
+
+    tiny.pipe.transformer.transformer_blocks[0].attn1.processor = Own()
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", strict=True, **SPARSE) as handle:
+        tiny.run(1)
+    assert list(handle.report().components["transformer"].sparse_density_by_layer) == [0, 1]
+
+
+def test_a_function_as_processor_is_left_alone() -> None:
+    tiny = tiny_pipelines.cogvideox()
+    attention = tiny.pipe.transformer.transformer_blocks[0].attn1
+    native, inner = tiny.run(1), attention.processor
+
+    def own(attn: Any, hidden_states: Any, encoder_hidden_states: Any, **rest: Any) -> Any:
+        return inner(attn, hidden_states, encoder_hidden_states, image_rotary_emb=rest.get("image_rotary_emb"))
+
+    attention.processor = own
+    with ditattn.install(tiny.pipe, "torch_sdpa") as handle:
+        torch.testing.assert_close(tiny.run(1), native, rtol=0, atol=1e-5)
+    assert "own cannot be derived from" in handle.report().not_served["transformer: transformer_blocks.0.attn1"]
+
+
+@pytest.mark.slow
+def test_compiled_layers_count_served_layers_only() -> None:
+    settings = {**SPARSE, "skip_layers": "3"}
+    cells = []
+    for compiled in (False, True):
+        tiny = tiny_pipelines.wan(transformer=transformer(num_layers=4))
+        _with_own_processors(tiny, 0, 2)
+        if compiled:
+            tiny.pipe.transformer.compile(backend="eager")
+        with ditattn.install(tiny.pipe, "rain_fusion_attn", **settings) as handle:
+            tiny.run(2)
+        cells.append({key: (cell.sparse, cell.dense) for key, cell in handle._stage.models[0].log.cells.items()})
+    assert cells[0] == cells[1]
+    assert {layer for _, layer in cells[0]} == {1, 3}

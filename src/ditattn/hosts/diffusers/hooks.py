@@ -149,7 +149,11 @@ class _SdpaRedirect(TorchFunctionMode):
 
 
 def redirect_sdpa(processor: Any) -> Any:
-    """A copy of an attention processor that calls torch's SDPA itself, whose calls come to us. It also compiles."""
+    """A copy of an attention processor that calls torch's SDPA itself, whose calls come to us. It also compiles.
+
+    Raises:
+        TypeError: Python lets nobody derive such an object: a function, or a class with slots.
+    """
     cls = type(processor)
 
     class Redirected(cls):  # type: ignore[misc, valid-type]
@@ -194,10 +198,10 @@ def leave_layer() -> None:
     enter_layer(None)
 
 
-def add_layer_hooks(layers: list[nn.Module]) -> Callable[[], None]:
-    """Tell the running forward which layer runs. Returns the removal."""
+def add_layer_hooks(layers: Mapping[int, nn.Module]) -> Callable[[], None]:
+    """Tell the running forward which layer runs; `layers` by number. Returns the removal."""
     handles = []
-    for number, module in enumerate(layers):
+    for number, module in layers.items():
 
         def begin(_module: nn.Module, _args: Any, number: int = number) -> None:
             enter_layer(number)

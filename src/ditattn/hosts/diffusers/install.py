@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -95,7 +95,7 @@ def install(
         UnknownBackend, UnsupportedHeadSize, BackendUnavailable: the backend cannot serve this model on this machine.
         UnknownKey, ConfigError: a configuration key or value.
         UnsupportedModel: already installed, no denoiser found, context parallelism is on, the family does not support the backend, or
-            (strict) the family is unknown.
+            (strict) the family is unknown or a layer has an attention processor that cannot be served.
     """
     return install_setting(target, Setting.parse(backend, config, components), strict=strict)
 
@@ -164,22 +164,31 @@ def _install_one(
     module = unwrapped(module)
     family = family_of(module)
     if family is None:
-        _leave_alone(stage, name, module)
+        known = ", ".join(cls for family in MODELS for cls in family.transformer_classes)
+        what = f"{type(module).__name__} is not a known model family"
+        _leave_alone(stage, name, f"{what}, so its attention stays as it was (known: {known})")
         return
     if is_listening(module):
         raise UnsupportedModel(f"{name} is served by another installation: remove() that one first")
-    modules = list(self_attention_modules(module, family).values())
-    if any(getattr(part.processor, "_parallel_config", None) is not None for part in modules):
+    modules = self_attention_modules(module, family)
+    if any(getattr(part.processor, "_parallel_config", None) is not None for part in modules.values()):
         raise UnsupportedModel(f"{name} runs with context parallelism, which is not supported yet")
     served = serve(module, name, family, setting)
+    refused = {path: reason for path, part in modules.items() if (reason := _why_not_served(part.processor, family)) is not None}
+    for path, reason in refused.items():
+        _leave_alone(stage, f"{name}: {path}", reason)
+    if refused and len(refused) == len(modules):
+        return
+    layers = {number: part for number, (path, part) in enumerate(modules.items()) if path not in refused}
+    served.served_layers = list(layers)
     stage.models.append(served)
     handle.on_remove(add_root_hook(module, stage, served))
-    handle.on_remove(add_layer_hooks(modules))
+    handle.on_remove(add_layer_hooks(layers))
     if family.dispatches:
         member, remove_member = add_private_backend(served.backend.name)
         handle.on_remove(remove_member)
-        shared = _processors_elsewhere(module, modules)
-        for part in modules:
+        shared = _processors_elsewhere(module, layers.values())
+        for part in layers.values():
             plain = part.processor
             if id(plain) in shared:
                 handle.on_remove(_replace_processor(part, copy.copy(plain)))
@@ -187,13 +196,13 @@ def _install_one(
             handle.on_remove(copies_are_plain(part, partial(copy.copy, copy.copy(plain))))
             handle.on_remove(_set_processor_backend(part.processor, member))
     else:
-        for part in modules:
+        for part in layers.values():
             handle.on_remove(copies_are_plain(part, partial(copy.copy, part.processor)))
             handle.on_remove(_replace_processor(part, redirect_sdpa(part.processor)))
     handle.on_remove(copies_are_plain(module))
 
 
-def _processors_elsewhere(module: nn.Module, served: list[nn.Module]) -> set[int]:
+def _processors_elsewhere(module: nn.Module, served: Iterable[nn.Module]) -> set[int]:
     """Identities of the processors of the attention modules that are not served: one object may serve several modules."""
     ours = set(map(id, served))
     return {id(part.processor) for part in module.modules() if hasattr(part, "processor") and id(part) not in ours}
@@ -215,9 +224,20 @@ def _described(module: nn.Module) -> str:
     return own if known in (own, None) else f"{own}, served as {known}"
 
 
-def _leave_alone(stage: DenoisingStage, name: str, module: nn.Module) -> None:
-    known = ", ".join(cls for family in MODELS for cls in family.transformer_classes)
-    reason = f"{type(module).__name__} is not a known model family, so its attention stays as it was (known: {known})"
+def _why_not_served(processor: Any, family: ModelFamily) -> str | None:
+    """Why the calls of an attention processor cannot come to us, or None."""
+    what = f"its processor {getattr(processor, '__qualname__', type(processor).__name__)}"
+    if family.dispatches:
+        goes_through = hasattr(processor, "_attention_backend") and hasattr(processor, "__dict__")
+        return None if goes_through else f"{what} has no attribute _attention_backend, so it does not go through diffusers' dispatcher"
+    try:
+        redirect_sdpa(processor)
+    except TypeError as error:
+        return f"{what} cannot be derived from, so its calls of torch's SDPA stay its own ({error})"
+    return None
+
+
+def _leave_alone(stage: DenoisingStage, name: str, reason: str) -> None:
     if stage.strict:
         raise UnsupportedModel(f"{name}: {reason}")
     logger.warning("%s: %s", name, reason)
