@@ -27,6 +27,7 @@ from ditattn.ops.dense_attention import dense_attention
 from ditattn.ops.table import choose
 from ditattn.plan.reuse import Evaluation
 from ditattn.runtime.branches import EvaluationCounter
+from ditattn.runtime.foreign_modes import native_sdpa, why_native
 from ditattn.runtime.key_padding import MaskReader, broadcastable
 from ditattn.runtime.metadata import build_attn_metadata, evaluated
 from ditattn.runtime.report import AttentionReport, ComponentLog
@@ -206,17 +207,24 @@ class DenoisingStage:
         scale: float | None = None,
     ) -> Tensor:
         """Serve one attention call of a running forward: `[B, S, H, D]` in and out."""
-        model = forward.model
-        layer = forward.layer
-        if layer is None and model.layers_by_count:
-            layer = model.layer_of_call(forward.num_calls)
-        forward.num_calls += 1
+        model, layer = forward.model, _next_layer(forward)
         with model.log.stopwatch.measure(query.device):
             out = self._serve(forward, layer, query, key, value, attn_mask, is_causal, scale)
         for record in forward.records:
             model.log.add(forward.step.index, layer, record)
         forward.records.clear()
         return out
+
+    def count_native(self, forward: Forward, reason: str) -> None:
+        """A call of a running forward was torch's own, for this reason.
+
+        Raises:
+            DenseInStrictMode: the installation is strict.
+        """
+        layer = _next_layer(forward)
+        if layer is not None:
+            self._refuse_if_strict(reason, forward)
+        forward.model.log.add(forward.step.index, layer, CallRecord(reason))
 
     def _serve(
         self,
@@ -278,6 +286,12 @@ class DenoisingStage:
         return impl
 
 
+def _next_layer(forward: Forward) -> int | None:
+    """Number of the layer whose call begins; None for a call that is not the denoiser's self-attention."""
+    call, forward.num_calls = forward.num_calls, forward.num_calls + 1
+    return forward.model.layer_of_call(call) if forward.layer is None and forward.model.layers_by_count else forward.layer
+
+
 def _observe(record: CallRecord) -> None:
     forward = running()
     if forward is not None:
@@ -324,6 +338,20 @@ def _(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_ca
     return query.new_empty(query.shape)
 
 
+@torch.library.custom_op("ditattn::count_native", mutates_args=())
+def _count_native(out: Tensor, reason: str) -> Tensor:
+    """The output of a call that was torch's own, counted when it runs: a compiled graph runs no Python of ours."""
+    forward = running()
+    if forward is not None:
+        forward.stage.count_native(forward, reason)
+    return out.clone()
+
+
+@_count_native.register_fake
+def _(out: Tensor, reason: str) -> Tensor:
+    return torch.empty_like(out)
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -335,7 +363,8 @@ def attend(
 ) -> Tensor:
     """Attention of the denoiser forward that runs in this thread, `[B, S, H, D]` in and out, as one opaque operation for torch.compile.
 
-    Step, branch, grid and layer are read inside the operation, so that a compiled graph stays right from step to step.
+    Step, branch, grid and layer are read inside the operation, so that a compiled graph stays right from step to step. Where a
+    torch-function mode of somebody else is active (guidance that perturbs attention), the call is torch's SDPA, which that mode sees.
 
     Raises:
         UnsupportedCall: dropout, or a mask that is no tensor.
@@ -345,6 +374,10 @@ def attend(
         raise UnsupportedCall(f"attention dropout is for training; this package is forward only (got dropout_p={dropout_p})")
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         raise UnsupportedCall(f"a mask must be a tensor, not {type(attn_mask).__name__}")
+    reason = why_native()
+    if reason is not None:
+        passed_on: Tensor = _count_native(native_sdpa(query, key, value, attn_mask, is_causal, scale), reason)
+        return passed_on
     out: Tensor = _attend(query, key, value, attn_mask, is_causal, scale)
     return out
 

@@ -12,9 +12,9 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ditattn.hosts.diffusers.driver import driving_scheduler
+from ditattn.runtime.foreign_modes import OwnMode
 from ditattn.runtime.stage import DenoisingStage, ServedModel, attend, running
 
 __all__ = ["add_layer_hooks", "add_root_hook", "bind_arguments", "enter_layer", "is_listening", "leave_layer", "redirect_sdpa"]
@@ -139,7 +139,7 @@ def add_root_hook(module: nn.Module, stage: DenoisingStage, model: ServedModel) 
     return remove
 
 
-class _SdpaRedirect(TorchFunctionMode):
+class _SdpaRedirect(OwnMode):
     """Torch's SDPA, which has `[B, H, S, D]`, comes to us."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
