@@ -168,6 +168,10 @@ class DenoisingStage:
         if forward in stack:
             del stack[stack.index(forward) :]
 
+    def resume(self, forward: Forward) -> None:
+        """Of the running forwards of this thread, calls now belong to this one."""
+        _local.stack = [*(other for other in _local.stack if other is not forward), forward]
+
     def reset(self) -> None:
         """The run ended: the next forward is step 0."""
         _local.stack = [other for other in getattr(_local, "stack", []) if other.stage is not self]
