@@ -18,7 +18,8 @@ from ditattn.backends.base import AttentionBackend
 from ditattn.backends.registry import load_backend
 from ditattn.errors import ConfigError, DenseInStrictMode, UnsupportedCall
 from ditattn.models import ModelFamily, TokenLayout
-from ditattn.ops import dense_attention
+from ditattn.ops import block_sparse_attention, dense_attention
+from ditattn.ops.calls import DenseCall, SparseCall
 from ditattn.ops.contract import call_facts
 from ditattn.ops.table import choose
 from ditattn.runtime import key_padding, stage
@@ -344,3 +345,71 @@ def test_the_report_tells_which_implementations_served() -> None:
         query, key, _ = qkv()
         best = choose(dense_attention.TABLE, call_facts(query, key)).name
         assert report_of(stage).implementations["dense_attention"] == ("torch" if name == "torch_sdpa" else best)
+
+
+# the choice of implementations
+
+
+@pytest.mark.parametrize("backend", ["torch_sdpa", "laser_attn", "rain_fusion_attn"])
+def test_implementations_are_chosen_once_per_layer_and_kind_of_call(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    for cls in (DenseCall, SparseCall):
+        original = cls.facts
+        monkeypatch.setattr(cls, "facts", lambda self, original=original: asked.append(1) or original(self))
+    stage = stage_of(served(backend))
+    counts = []
+    for length in (LENGTH, LENGTH, LENGTH - 40, LENGTH, LENGTH - 40):
+        with forward_of(stage):
+            attend(*qkv(length=length))
+            attend(*qkv(length=length))
+        counts.append(len(asked))
+    assert counts[0] > 0
+    assert counts[1] == counts[0], "the second step meets no new kind of call"
+    assert counts[0] < counts[2] == counts[3] == counts[4], "another length is another kind, and both are kept"
+
+
+def test_inside_the_stages_operation_no_other_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv()
+    expected = dense(q, k, v)
+    for op in (dense_attention, block_sparse_attention):
+        monkeypatch.setattr(op, "_op", lambda *_: pytest.fail("an operation inside an operation"))
+    stage = stage_of(served(skip_layers="1"))
+    with forward_of(stage) as forward:
+        for layer in (0, 1, None):
+            forward.layer = layer
+            forward.model.layers_by_count = False
+            out = attend(q, k, v)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    assert report_of(stage).sparse == 1
+    assert report_of(stage).dense_reasons == {"skipped layer": 1, "not self-attention of the denoiser": 1}
+
+
+@pytest.mark.parametrize("layer", [0, None])
+def test_autocast_changes_nothing_inside(layer: int | None) -> None:
+    results = []
+    for enabled in (False, True):
+        stage = stage_of(served())
+        stage.models[0].layers_by_count = False
+        with forward_of(stage) as forward, torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            forward.layer = layer
+            results.append(attend(*qkv()))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("layer", [0, None])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda q, k, v: (q[0], k, v), r"must be \[B, S, H, D\]"),
+        (lambda q, k, v: (q, k, v[:, 1:]), "must have the same shape"),
+        (lambda q, k, v: (q, k.double(), v), "must share a dtype"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_every_time(layer: int | None, change: Any, text: str) -> None:
+    stage = stage_of(served("torch_sdpa"))
+    stage.models[0].layers_by_count = False
+    for _ in range(2):
+        with forward_of(stage) as forward:
+            forward.layer = layer
+            with pytest.raises(UnsupportedCall, match=text):
+                attend(*change(*qkv()))

@@ -17,6 +17,10 @@ from torch import Tensor
 from ditattn.backends.config import AttentionConfig, DenseAttentionConfig
 from ditattn.devices import Device
 from ditattn.errors import UnsupportedHeadSize
+from ditattn.ops import dense_attention as dense_op
+from ditattn.ops.calls import Chosen, DenseCall
+from ditattn.ops.contract import checked_scale
+from ditattn.ops.table import Implementation, choose
 from ditattn.packages import Package
 from ditattn.plan.block_plan import BlockPlan
 
@@ -95,6 +99,7 @@ class AttentionImpl(ABC):
     Attributes:
         supported_head_sizes: possible head sizes; empty means any.
         is_sparse: it may drop key blocks.
+        inside_op: who calls `forward` is one operation to torch already, so that implementations run without another one around them.
 
     Raises:
         UnsupportedHeadSize: the backend does not support `head_size`.
@@ -102,6 +107,7 @@ class AttentionImpl(ABC):
 
     supported_head_sizes: ClassVar[tuple[int, ...]] = ()
     is_sparse: ClassVar[bool] = False
+    inside_op: bool = False
 
     def __init__(
         self,
@@ -124,10 +130,27 @@ class AttentionImpl(ABC):
         self.prefix = prefix
         self.layer_index = layer_index
         self._observer = observer
+        self._dense_rows = Chosen(dense_op.TABLE, choose)
 
     @abstractmethod
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> Tensor:
         """query `[B, S, H, D]`, key and value `[B, T, G, D]` -> `[B, S, H, D]` in the query's dtype."""
+
+    def rows(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> dict[str, Implementation]:
+        """By op, the implementation that serves calls of this kind, for the report; one that makes no such choice knows none."""
+        return {}
+
+    def _dense(self, query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None, names: tuple[str, ...] = ()) -> Tensor:
+        """Every key of every query, by the first possible one of the named implementations, or of all."""
+        if not self.inside_op:
+            return dense_op.dense_attention(
+                query, key, value, scale=self.softmax_scale, causal=self.causal, key_lengths=key_lengths, implementation=names
+            )
+        call = self._dense_call(query, key, value, key_lengths)
+        return dense_op.compute(call, self._dense_rows.row(call, names))
+
+    def _dense_call(self, query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None) -> DenseCall:
+        return DenseCall(query, key, value, checked_scale(self.softmax_scale, self.head_size), self.causal, key_lengths)
 
     def end_run(self) -> None:  # noqa: B027
         """A run ended: forget what was kept from its steps. Most implementations keep nothing."""

@@ -7,8 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ditattn.backends.base import AttentionImpl, AttentionMetadata, CallRecord
-from ditattn.ops.dense_attention import dense_attention
-from ditattn.ops.table import names_of
+from ditattn.ops.table import Implementation, names_of
 
 __all__ = ["DENSE_BACKEND", "DenseAttentionImpl"]
 
@@ -28,15 +27,11 @@ class DenseAttentionImpl(AttentionImpl):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> Tensor:
         names, reason = self.choose(query, key, attn_metadata)
         self._note(CallRecord(reason))
-        return dense_attention(
-            query,
-            key,
-            value,
-            scale=self.softmax_scale,
-            causal=self.causal,
-            key_lengths=attn_metadata.key_lengths,
-            implementation=names,
-        )
+        return self._dense(query, key, value, attn_metadata.key_lengths, names)
+
+    def rows(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> dict[str, Implementation]:
+        names, _ = self.choose(query, key, attn_metadata)
+        return {"dense_attention": self._dense_rows.row(self._dense_call(query, key, value, attn_metadata.key_lengths), names)}
 
     def choose(self, query: Tensor, key: Tensor, metadata: AttentionMetadata) -> tuple[tuple[str, ...], str]:
         """Implementations for this call in order of preference, none to take the best one, and what the report says about it."""

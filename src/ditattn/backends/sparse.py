@@ -9,14 +9,16 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ditattn.backends.base import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, CallRecord
 from ditattn.backends.config import AttentionConfig, SparseAttentionConfig, parse_layers, resolve_steps
 from ditattn.errors import ConfigError
-from ditattn.ops.block_sparse_attention import block_sparse_attention
-from ditattn.ops.dense_attention import dense_attention
-from ditattn.ops.table import KERNEL_HEAD_DIMS
+from ditattn.ops import block_sparse_attention as sparse_op
+from ditattn.ops.calls import Chosen, SparseCall
+from ditattn.ops.contract import checked_scale
+from ditattn.ops.table import KERNEL_HEAD_DIMS, Implementation, choose, choose_to_run
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 from ditattn.plan.reuse import Evaluation, PlanMemory, ReusePolicy
 from ditattn.plan.token_order import TokenOrder, token_order
@@ -192,6 +194,8 @@ class SparseAttentionImpl(AttentionImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._plans = PlanMemory()
+        self._sparse_rows = Chosen(sparse_op.TABLE, choose_to_run)
+        self._known_tokens: tuple[object, TokenOrder, Tensor] | None = None
 
     def end_run(self) -> None:
         self._plans.forget()
@@ -201,46 +205,59 @@ class SparseAttentionImpl(AttentionImpl):
         reason = self.why_dense(query, key, attn_metadata)
         if reason is not None:
             self._note(CallRecord(reason))
-            return dense_attention(query, key, value, scale=self.softmax_scale, causal=self.causal, key_lengths=attn_metadata.key_lengths)
-        assert attn_metadata.latent_shape is not None
-        order = token_order(
-            attn_metadata.token_order,
-            attn_metadata.latent_shape,
-            attn_metadata.num_prefix_tokens,
-            attn_metadata.num_suffix_tokens,
-            query.device,
-        )
+            return self._dense(query, key, value, attn_metadata.key_lengths)
+        order, protected = self._tokens(attn_metadata, query.device)
         self._check_order(attn_metadata)
-        record = self._planned(query, key, attn_metadata, order)
+        record = self._planned(query, key, attn_metadata, order, protected)
         assert record.plan is not None
-        out = block_sparse_attention(
-            query, key, value, record.plan, scale=self.softmax_scale, causal=self.causal, key_lengths=attn_metadata.key_lengths, order=order
-        )
+        out = self._sparse(query, key, value, record.plan, attn_metadata.key_lengths, order)
         self._note(record)
         return out
 
-    def _planned(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata, order: TokenOrder) -> CallRecord:
+    def rows(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> dict[str, Implementation]:
+        call = self._dense_call(query, key, value, attn_metadata.key_lengths)
+        # the facts of a sparse call that returns no log-sum-exp; whether the choice deserves a warning shows when one runs
+        return {"block_sparse_attention": choose(sparse_op.TABLE, call.facts()), "dense_attention": self._dense_rows.row(call)}
+
+    def _sparse(self, query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, key_lengths: Tensor | None, order: TokenOrder) -> Tensor:
+        if not self.inside_op:
+            return sparse_op.block_sparse_attention(
+                query, key, value, plan, scale=self.softmax_scale, causal=self.causal, key_lengths=key_lengths, order=order
+            )
+        scale = checked_scale(self.softmax_scale, self.head_size)
+        call = SparseCall(query, key, value, plan, scale, self.causal, key_lengths, False, order.forward, order.inverse)
+        row = self._sparse_rows.row(call)
+        sparse_op.check_plan(query, key, plan)
+        return sparse_op.compute(call, row)[0]
+
+    def _tokens(self, metadata: SparseAttentionMetadata, device: torch.device) -> tuple[TokenOrder, Tensor]:
+        """The order of the tokens, and bool `[N]`, which of its blocks every plan keeps. Both serve until the tokens change."""
+        grid = metadata.latent_shape
+        assert grid is not None
+        facts = (metadata.token_order, grid, metadata.num_prefix_tokens, metadata.num_suffix_tokens, device)
+        whole_first_frame = metadata.first_frame_sink and grid[0] > 1
+        if self._known_tokens is None or self._known_tokens[0] != (facts, whole_first_frame):
+            order = token_order(*facts)
+            self._known_tokens = ((facts, whole_first_frame), order, order.protected_blocks(BLOCK_SIZE, whole_first_frame, device))
+        return self._known_tokens[1:]
+
+    def _planned(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata, order: TokenOrder, protected: Tensor) -> CallRecord:
         """The call with its plan: a kept one where the metadata lets one serve, else a new one."""
         step, policy = metadata.current_timestep, metadata.reuse
         if not policy.reuses:
-            return CallRecord(None, self._new_plan(query, key, metadata, order))
+            return CallRecord(None, self.plan(query, key, metadata, order, protected))
         unknown_padding = metadata.key_lengths is not None and metadata.known_key_lengths is None
         if step is None or unknown_padding:
             # asking the device whether two steps or branches pad alike would wait for it in every layer
             why = NotReused.STEP_UNKNOWN if step is None else NotReused.UNKNOWN_PADDING
-            return CallRecord(None, self._new_plan(query, key, metadata, order), not_reused=why)
+            return CallRecord(None, self.plan(query, key, metadata, order, protected), not_reused=why)
         facts = _plan_facts(query, key, metadata)
         kept = self._plans.find(step, metadata.evaluation, facts, policy)
         if kept is not None:
             return CallRecord(None, kept, reused=True)
-        plan = self._new_plan(query, key, metadata, order)
+        plan = self.plan(query, key, metadata, order, protected)
         self._plans.keep(plan, step, metadata.evaluation, facts, policy)
         return CallRecord(None, plan)
-
-    def _new_plan(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata, order: TokenOrder) -> BlockPlan:
-        assert metadata.latent_shape is not None
-        first_frame = metadata.first_frame_sink and metadata.latent_shape[0] > 1
-        return self.plan(query, key, metadata, order, order.protected_blocks(BLOCK_SIZE, first_frame, query.device))
 
     @abstractmethod
     def plan(self, query: Tensor, key: Tensor, attn_metadata: SparseAttentionMetadata, order: TokenOrder, protected: Tensor) -> BlockPlan:

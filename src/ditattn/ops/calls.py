@@ -5,15 +5,19 @@ Letters: B batch, S query tokens, T key tokens, H query heads, G key heads, D he
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ditattn.ops.contract import call_facts
-from ditattn.ops.table import CallFacts
+from ditattn.ops.contract import call_facts, check_qkv
+from ditattn.ops.table import CallFacts, Implementation
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 
-__all__ = ["DenseCall", "SparseCall"]
+__all__ = ["Chosen", "DenseCall", "SparseCall"]
+
+# calls of many sizes must not pile up
+MAX_KINDS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +40,10 @@ class DenseCall:
     causal: bool = False
     key_lengths: Tensor | None = None
     attn_mask: Tensor | None = None
+
+    def kind(self) -> tuple[Hashable, ...]:
+        """Calls of one kind fit together or do not, and have the same facts."""
+        return (*_tensor_kind(self.query, self.key, self.value, self.key_lengths), self.causal, self.attn_mask is None)
 
     def facts(self) -> CallFacts:
         """What the choice of an implementation depends on."""
@@ -66,6 +74,10 @@ class SparseCall:
     order: Tensor | None = None
     inverse: Tensor | None = None
 
+    def kind(self) -> tuple[Hashable, ...]:
+        """As `DenseCall.kind`."""
+        return (*_tensor_kind(self.query, self.key, self.value, self.key_lengths), self.causal, self.return_lse, self.plan.block_size)
+
     def facts(self) -> CallFacts:
         """What the choice of an implementation depends on."""
         needs = {"causal": self.causal, "key_lengths": self.key_lengths is not None, "lse": self.return_lse}
@@ -76,3 +88,37 @@ class SparseCall:
         assert self.order is not None
         query, key, value = (x.index_select(1, self.order) for x in (self.query, self.key, self.value))
         return replace(self, query=query, key=key, value=value, order=None, inverse=None)
+
+
+def _tensor_kind(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None) -> tuple[Hashable, ...]:
+    lengths = None if key_lengths is None else (key_lengths.shape, key_lengths.dtype, key_lengths.device)
+    shapes = (query.shape, key.shape, value.shape)
+    return (*shapes, query.dtype, key.dtype, value.dtype, query.device, key.device, value.device, lengths)
+
+
+class Chosen:
+    """The rows of one op's table that serve one layer: checked and chosen when a call of a kind is first met, then kept.
+
+    Args:
+        table: the op's.
+        choose: `table.choose` or `table.choose_to_run`.
+    """
+
+    def __init__(self, table: tuple[Implementation, ...], choose: Callable[..., Implementation]) -> None:
+        self._table, self._choose = table, choose
+        self._rows: dict[Hashable, Implementation] = {}
+
+    def row(self, call: DenseCall | SparseCall, names: tuple[str, ...] = ()) -> Implementation:
+        """The row that serves the call: the first possible one of those named, or of all.
+
+        Raises:
+            UnsupportedCall, BackendUnavailable: see the op.
+        """
+        kind = (names, call.kind())
+        row = self._rows.get(kind)
+        if row is None:
+            check_qkv(call.query, call.key, call.value, call.key_lengths)
+            if len(self._rows) == MAX_KINDS:
+                self._rows.clear()
+            row = self._rows[kind] = self._choose(self._table, call.facts(), names)
+        return row

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,8 +33,12 @@ def split(text: str) -> tuple[str, ...]:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Inside the block torch multiplies tensors of `device` in their own dtype, although the caller may run under `torch.autocast`."""
-    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+    on = _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else _NOTHING
+
+
+_NOTHING = nullcontext()
+_has_autocast = cache(torch.amp.is_autocast_available)
 
 
 def default_scale(head_dim: int) -> float:

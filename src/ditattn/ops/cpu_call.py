@@ -115,20 +115,44 @@ def _permutation(order: Tensor | None, length: int) -> Tensor | None:
         return None
     if order.dtype != torch.int64 or order.shape != (length,):
         raise UnsupportedCall(f"a token order for {length} tokens is int64 [{length}], not {order.dtype} {list(order.shape)}")
-    if int(order.min()) < 0 or int(order.max()) >= length or int(torch.bincount(order, minlength=length).max()) > 1:
+    order = order.contiguous()
+    status = _library().functions.ditattn_check_order(order.data_ptr(), length)
+    if status == cpu_library.BAD_ARGUMENT:
         raise UnsupportedCall(f"the token order is no permutation of 0 .. {length - 1}")
-    return order.contiguous()
+    cpu_library.raise_for(status)
+    return order
 
 
 def _tensor(x: Tensor) -> Tensor4:
     return Tensor4(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
 
 
+def _is_valid(plan: BlockPlan, batch: int, heads: int) -> bool:
+    """A quick look at every invariant of `BlockPlan.check`, for plans whose tensors are dense."""
+    indices, counts = plan.indices, plan.counts
+    rows, columns = plan.num_query_blocks, indices.shape[-1]
+    return (
+        indices.dtype == counts.dtype == torch.int32
+        and indices.is_contiguous()
+        and counts.is_contiguous()
+        and indices.ndim == 4
+        and indices.shape[:3] == counts.shape
+        and indices.shape[0] in (1, batch)
+        and indices.shape[1] in (1, heads)
+        and indices.shape[2] == rows > 0
+        and columns > 0
+        and _library().functions.ditattn_check_plan(indices.data_ptr(), counts.data_ptr(), counts.numel(), columns, plan.num_key_blocks)
+        == cpu_library.OK
+    )
+
+
 def _set_plan(structure: cpu_library.Attention, plan: BlockPlan, batch: int, heads: int) -> None:
     if plan.block_size != BLOCK_SIZE:
         raise UnsupportedCall(f"the CPU kernel has blocks of {BLOCK_SIZE} tokens, the plan {plan.block_size}")
-    plan.check(batch, heads)
     indices, counts = plan.indices, plan.counts
+    if not _is_valid(plan, batch, heads):
+        # says what is wrong, and takes strided plans, which the quick look does not
+        plan.check(batch, heads)
     # the stride of an axis of length 1 means nothing, and torch calls such tensors contiguous whatever it is
     if indices.stride(3) != 1 and indices.shape[3] > 1:
         raise UnsupportedCall("the last axis of the plan's indices must be dense")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
+from ctypes import POINTER, c_float, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -61,8 +61,6 @@ class Attention(ctypes.Structure):
         *((name, c_int32) for name in ("dtype", "compute_bf16", "causal", "num_threads")),
         ("scale", c_float),
         ("host", POINTER(Host)),
-        ("pack_ns", c_int64),
-        ("attend_ns", c_int64),
     )
 
 
@@ -149,6 +147,8 @@ def _load(variant: str) -> Library | str:
         functions = ctypes.PyDLL(str(_path(variant)))
         functions.ditattn_attention.argtypes = [POINTER(Attention)]
         functions.ditattn_block_mean.argtypes = [POINTER(BlockMean)]
+        functions.ditattn_check_plan.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64]
+        functions.ditattn_check_order.argtypes = [c_void_p, c_int64]
         if functions.ditattn_init():
             return f"the operating system does not permit the registers of '{variant}'"
         return Library(variant, bool(functions.ditattn_has_bf16()), functions)
@@ -187,9 +187,13 @@ def host() -> Host:
     return Host(*addresses)
 
 
+OK, NO_MEMORY, BAD_ARGUMENT = 0, 1, 2
+"""Statuses of csrc/cpu/abi.h."""
+
+
 def raise_for(status: int) -> None:
     """Turn a status of csrc/cpu/abi.h into an exception. An interrupt raises its own before it gets here."""
-    if status == c_int(1).value:
+    if status == NO_MEMORY:
         raise MemoryError("the CPU kernel found no memory for packed keys and values")
     if status:
         raise RuntimeError(f"the CPU kernel refused its arguments (status {status}): please report this")

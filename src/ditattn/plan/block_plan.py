@@ -146,10 +146,15 @@ class BlockPlan:
 
     def density_tensor(self) -> Tensor:
         """`density()` as a scalar float64 tensor on the plan's device, without a host synchronisation."""
-        tail = self.key_length - (self.num_key_blocks - 1) * self.block_size
-        has_tail = (self.indices == self.num_key_blocks - 1).any(-1)
-        kept_keys = self.counts.double() * self.block_size - has_tail * float(self.block_size - tail)
-        heights = torch.full((self.num_query_blocks,), self.block_size, dtype=torch.float64, device=self.indices.device)
-        heights[-1] = self.query_length - (self.num_query_blocks - 1) * self.block_size
-        rows = math.prod(self.counts.shape[:2])
-        return (kept_keys * heights).sum() / (rows * self.query_length * self.key_length)
+        # whole numbers, which float64 adds exactly: keys of full blocks, less what the short last blocks of keys and of queries lack
+        missing_keys = self.num_key_blocks * self.block_size - self.key_length
+        missing_queries = self.num_query_blocks * self.block_size - self.query_length
+        if not missing_keys and not missing_queries:
+            return self.counts.sum(dtype=torch.float64) / (self.counts.numel() * self.num_key_blocks)
+        kept_keys = self.counts.double() * self.block_size
+        if missing_keys:
+            kept_keys = kept_keys - (self.indices == self.num_key_blocks - 1).any(-1) * float(missing_keys)
+        pairs = kept_keys.sum() * self.block_size
+        if missing_queries:
+            pairs = pairs - kept_keys[..., -1].sum() * missing_queries
+        return pairs / (math.prod(self.counts.shape[:2]) * self.query_length * self.key_length)

@@ -168,6 +168,7 @@ class SparseProbe:
                 layer_index=call.layer,
                 observer=self._observe,
             )
+            self._impls[key].inside_op = True
         return self._impls[key]
 
     def _observe(self, record: CallRecord) -> None:

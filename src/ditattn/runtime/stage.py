@@ -20,10 +20,9 @@ from ditattn.backends.dense import DENSE_BACKEND
 from ditattn.backends.sparse import EXPECTED_REASONS, SparseAttentionImpl, SparseAttentionMetadata
 from ditattn.errors import DenseInStrictMode, UnsupportedCall
 from ditattn.models import ModelFamily, TokenLayout
-from ditattn.ops import block_sparse_attention as block_sparse_op
 from ditattn.ops import dense_attention as dense_op
-from ditattn.ops.contract import call_facts
-from ditattn.ops.dense_attention import dense_attention
+from ditattn.ops.calls import DenseCall
+from ditattn.ops.contract import check_qkv, checked_scale
 from ditattn.ops.table import choose
 from ditattn.plan.reuse import Evaluation
 from ditattn.runtime.branches import EvaluationCounter
@@ -212,8 +211,9 @@ class DenoisingStage:
     ) -> Tensor:
         """Serve one attention call of a running forward: `[B, S, H, D]` in and out."""
         model, layer = forward.model, _next_layer(forward)
+        call = _asked(query, key, value, attn_mask, is_causal, scale)
         with model.log.stopwatch.measure(query.device):
-            out = self._serve(forward, layer, query, key, value, attn_mask, is_causal, scale)
+            out = self._serve(forward, layer, call)
         for record in forward.records:
             model.log.add(forward.step.index, layer, record)
         forward.records.clear()
@@ -230,27 +230,18 @@ class DenoisingStage:
             self._refuse_if_strict(reason, forward)
         forward.model.log.add(forward.step.index, layer, CallRecord(reason))
 
-    def _serve(
-        self,
-        forward: Forward,
-        layer: int | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-    ) -> Tensor:
+    def _serve(self, forward: Forward, layer: int | None, call: DenseCall) -> Tensor:
+        query, key, value = call.query, call.key, call.value
         metadata = forward.metadata
         reason = NOT_SELF_ATTENTION if layer is None else None
-        if attn_mask is not None and reason is None:
-            padding, reason = forward.masks.read(attn_mask, key)
+        if call.attn_mask is not None and reason is None:
+            padding, reason = forward.masks.read(call.attn_mask, key)
             metadata = metadata if padding is None else replace(metadata, **padding._asdict())
         if reason is not None:
             self._refuse_if_strict(reason, forward)
             forward.records.append(CallRecord(reason))
-            return _native(query, key, value, attn_mask, is_causal, scale)
-        impl = self._impl(forward.model, layer, query, key, is_causal, scale, metadata.key_lengths is not None)
+            return _native(call)
+        impl = self._impl(forward.model, layer, call, metadata)
         if self.strict and isinstance(impl, SparseAttentionImpl):
             assert isinstance(metadata, SparseAttentionMetadata)
             self._refuse_if_strict(impl.why_dense(query, key, metadata), forward)
@@ -269,24 +260,20 @@ class DenoisingStage:
             model = forward.model
             raise DenseInStrictMode(f"{model.backend.name} on {model.name} would run densely in step {forward.step.index}: {reason}")
 
-    def _impl(
-        self, model: ServedModel, layer: int | None, query: Tensor, key: Tensor, causal: bool, scale: float | None, padded: bool
-    ) -> AttentionImpl:
+    def _impl(self, model: ServedModel, layer: int | None, call: DenseCall, metadata: AttentionMetadata) -> AttentionImpl:
         """One implementation object per layer and call signature, made when first met."""
-        signature = (layer, query.shape[2], query.shape[3], key.shape[2], causal, scale, padded)
+        _, _, heads, head_size = call.query.shape
+        num_kv_heads = call.key.shape[2]
+        signature = (layer, heads, head_size, num_kv_heads, call.causal, call.scale, metadata.key_lengths is not None)
         impl = model.impls.get(signature)
         if impl is None:
-            _note_implementations(model, query, key, causal, padded)
-            impl = model.impls[signature] = model.backend.get_impl_cls()(
-                query.shape[2],
-                query.shape[3],
-                scale,
-                causal,
-                key.shape[2],
-                model.layers[layer] if layer is not None and layer < len(model.layers) else "",
-                layer_index=layer,
-                observer=_observe,
-            )
+            prefix = model.layers[layer] if layer is not None and layer < len(model.layers) else ""
+            make = model.backend.get_impl_cls()
+            impl = make(heads, head_size, call.scale, call.causal, num_kv_heads, prefix, layer_index=layer, observer=_observe)
+            impl.inside_op = True
+            for op, row in impl.rows(call.query, call.key, call.value, metadata).items():
+                model.log.note_implementation(op, row.name)
+            model.impls[signature] = impl
         return impl
 
 
@@ -311,21 +298,19 @@ def _layout(model: ServedModel, arguments: Mapping[str, Any]) -> TokenLayout | N
         return None
 
 
-def _native(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+def _asked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None) -> DenseCall:
+    """The call as the model made it, its mask among it."""
+    if query.ndim != 4 or key.ndim != 4:
+        check_qkv(query, key, value)
+    return DenseCall(query, key, value, checked_scale(scale, query.shape[3]), is_causal, attn_mask=attn_mask)
+
+
+def _native(call: DenseCall) -> Tensor:
     """What a call that is not ours to serve would have run without us: torch's SDPA."""
-    mask = None if attn_mask is None else broadcastable(attn_mask)
-    return dense_attention(query, key, value, scale=scale, causal=is_causal, attn_mask=mask, implementation="torch")
-
-
-def _note_implementations(model: ServedModel, query: Tensor, key: Tensor, causal: bool, padded: bool) -> None:
-    facts = call_facts(query, key, causal=causal, key_lengths=padded)
-    tables = {"dense_attention": dense_op.TABLE, "block_sparse_attention": block_sparse_op.TABLE}
-    for op in model.backend.ops:
-        if op in tables:
-            names = model.backend.implementations_on(query.device.type) if op == model.backend.ops[0] else ()
-            # laser_attn on an NPU insists on its operators for the calls they take, and on no other
-            insists = any(row.mismatch(facts) is None for row in tables[op] if row.name in names)
-            model.log.note_implementation(op, choose(tables[op], facts, names if insists else ()).name)
+    check_qkv(call.query, call.key, call.value)
+    if call.attn_mask is not None:
+        call = replace(call, attn_mask=broadcastable(call.attn_mask))
+    return dense_op.compute(call, choose(dense_op.TABLE, call.facts(), ("torch",)))
 
 
 @torch.library.custom_op("ditattn::attend", mutates_args=())
@@ -333,7 +318,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
     forward = running()
     if forward is None:
         _warn_stray()
-        return _native(query, key, value, attn_mask, is_causal, scale)
+        return _native(_asked(query, key, value, attn_mask, is_causal, scale))
     return forward.stage.attend(forward, query, key, value, attn_mask, is_causal, scale)
 
 

@@ -30,7 +30,6 @@ struct DitattnAttention {
   int32_t dtype, compute_bf16, causal, num_threads;
   float scale;
   const DitattnHost* host;                    // or null
-  int64_t pack_ns, attend_ns;                 // out
 };
 
 struct DitattnBlockMean {

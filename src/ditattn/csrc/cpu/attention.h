@@ -59,17 +59,13 @@ template <class Kernel> class Attention {
     values_ = values.get();
     schedule_rows();
     Team team(a_.host);
-    const auto start = Clock::now();
     team.run(a_.num_threads, key_heads * key_blocks_, [&](auto next) { for (int64_t w; (w = next()) >= 0;) pack(w / key_blocks_, w % key_blocks_); });
-    const auto packed = Clock::now();
     team.run(a_.num_threads, units, [&](auto next) {
       Memory scratch(Kernel::SCRATCH_BYTES), visits(key_blocks_ * sizeof(Visit));
       if (!scratch.get() || !visits.get()) return team.fail(DITATTN_NO_MEMORY);
       typename Kernel::Thread thread;
       for (int64_t w; (w = next()) >= 0;) attend(w, (Visit*)visits.get(), scratch.get());
     });
-    a_.pack_ns = std::chrono::nanoseconds(packed - start).count();
-    a_.attend_ns = std::chrono::nanoseconds(Clock::now() - packed).count();
     return team.status();
   }
 

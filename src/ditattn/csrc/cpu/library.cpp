@@ -1,6 +1,7 @@
 // The shared object of one instruction set: which kernel serves a call, and the C entry points.
 // Everything else has internal linkage, so that no code compiled for one instruction set can be merged into another's.
 #include "block_mean.h"
+#include "checks.h"
 #include "f32.h"
 #if defined(__AVX512BF16__)
 #include "bf16.h"
@@ -55,6 +56,16 @@ EXPORT int ditattn_block_mean(DitattnBlockMean* a) {
       a->num_threads < 1 || a->dtype < DITATTN_F32 || a->dtype > DITATTN_F16)
     return DITATTN_BAD_ARGUMENT;
   return guarded([&] { return block_mean(*a); });
+}
+
+// DITATTN_OK, or DITATTN_BAD_ARGUMENT where a kernel must not follow the plan.
+EXPORT int ditattn_check_plan(const int32_t* indices, const int32_t* counts, int64_t rows, int64_t columns, int64_t blocks) {
+  return valid_plan(indices, counts, rows, columns, blocks) ? DITATTN_OK : DITATTN_BAD_ARGUMENT;
+}
+
+// DITATTN_OK, or DITATTN_BAD_ARGUMENT where the numbers are no permutation of 0 .. length - 1.
+EXPORT int ditattn_check_order(const int64_t* order, int64_t length) {
+  return guarded([&] { return is_permutation(order, length) ? DITATTN_OK : DITATTN_BAD_ARGUMENT; });
 }
 
 // Asks the operating system for what this object needs (AMX tiles); 0 or DITATTN_NOT_PERMITTED.

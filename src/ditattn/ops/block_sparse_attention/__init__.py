@@ -16,7 +16,7 @@ from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TR
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
 
-__all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse", "compute"]
+__all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse", "check_plan", "compute"]
 
 _MOST = frozenset({"causal", "key_lengths", "lse", "gqa", "unequal_lengths"})
 _FLEX_HONOURS = frozenset({"gqa", "unequal_lengths"})
@@ -178,7 +178,7 @@ def _call(
     implementation: Names,
 ) -> tuple[Tensor, Tensor]:
     check_qkv(query, key, value, key_lengths)
-    _check_plan(query, key, plan)
+    check_plan(query, key, plan)
     forward, inverse = _ordering(query, key, causal, order)
     scale = checked_scale(scale, query.shape[3])
     names = names_of(implementation)
@@ -214,8 +214,8 @@ def _ordering(query: Tensor, key: Tensor, causal: bool, order: TokenOrder | None
     return order.forward, order.inverse
 
 
-def _check_plan(query: Tensor, key: Tensor, plan: BlockPlan) -> None:
-    """Shapes only: reading the plan's values would cost a host synchronisation per call."""
+def check_plan(query: Tensor, key: Tensor, plan: BlockPlan) -> None:
+    """Raise UnsupportedCall unless the plan is one for such tensors. Its values are not read: that would wait for the device."""
     if (plan.query_length, plan.key_length) != (query.shape[1], key.shape[1]):
         raise UnsupportedCall(
             f"the plan is for {plan.query_length} x {plan.key_length} tokens, the call has {query.shape[1]} x {key.shape[1]}"
