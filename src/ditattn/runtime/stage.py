@@ -210,7 +210,7 @@ class DenoisingStage:
         scale: float | None = None,
     ) -> Tensor:
         """Serve one attention call of a running forward: `[B, S, H, D]` in and out."""
-        model, layer = forward.model, _next_layer(forward)
+        model, layer = forward.model, _next_layer(forward, query, key)
         call = _asked(query, key, value, attn_mask, is_causal, scale)
         with model.log.stopwatch.measure(query.device):
             out = self._serve(forward, layer, call)
@@ -219,15 +219,15 @@ class DenoisingStage:
         forward.records.clear()
         return out
 
-    def count_native(self, forward: Forward, reason: str) -> None:
+    def count_native(self, forward: Forward, query: Tensor, key: Tensor, reason: str) -> None:
         """A call of a running forward was torch's own, for this reason.
 
         Raises:
             DenseInStrictMode: the installation is strict.
         """
-        layer = _next_layer(forward)
-        if layer is not None:
-            self._refuse_if_strict(reason, forward)
+        layer = _next_layer(forward, query, key)
+        if self.strict and _is_self_attention(layer, query, key):
+            self._refuse(reason, forward)
         forward.model.log.add(forward.step.index, layer, CallRecord(reason))
 
     def _serve(self, forward: Forward, layer: int | None, call: DenseCall) -> Tensor:
@@ -237,26 +237,30 @@ class DenoisingStage:
         if call.attn_mask is not None and reason is None:
             padding, reason = forward.masks.read(call.attn_mask, key)
             metadata = metadata if padding is None else replace(metadata, **padding._asdict())
+        strict = self.strict and _is_self_attention(layer, query, key)
         if reason is not None:
-            self._refuse_if_strict(reason, forward)
+            if strict:
+                self._refuse(reason, forward)
             forward.records.append(CallRecord(reason))
             return _native(call)
         impl = self._impl(forward.model, layer, call, metadata)
-        if self.strict and isinstance(impl, SparseAttentionImpl):
+        if strict and isinstance(impl, SparseAttentionImpl):
             assert isinstance(metadata, SparseAttentionMetadata)
-            self._refuse_if_strict(impl.why_dense(query, key, metadata), forward)
+            self._refuse(impl.why_dense(query, key, metadata), forward)
         out = impl.forward(query, key, value, metadata)
         if not forward.records:
             # an impl of another package that notes nothing is counted all the same
             reason = UNSAID if impl.is_sparse else DENSE_BACKEND
-            self._refuse_if_strict(reason, forward)
+            if strict:
+                self._refuse(reason, forward)
             forward.records.append(CallRecord(reason))
         if self.probe is not None:
             self.probe.look(forward, layer, impl, query, key, value, metadata, out)
         return out
 
-    def _refuse_if_strict(self, reason: str | None, forward: Forward) -> None:
-        if self.strict and reason is not None and reason not in EXPECTED_REASONS and forward.model.backend.is_sparse:
+    def _refuse(self, reason: str | None, forward: Forward) -> None:
+        """Raise for a dense call that nobody asked for."""
+        if reason is not None and reason not in EXPECTED_REASONS and forward.model.backend.is_sparse:
             model = forward.model
             raise DenseInStrictMode(f"{model.backend.name} on {model.name} would run densely in step {forward.step.index}: {reason}")
 
@@ -277,10 +281,21 @@ class DenoisingStage:
         return impl
 
 
-def _next_layer(forward: Forward) -> int | None:
+def _next_layer(forward: Forward, query: Tensor, key: Tensor) -> int | None:
     """Number of the layer whose call begins; None for a call that is not the denoiser's self-attention."""
-    call, forward.num_calls = forward.num_calls, forward.num_calls + 1
-    return forward.model.layer_of_call(call) if forward.layer is None and forward.model.layers_by_count else forward.layer
+    call = forward.num_calls
+    if query.shape[1] == key.shape[1]:
+        forward.num_calls += 1
+    else:
+        # an adapter's cross-attention follows the self-attention of its layer
+        call = max(call - 1, 0)
+    counts = forward.layer is None and forward.model.layers_by_count
+    return forward.model.layer_of_call(call) if counts else forward.layer
+
+
+def _is_self_attention(layer: int | None, query: Tensor, key: Tensor) -> bool:
+    """False for cross-attention, also where it is an adapter's own inside a self-attention module: strictness is not about it."""
+    return layer is not None and query.shape[1] == key.shape[1]
 
 
 def _observe(record: CallRecord) -> None:
@@ -328,16 +343,16 @@ def _(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_ca
 
 
 @torch.library.custom_op("ditattn::count_native", mutates_args=())
-def _count_native(out: Tensor, reason: str) -> Tensor:
+def _count_native(out: Tensor, query: Tensor, key: Tensor, reason: str) -> Tensor:
     """The output of a call that was torch's own, counted when it runs: a compiled graph runs no Python of ours."""
     forward = running()
     if forward is not None:
-        forward.stage.count_native(forward, reason)
+        forward.stage.count_native(forward, query, key, reason)
     return out.clone()
 
 
 @_count_native.register_fake
-def _(out: Tensor, reason: str) -> Tensor:
+def _(out: Tensor, query: Tensor, key: Tensor, reason: str) -> Tensor:
     return torch.empty_like(out)
 
 
@@ -365,7 +380,7 @@ def attend(
         raise UnsupportedCall(f"a mask must be a tensor, not {type(attn_mask).__name__}")
     reason = why_native()
     if reason is not None:
-        passed_on: Tensor = _count_native(native_sdpa(query, key, value, attn_mask, is_causal, scale), reason)
+        passed_on: Tensor = _count_native(native_sdpa(query, key, value, attn_mask, is_causal, scale), query, key, reason)
         return passed_on
     out: Tensor = _attend(query, key, value, attn_mask, is_causal, scale)
     return out
