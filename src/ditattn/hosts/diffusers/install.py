@@ -18,6 +18,7 @@ from ditattn.backends.setting import Setting
 from ditattn.errors import ConfigError, UnsupportedModel
 from ditattn.hosts.diffusers.copies import copies_are_plain
 from ditattn.hosts.diffusers.dispatcher import add_private_backend
+from ditattn.hosts.diffusers.execution import execution_device
 from ditattn.hosts.diffusers.hooks import add_layer_hooks, add_root_hook, is_listening, redirect_sdpa
 from ditattn.models import MODELS, ModelFamily, family_of, known_class, unwrapped
 from ditattn.runtime.metadata import check_layers
@@ -140,7 +141,7 @@ def serve(module: Any, name: str, family: ModelFamily, setting: Setting) -> Serv
     chosen = get_attn_backend(
         family.head_size(module.config),
         parameter.dtype if parameter.dtype in (torch.float32, torch.float16) else torch.bfloat16,
-        device=_execution_device(module, parameter),
+        device=execution_device(module),
         component=name,
         component_backends=setting.components,
         pipeline_backend=setting.backend,
@@ -257,13 +258,6 @@ def _set_processor_backend(processor: Any, member: Any) -> Callable[[], None]:
             vars(processor).pop("_attention_backend", None)
 
     return restore
-
-
-def _execution_device(module: nn.Module, parameter: torch.Tensor) -> torch.device:
-    """Where the forward will run: offloaded models keep their weights elsewhere."""
-    hook = getattr(module, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return parameter.device if device is None else torch.device(device)
 
 
 def _components(target: Any) -> dict[str, Any]:
