@@ -25,6 +25,7 @@ from ditattn.ops.calls import DenseCall
 from ditattn.ops.contract import check_qkv, checked_scale
 from ditattn.ops.table import choose
 from ditattn.plan.reuse import Evaluation
+from ditattn.runtime.autocast import autocast_as_sdpa
 from ditattn.runtime.branches import EvaluationCounter
 from ditattn.runtime.foreign_modes import native_sdpa, why_native
 from ditattn.runtime.key_padding import MaskReader, broadcastable
@@ -382,6 +383,7 @@ def attend(
     if reason is not None:
         passed_on: Tensor = _count_native(native_sdpa(query, key, value, attn_mask, is_causal, scale), query, key, reason)
         return passed_on
+    query, key, value, attn_mask = autocast_as_sdpa(query, key, value, attn_mask)
     out: Tensor = _attend(query, key, value, attn_mask, is_causal, scale)
     return out
 
