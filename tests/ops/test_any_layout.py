@@ -21,9 +21,9 @@ from ditattn.ops.dense_attention import dense_attention
 from ditattn.ops.table import CallFacts, Implementation
 from ditattn.plan.block_plan import BlockPlan, num_blocks
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # of the largest output, per dtype that products are formed in
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-10}
 # interpreted, seconds per call
 SLOW = {"triton"}
 SEEDS = range(60)
@@ -75,9 +75,10 @@ def some_mask(query: Tensor, key: Tensor, dice: random.Random) -> Tensor | None:
 
 
 def check(out: Tensor, exact: Tensor, name: str, row: Implementation, dtype: torch.dtype) -> None:
-    computed_in = dtype if row.computes_in is None else getattr(torch, row.computes_in)
+    # a row that rounds its inputs moves large logits, which repeated numbers make
+    tolerance = TOLERANCE[dtype] if row.computes_in is None else 5 * TOLERANCE[getattr(torch, row.computes_in)]
     assert out.is_contiguous()
-    error, allowed = (out.double() - exact).abs().max(), TOLERANCE[computed_in] * (1 + exact.abs().max())
+    error, allowed = (out.double() - exact).abs().max(), tolerance * (1 + exact.abs().max())
     assert error <= allowed, f"{name} is off by {error:.2e}, allowed {allowed:.2e}"
 
 
@@ -89,7 +90,7 @@ def rows(table: tuple[Implementation, ...], facts: object, seed: int) -> Iterato
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dense_attention(seed: int) -> None:
-    dice, dtype = random.Random(seed), DTYPES[seed % 3]
+    dice, dtype = random.Random(seed), DTYPES[seed % 4]
     query, key, value = attention_tensors(dtype, dice)
     asked = {**options(query, key, dice), "attn_mask": some_mask(query, key, dice)}
     exact, _ = oracle.attention(query, key, value, **asked)
@@ -102,7 +103,7 @@ def test_dense_attention(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_block_sparse_attention(seed: int) -> None:
-    dice, dtype = random.Random(seed), DTYPES[seed % 3]
+    dice, dtype = random.Random(seed), DTYPES[seed % 4]
     query, key, value = attention_tensors(dtype, dice)
     asked = options(query, key, dice)
     blocks = (query.shape[0], query.shape[2], num_blocks(query.shape[1]), num_blocks(key.shape[1]))
@@ -117,7 +118,7 @@ def test_block_sparse_attention(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_block_mean(seed: int) -> None:
-    dice, dtype = random.Random(seed), DTYPES[seed % 3]
+    dice, dtype = random.Random(seed), DTYPES[seed % 4]
     x = anyhow((dice.choice((1, 2)), dice.choice((1, 127, 128, 300)), dice.choice((1, 3)), dice.choice((32, 80))), dtype, dice)
     block = dice.choice((128, 64, 7))
     exact = oracle.block_mean(x, block)

@@ -1,4 +1,4 @@
-"""bfloat16, whole models and `torch.autocast`: another exact kernel errs no more than the native one, in every family."""
+"""Dtypes other than fp32, of whole models or by `torch.autocast`: another exact kernel errs no more than the native one."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def autocast() -> Any:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def in_bfloat16(tiny: TinyPipeline) -> TinyPipeline:
-    """The same pipeline with its weights, and what it is called with, in bfloat16."""
+def in_dtype(tiny: TinyPipeline, dtype: torch.dtype) -> TinyPipeline:
+    """The same pipeline with its weights, and what it is called with, in another dtype."""
     for part in tiny.pipe.components.values():
         if isinstance(part, nn.Module):
-            part.to(torch.bfloat16)
-    given = {key: x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in tiny.arguments.items()}
+            part.to(dtype)
+    given = {key: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in tiny.arguments.items()}
     return TinyPipeline(tiny.pipe, given)
 
 
 HALVES: dict[str, tuple[Callable[[TinyPipeline], TinyPipeline], Callable[[], Any]]] = {
     "autocast": (lambda tiny: tiny, autocast),
-    "bfloat16": (in_bfloat16, contextlib.nullcontext),
+    "bfloat16": (lambda tiny: in_dtype(tiny, torch.bfloat16), contextlib.nullcontext),
 }
 
 
@@ -73,6 +73,19 @@ def test_every_backend_is_as_exact_as_native(name: str, how: str, backend: str) 
     # which guidance makes three times as large in CogVideoX as elsewhere
     assert (out - exact).norm() <= 1.2 * (native - exact).norm()
     assert (out - native).abs().max() <= 2 * (native - exact).abs().max()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_is_served_to_its_last_places(name: str, backend: str) -> None:
+    tiny = in_dtype(FAMILIES[name](), torch.float64)
+    native = tiny.run(2)
+    with ditattn.install(tiny.pipe, backend, **BACKENDS[backend]) as handle:
+        out = tiny.run(2)
+    report = handle.report().components["transformer"]
+    assert report.sparse == (report.calls if BACKENDS[backend] else 0)
+    # whoever computes in fp32 anywhere is off by 1e-6 and more
+    torch.testing.assert_close(out, native, rtol=0, atol=1e-9)
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
