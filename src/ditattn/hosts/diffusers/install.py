@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ditattn.arguments import described
 from ditattn.backends.selector import get_attn_backend
 from ditattn.backends.setting import Setting
 from ditattn.errors import ConfigError, UnsupportedModel
@@ -103,6 +104,8 @@ def install(
 
 def install_setting(target: Any, setting: Setting, *, strict: bool = False) -> Installation:
     """`install` of what was parsed before. Raises as `install`, but for what `Setting.parse` has checked."""
+    if not isinstance(strict, bool):
+        raise ConfigError(f"strict must be True or False, not {described(strict)}")
     models = denoisers(target)
     if not models:
         raise UnsupportedModel(

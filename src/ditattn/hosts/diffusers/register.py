@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ditattn.arguments import described
 from ditattn.backends.registry import backend_names, load_backend, usable_backends
 from ditattn.backends.setting import Setting
 from ditattn.errors import ConfigError, UnsupportedModel
@@ -48,8 +49,10 @@ def register(*, strict: bool = False, **config: Any) -> Registration:
 
     Raises:
         UnsupportedModel: registered already.
-        UnknownKey, ConfigError: no sparse backend takes the configuration.
+        UnknownKey, ConfigError: no sparse backend takes the configuration, or `strict` is neither True nor False.
     """
+    if not isinstance(strict, bool):
+        raise ConfigError(f"strict must be True or False, not {described(strict)}")
     _check(config)
     if _active:
         raise UnsupportedModel("the names are registered already: remove() that registration first")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ditattn.arguments import check_flag, check_instance, check_tensors
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.calls import SparseCall
 from ditattn.ops.contract import check_qkv, checked_scale, joined, split, without_autocast
@@ -177,6 +178,11 @@ def _call(
     return_lse: bool,
     implementation: Names,
 ) -> tuple[Tensor, Tensor]:
+    check_tensors(query=query, key=key, value=value, **({} if key_lengths is None else {"key_lengths": key_lengths}))
+    check_flag("causal", causal)
+    check_instance("plan", plan, BlockPlan, "BlockPlan.from_mask makes one of a block mask")
+    if order is not None:
+        check_instance("order", order, TokenOrder, "ditattn.plan.token_order.token_order makes one")
     check_qkv(query, key, value, key_lengths)
     check_plan(query, key, plan)
     forward, inverse = _ordering(query, key, causal, order)
