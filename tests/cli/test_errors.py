@@ -69,6 +69,12 @@ WRONG = {
     "guidance that is no number": (["--guidance-scale", "nan"], ["guidance_scale", "finite"]),
     "endless guidance": (["--guidance-scale", "inf"], ["guidance_scale", "finite"]),
     "empty prompt": (["--prompt", " "], ["a prompt is needed"]),
+    "rate that no video has": (["--fps", "999999999999"], ["--fps", "less than or equal to 1000"]),
+    "height beyond all memory": (["--height", "16000000000000000000000"], ["--height", "less than or equal to 1000000"]),
+    "steps beyond all schedules": (["--num-inference-steps", "99999999999999999999"], ["--num-inference-steps", "1000000"]),
+    "revision of a folder": (["--revision", "main"], ["--revision is for a --model-path on the hub", "is a folder"]),
+    "null character in a name": (["--output-file-name", "a\0b"], ["--output-file-name", "plain name"]),
+    "null character in a path": (["--output-path", "a\0b"], ["no null character"]),
     "revision of a missing path": (["--model-path", "./nowhere", "--revision", "v1"], ["no such folder: ./nowhere"]),
 }
 

@@ -51,7 +51,7 @@ def test_help_shows_every_key_once_with_its_words_and_default(verb: str) -> None
 
 def test_ranges_types_and_defaults_follow_from_the_fields() -> None:
     height, kind = declared(GenerateSettings, "height")
-    assert (height.min, height.max, height.show_default, kind) == (1, None, "the model's", int | None)
+    assert (height.min, height.max, height.show_default, kind) == (1, 1_000_000, "the model's", int | None)
     ssim, kind = declared(TuneSettings, "target_ssim")
     assert (ssim.min, ssim.max, ssim.show_default, kind) == (0, 1, False, float | None)
     for settings_cls, kind in ((GenerateSettings, int | None), (CompareSettings, list[int] | None)):

@@ -385,14 +385,16 @@ def test_inside_the_stages_operation_no_other_one_runs(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("layer", [0, None])
-def test_autocast_changes_nothing_inside(layer: int | None) -> None:
+def test_autocast_casts_before_the_call_and_changes_nothing_inside(layer: int | None) -> None:
     results = []
     for enabled in (False, True):
+        given = qkv() if enabled else tuple(x.bfloat16() for x in qkv())
         stage = stage_of(served())
         stage.models[0].layers_by_count = False
         with forward_of(stage) as forward, torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             forward.layer = layer
-            results.append(attend(*qkv()))
+            results.append(attend(*given))
+    assert results[0].dtype == torch.bfloat16
     assert torch.equal(*results)
 
 

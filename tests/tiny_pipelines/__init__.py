@@ -5,12 +5,15 @@ Head size 32, and 10 to 12 blocks of 128 tokens: the least at which both sparse 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tiny_pipelines.image import flux, flux_kontext, qwen_image
 from tiny_pipelines.pipeline import TinyPipeline
 from tiny_pipelines.video import cogvideox, hunyuan_video, ltx_video
 from tiny_pipelines.wan import wan, wan_image_to_video, wan_two_transformers, wan_with_token_timesteps
 
 __all__ = [
+    "FAMILIES",
     "TinyPipeline",
     "cogvideox",
     "flux",
@@ -23,3 +26,13 @@ __all__ = [
     "wan_two_transformers",
     "wan_with_token_timesteps",
 ]
+
+FAMILIES: dict[str, Callable[[], TinyPipeline]] = {
+    "wan": wan,
+    "hunyuan video": hunyuan_video,
+    "flux": flux,
+    "qwen image": qwen_image,
+    "ltx video": ltx_video,
+    "cogvideox": cogvideox,
+}
+"""One pipeline of every served family, for tests that walk them."""

@@ -45,6 +45,8 @@ def _of_module(module: nn.Module) -> dict[str, Any]:
         "attributes": sorted(vars(module)),
         "forward": id(vars(module).get("forward")),
         "processor": id(processor),
-        "processor attributes": None if processor is None else {name: id(value) for name, value in vars(processor).items()},
+        "processor attributes": None
+        if processor is None
+        else {name: id(value) for name, value in getattr(processor, "__dict__", {}).items()},
         "hooks": {name: [id(hook) for hook in getattr(module, name).values()] for name in HOOK_TABLES},
     }

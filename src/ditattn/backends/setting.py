@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ditattn.arguments import described
 from ditattn.backends.base import AttentionBackend
 from ditattn.backends.config import AttentionConfig
 from ditattn.backends.registry import load_backend, parse_backend_name
@@ -45,9 +46,12 @@ class Setting:
 
         Raises:
             UnknownBackend: a name that is no backend.
-            UnknownKey, ConfigError: a key that the backend does not have, a value outside its range, or keys of nobody knows whom.
+            UnknownKey, ConfigError: a key that the backend does not have, a value outside its range, keys of nobody knows whom,
+                or components that are no mapping.
             BackendUnavailable: the package that brings the backend cannot be imported.
         """
+        if components is not None and not isinstance(components, Mapping):
+            raise ConfigError(f"components must be a mapping such as {{'transformer_2': 'torch_sdpa'}}, not {described(components)}")
         named = {component: parse_backend_name(name) for component, name in (components or {}).items() if name is not None}
         pipeline = None if backend is None else parse_backend_name(backend)
         owner = _config_owner(pipeline, set(named.values()), keys or {})

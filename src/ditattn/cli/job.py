@@ -111,6 +111,8 @@ def _find_model(settings: CallSettings) -> ModelFacts:
 
     if settings.model_path is None:
         return _demo_model(settings)
+    if settings.revision is not None and Path(settings.model_path).expanduser().exists():
+        raise ConfigError(f"--revision is for a --model-path on the hub; {settings.model_path} is a folder, which has no revisions")
     index = read_index(settings.model_path, settings.revision)
     return ModelFacts(settings.model_path, str(index.get("_class_name")), pipeline_class(index))
 

@@ -56,7 +56,7 @@ def check_plain_name(name: str) -> None:
     """Raise ConfigError if the name is empty, has folders in it, or is longer than file systems take."""
     if not name.strip():
         raise ConfigError("--output-file-name is empty: leave it out, and the prompt, the time and a hash make the name")
-    if Path(name).name != name or name in (".", ".."):
+    if Path(name).name != name or name in (".", "..") or "\0" in name:
         raise ConfigError(f"--output-file-name '{name}' must be a plain name; the folder is --output-path")
     if (num_bytes := len(name.encode())) > NAME_BYTES:
         raise ConfigError(f"--output-file-name takes {num_bytes} bytes; file systems take no more than {NAME_BYTES} and the endings")
@@ -158,3 +158,6 @@ def _write_h264(path: Path, frames: np.ndarray[Any, Any], fps: int) -> None:
             writer.send(np.ascontiguousarray(frame).tobytes())
     finally:
         writer.close()
+    # ffmpeg's exit status goes lost on the way
+    if not path.is_file():
+        raise ConfigError(f"ffmpeg could not write the video: {len(frames)} frames of {width}x{height} at {fps} frames per second")

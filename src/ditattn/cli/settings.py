@@ -70,6 +70,13 @@ def _parsed(value: Any) -> Any:
     return parse_config(value) if isinstance(value, str) else value
 
 
+def _without_null(path: str) -> str:
+    # no shell passes one, but a configuration file can
+    if "\0" in path:
+        raise ValueError("a path holds no null character")
+    return path
+
+
 def _axes(value: Any) -> Any:
     """`["sparsity=0.5,0.75", ...]` as {"sparsity": [0.5, 0.75], ...}."""
     if not isinstance(value, (list, str)):
@@ -90,8 +97,10 @@ Texts = Annotated[list[str], BeforeValidator(_one_or_more)]
 Pairs = Annotated[dict[str, Any], BeforeValidator(_parsed)]
 Names = Annotated[dict[str, str], BeforeValidator(_parsed)]
 # no shell expands ~ in a file, nor bash in --output-path=~/videos, which would make a folder of that name
-UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
-Count = Annotated[int, Field(ge=1)]
+UserPath = Annotated[str, AfterValidator(os.path.expanduser), AfterValidator(_without_null)]
+# beyond these torch, the scheduler or ffmpeg fails with words of its own
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+FrameRate = Annotated[int, Field(ge=1, le=1000)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seeds = Annotated[list[Seed], BeforeValidator(_one_or_more), Field(min_length=1)]
 ManyPairs = Annotated[list[Pairs], BeforeValidator(_one_or_more)]
@@ -141,7 +150,7 @@ class CallSettings(KnownKeys):
     height: Annotated[Count | None, Option(SAMPLING, "Pixels.", THE_MODELS)] = None
     width: Annotated[Count | None, Option(SAMPLING, "Pixels.", THE_MODELS)] = None
     num_frames: Annotated[Count | None, Option(SAMPLING, "Frames of a video; 1 makes an image.", THE_MODELS)] = None
-    fps: Annotated[Count | None, Option(SAMPLING, "Frames per second of a video.", THE_MODELS)] = None
+    fps: Annotated[FrameRate | None, Option(SAMPLING, "Frames per second of a video.", THE_MODELS)] = None
     num_inference_steps: Annotated[Count | None, Option(SAMPLING, "Denoising steps.", THE_MODELS)] = None
     guidance_scale: Annotated[FiniteFloat | None, Option(SAMPLING, "Strength of the prompt (classifier-free guidance).", THE_MODELS)] = None
     component_attention_backends: Annotated[

@@ -20,6 +20,7 @@ __all__ = [
     "TokenLayout",
     "family_of",
     "find_family",
+    "known_class",
     "needs_full_precision",
     "unwrapped",
 ]
@@ -40,9 +41,15 @@ def unwrapped(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
+def known_class(module: Any) -> str | None:
+    """The transformer class by which a module is known: its own, or the nearest known base class; None if it is of no family."""
+    return next((cls.__name__ for cls in type(unwrapped(module)).__mro__ if find_family(cls.__name__) is not None), None)
+
+
 def family_of(module: Any) -> ModelFamily | None:
-    """The family of a transformer, compiled or not; None if it is of no known one."""
-    return find_family(type(unwrapped(module)).__name__)
+    """The family of a transformer, compiled or not, also of a subclass of a known one; None if it is of no known one."""
+    name = known_class(module)
+    return None if name is None else find_family(name)
 
 
 def needs_full_precision(vae_class: str) -> bool:

@@ -13,10 +13,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ditattn.arguments import described
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.table import CallFacts
 
-__all__ = ["call_facts", "check_qkv", "checked_scale", "default_scale", "joined", "split", "without_autocast"]
+__all__ = ["call_facts", "check_mask", "check_qkv", "checked_scale", "default_scale", "joined", "split", "without_autocast"]
 
 _LENGTH_DTYPES = (torch.int32, torch.int64)
 
@@ -50,10 +51,12 @@ def checked_scale(scale: float | None, head_dim: int) -> float:
     """The factor on the scores: 1 / sqrt(D) for None. A scale that fp32, in which it is applied, rounds to zero is zero.
 
     Raises:
-        UnsupportedCall: the scale is NaN or infinite, as it stands or in fp32.
+        UnsupportedCall: the scale is no number, or NaN or infinite, as it stands or in fp32.
     """
     if scale is None:
         return default_scale(head_dim)
+    if isinstance(scale, (str, bool, complex)) or not hasattr(scale, "__float__"):
+        raise UnsupportedCall(f"scale must be a number or None, not {described(scale)}")
     # a kernel that treats zero apart would otherwise meet a zero that Python did not see
     if not math.isfinite(scale) or not math.isfinite(applied := ctypes.c_float(scale).value):
         raise UnsupportedCall(f"the scale must be finite in fp32, not {scale}")
@@ -91,6 +94,18 @@ def _check_key_lengths(key_lengths: Tensor, query: Tensor) -> None:
     if key_lengths.shape != query.shape[:1] or key_lengths.dtype not in _LENGTH_DTYPES or key_lengths.device != query.device:
         found = f"{key_lengths.dtype} {list(key_lengths.shape)} on {key_lengths.device}"
         raise UnsupportedCall(f"key_lengths must be int32 or int64 [{query.shape[0]}] on {query.device}, not {found}")
+
+
+def check_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
+    """Raise UnsupportedCall unless a dense call can take the mask: bool or additive, broadcastable to `[B, H, S, T]`."""
+    scores = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+    fits = attn_mask.ndim <= 4 and all(size in (1, full) for size, full in zip(reversed(attn_mask.shape), reversed(scores), strict=False))
+    if not fits:
+        raise UnsupportedCall(f"attn_mask must be broadcastable to [B, H, S, T] = {list(scores)}, not {list(attn_mask.shape)}")
+    if attn_mask.dtype != torch.bool and not attn_mask.dtype.is_floating_point:
+        raise UnsupportedCall(f"attn_mask must be bool (True is kept) or floating (added to the scores), not {attn_mask.dtype}")
+    if attn_mask.device != query.device:
+        raise UnsupportedCall(f"attn_mask must be on {query.device} as the query is, not on {attn_mask.device}")
 
 
 def call_facts(query: Tensor, key: Tensor, **needs: bool) -> CallFacts:

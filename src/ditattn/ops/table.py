@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ditattn.arguments import described
 from ditattn.errors import BackendUnavailable, UnsupportedCall
 from ditattn.packages import Package
 
@@ -27,6 +28,8 @@ Names = str | Sequence[str] | None
 
 HALF = ("bfloat16", "float16")
 FLOATS = ("float32", *HALF)
+# what torch multiplies, the portable implementations take too
+PORTABLE = (*FLOATS, "float64")
 # what every attention kernel of this package and of the Ascend packages, padded where need be, can be asked for
 KERNEL_HEAD_DIMS = (32, 64, 96, 128)
 
@@ -169,7 +172,10 @@ def names_of(implementation: Names) -> tuple[str, ...]:
     """The names in order of preference; none where the caller leaves the choice to the table."""
     if implementation is None:
         return ()
-    return (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    names = (implementation,) if isinstance(implementation, str) else implementation
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise UnsupportedCall(f"implementation must be a name, several in a list, or None, not {described(implementation)}")
+    return tuple(names)
 
 
 def explain(table: Sequence[Implementation], facts: CallFacts) -> list[Verdict]:

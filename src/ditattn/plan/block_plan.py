@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ditattn.arguments import check_count, check_tensors
 from ditattn.errors import UnsupportedCall
 
 __all__ = ["BLOCK_SIZE", "BlockPlan", "num_blocks", "num_kept"]
@@ -66,13 +67,18 @@ class BlockPlan:
         K is N, so no value of the mask has to travel to the host; `trimmed()` narrows the indices where that is worth a sync.
 
         Raises:
-            UnsupportedCall: the mask's last two axes are not (M, N).
+            UnsupportedCall: no bool tensor, last two axes that are not (M, N), or a size that is not positive.
         """
+        check_tensors(mask=mask)
+        for name, count in (("query_length", query_length), ("key_length", key_length), ("block_size", block_size)):
+            check_count(name, count)
         expected = (num_blocks(query_length, block_size), num_blocks(key_length, block_size))
         if mask.ndim != 4 or tuple(mask.shape[2:]) != expected:
             raise UnsupportedCall(
                 f"a block mask for {query_length} x {key_length} tokens is [B, H, {expected[0]}, {expected[1]}], not {list(mask.shape)}"
             )
+        if mask.dtype != torch.bool:
+            raise UnsupportedCall(f"a block mask must be bool, True where the block is kept, not {mask.dtype}")
         place = mask.cumsum(-1)
         counts = place[..., -1].to(torch.int32)
         # every kept block goes to its place in the row, every dropped one to a spare column that is cut off

@@ -45,6 +45,7 @@ class ComponentLog:
         name: the component's name in the pipeline.
         backend: the backend that serves it.
         config: its validated configuration.
+        model: see ComponentReport.
         cells: calls by (step, layer); None where unknown.
         reasons: dense calls by reason.
         reused, not_reused: see ComponentReport.
@@ -58,6 +59,7 @@ class ComponentLog:
     name: str
     backend: str
     config: dict[str, Any]
+    model: str = ""
     cells: dict[tuple[int | None, int | None], Cell] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
     reused: int = 0
@@ -94,6 +96,7 @@ class ComponentLog:
         return ComponentReport(
             backend=self.backend,
             config=self.config,
+            model=self.model,
             calls=sparse + dense,
             sparse=sparse,
             dense=dense,
@@ -134,6 +137,7 @@ class ComponentReport:
 
     Attributes:
         backend, config: what was asked.
+        model: class of the transformer; "MyWan, served as WanTransformer3DModel" where it is a subclass of a known one.
         calls, sparse, dense: numbers of self-attention calls.
         reused_plans: sparse calls whose plan an earlier call had made (`plan_refresh_steps`, `share_plan_between_branches`).
         not_reused_reasons: sparse calls that could have reused a plan by those settings and had to make one, by reason.
@@ -150,6 +154,7 @@ class ComponentReport:
 
     backend: str
     config: dict[str, Any]
+    model: str
     calls: int
     sparse: int
     dense: int
@@ -174,7 +179,10 @@ class ComponentReport:
         if self.dense:
             parts.append(f"{self.dense} dense ({_counted(self.dense_reasons)})")
         ran = " / ".join(parts) or self._no_calls()
-        return f"{self.backend}: {ran}{self._part_of_schedule()}; {self.attention_ms / 1e3:.2f} s in attention"
+        return f"{self.backend}: {ran}{self._part_of_schedule()}{self._served_as()}; {self.attention_ms / 1e3:.2f} s in attention"
+
+    def _served_as(self) -> str:
+        return f"; {self.model}" if "served as" in self.model else ""
 
     def _part_of_schedule(self) -> str:
         if self.schedule_steps is None or not 0 < self.steps_run < self.schedule_steps:
@@ -203,7 +211,7 @@ class AttentionReport:
 
     Attributes:
         components: by name in the pipeline.
-        not_served: components left as they were, with the reason.
+        not_served: components and single layers ("transformer: blocks.0.attn1") left as they were, with the reason.
     """
 
     components: dict[str, ComponentReport]
@@ -223,7 +231,12 @@ class AttentionReport:
         }
 
     def summary(self) -> str:
-        """What ran sparse, at what density, how long attention took and why calls were dense: a line per component."""
+        """What ran sparse, at what density, how long attention took and why calls were dense: a line per component.
+
+        What was not served has a line per reason.
+        """
         lines = [f"attention ({name}): {component.sentence()}" for name, component in self.components.items()]
-        lines += [f"attention ({name}): not served: {reason}" for name, reason in self.not_served.items()]
+        reasons = dict.fromkeys(self.not_served.values())
+        names = {reason: ", ".join(name for name, why in self.not_served.items() if why == reason) for reason in reasons}
+        lines += [f"attention ({name}): not served: {reason}" for reason, name in names.items()]
         return "\n".join(lines) or "attention: no component was served"

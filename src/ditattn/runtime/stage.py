@@ -25,7 +25,9 @@ from ditattn.ops.calls import DenseCall
 from ditattn.ops.contract import check_qkv, checked_scale
 from ditattn.ops.table import choose
 from ditattn.plan.reuse import Evaluation
+from ditattn.runtime.autocast import autocast_as_sdpa
 from ditattn.runtime.branches import EvaluationCounter
+from ditattn.runtime.foreign_modes import native_sdpa, why_native
 from ditattn.runtime.key_padding import MaskReader, broadcastable
 from ditattn.runtime.metadata import build_attn_metadata, evaluated
 from ditattn.runtime.report import AttentionReport, ComponentLog
@@ -50,7 +52,8 @@ class ServedModel:
         backend: backend class.
         config: validated configuration of the backend.
         layers: paths of its self-attention modules, in order; a layer's number is its place here.
-        layers_by_count: a call whose layer is unknown (compiled graphs run no module hooks) is the next self-attention call of the forward.
+        served_layers: numbers of the layers whose calls come here, in order; every layer's unless the host leaves some alone.
+        layers_by_count: a call whose layer is unknown (compiled graphs run no module hooks) is the next served call of the forward.
     """
 
     name: str
@@ -66,6 +69,12 @@ class ServedModel:
         self.builder = self.backend.get_builder_cls()()
         self.builder.prepare()
         self.log = ComponentLog(self.name, self.backend.name, self.config.model_dump())
+        self.served_layers = list(range(len(self.layers)))
+
+    def layer_of_call(self, call: int) -> int:
+        """Number of the layer that makes the n-th served call of a forward; calls beyond the last layer go on counting."""
+        beyond = call - len(self.served_layers)
+        return self.served_layers[call] if beyond < 0 else len(self.layers) + beyond
 
 
 @dataclass
@@ -159,6 +168,10 @@ class DenoisingStage:
         if forward in stack:
             del stack[stack.index(forward) :]
 
+    def resume(self, forward: Forward) -> None:
+        """Of the running forwards of this thread, calls now belong to this one."""
+        _local.stack = [*(other for other in _local.stack if other is not forward), forward]
+
     def reset(self) -> None:
         """The run ended: the next forward is step 0."""
         _local.stack = [other for other in getattr(_local, "stack", []) if other.stage is not self]
@@ -198,11 +211,7 @@ class DenoisingStage:
         scale: float | None = None,
     ) -> Tensor:
         """Serve one attention call of a running forward: `[B, S, H, D]` in and out."""
-        model = forward.model
-        layer = forward.layer
-        if layer is None and model.layers_by_count:
-            layer = forward.num_calls
-        forward.num_calls += 1
+        model, layer = forward.model, _next_layer(forward, query, key)
         call = _asked(query, key, value, attn_mask, is_causal, scale)
         with model.log.stopwatch.measure(query.device):
             out = self._serve(forward, layer, call)
@@ -211,6 +220,17 @@ class DenoisingStage:
         forward.records.clear()
         return out
 
+    def count_native(self, forward: Forward, query: Tensor, key: Tensor, reason: str) -> None:
+        """A call of a running forward was torch's own, for this reason.
+
+        Raises:
+            DenseInStrictMode: the installation is strict.
+        """
+        layer = _next_layer(forward, query, key)
+        if self.strict and _is_self_attention(layer, query, key):
+            self._refuse(reason, forward)
+        forward.model.log.add(forward.step.index, layer, CallRecord(reason))
+
     def _serve(self, forward: Forward, layer: int | None, call: DenseCall) -> Tensor:
         query, key, value = call.query, call.key, call.value
         metadata = forward.metadata
@@ -218,26 +238,30 @@ class DenoisingStage:
         if call.attn_mask is not None and reason is None:
             padding, reason = forward.masks.read(call.attn_mask, key)
             metadata = metadata if padding is None else replace(metadata, **padding._asdict())
+        strict = self.strict and _is_self_attention(layer, query, key)
         if reason is not None:
-            self._refuse_if_strict(reason, forward)
+            if strict:
+                self._refuse(reason, forward)
             forward.records.append(CallRecord(reason))
             return _native(call)
         impl = self._impl(forward.model, layer, call, metadata)
-        if self.strict and isinstance(impl, SparseAttentionImpl):
+        if strict and isinstance(impl, SparseAttentionImpl):
             assert isinstance(metadata, SparseAttentionMetadata)
-            self._refuse_if_strict(impl.why_dense(query, key, metadata), forward)
+            self._refuse(impl.why_dense(query, key, metadata), forward)
         out = impl.forward(query, key, value, metadata)
         if not forward.records:
             # an impl of another package that notes nothing is counted all the same
             reason = UNSAID if impl.is_sparse else DENSE_BACKEND
-            self._refuse_if_strict(reason, forward)
+            if strict:
+                self._refuse(reason, forward)
             forward.records.append(CallRecord(reason))
         if self.probe is not None:
             self.probe.look(forward, layer, impl, query, key, value, metadata, out)
         return out
 
-    def _refuse_if_strict(self, reason: str | None, forward: Forward) -> None:
-        if self.strict and reason is not None and reason not in EXPECTED_REASONS and forward.model.backend.is_sparse:
+    def _refuse(self, reason: str | None, forward: Forward) -> None:
+        """Raise for a dense call that nobody asked for."""
+        if reason is not None and reason not in EXPECTED_REASONS and forward.model.backend.is_sparse:
             model = forward.model
             raise DenseInStrictMode(f"{model.backend.name} on {model.name} would run densely in step {forward.step.index}: {reason}")
 
@@ -256,6 +280,23 @@ class DenoisingStage:
                 model.log.note_implementation(op, row.name)
             model.impls[signature] = impl
         return impl
+
+
+def _next_layer(forward: Forward, query: Tensor, key: Tensor) -> int | None:
+    """Number of the layer whose call begins; None for a call that is not the denoiser's self-attention."""
+    call = forward.num_calls
+    if query.shape[1] == key.shape[1]:
+        forward.num_calls += 1
+    else:
+        # an adapter's cross-attention follows the self-attention of its layer
+        call = max(call - 1, 0)
+    counts = forward.layer is None and forward.model.layers_by_count
+    return forward.model.layer_of_call(call) if counts else forward.layer
+
+
+def _is_self_attention(layer: int | None, query: Tensor, key: Tensor) -> bool:
+    """False for cross-attention, also where it is an adapter's own inside a self-attention module: strictness is not about it."""
+    return layer is not None and query.shape[1] == key.shape[1]
 
 
 def _observe(record: CallRecord) -> None:
@@ -302,6 +343,20 @@ def _(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_ca
     return query.new_empty(query.shape)
 
 
+@torch.library.custom_op("ditattn::count_native", mutates_args=())
+def _count_native(out: Tensor, query: Tensor, key: Tensor, reason: str) -> Tensor:
+    """The output of a call that was torch's own, counted when it runs: a compiled graph runs no Python of ours."""
+    forward = running()
+    if forward is not None:
+        forward.stage.count_native(forward, query, key, reason)
+    return out.clone()
+
+
+@_count_native.register_fake
+def _(out: Tensor, query: Tensor, key: Tensor, reason: str) -> Tensor:
+    return torch.empty_like(out)
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -313,7 +368,8 @@ def attend(
 ) -> Tensor:
     """Attention of the denoiser forward that runs in this thread, `[B, S, H, D]` in and out, as one opaque operation for torch.compile.
 
-    Step, branch, grid and layer are read inside the operation, so that a compiled graph stays right from step to step.
+    Step, branch, grid and layer are read inside the operation, so that a compiled graph stays right from step to step. Where a
+    torch-function mode of somebody else is active (guidance that perturbs attention), the call is torch's SDPA, which that mode sees.
 
     Raises:
         UnsupportedCall: dropout, or a mask that is no tensor.
@@ -323,6 +379,11 @@ def attend(
         raise UnsupportedCall(f"attention dropout is for training; this package is forward only (got dropout_p={dropout_p})")
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         raise UnsupportedCall(f"a mask must be a tensor, not {type(attn_mask).__name__}")
+    reason = why_native()
+    if reason is not None:
+        passed_on: Tensor = _count_native(native_sdpa(query, key, value, attn_mask, is_causal, scale), query, key, reason)
+        return passed_on
+    query, key, value, attn_mask = autocast_as_sdpa(query, key, value, attn_mask)
     out: Tensor = _attend(query, key, value, attn_mask, is_causal, scale)
     return out
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ditattn.arguments import described
 from ditattn.errors import ConfigError
 
 __all__ = ["Step", "StepClock", "step"]
@@ -44,8 +45,11 @@ def step(index: int, num_steps: int | None = None) -> Iterator[None]:
         num_steps: steps of the run; None if unknown.
 
     Raises:
-        ConfigError: the index is negative, or not below `num_steps`.
+        ConfigError: no whole numbers, or an index that is negative or not below `num_steps`.
     """
+    for name, value in (("index", index), ("num_steps", 1 if num_steps is None else num_steps)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"step: {name} must be a whole number, not {described(value)}")
     if index < 0 or (num_steps is not None and index >= num_steps):
         raise ConfigError(f"step {index} of {'an unknown number of' if num_steps is None else num_steps} steps: the first one is 0")
     before = getattr(_local, "override", None)

@@ -14,17 +14,10 @@ from torch import nn
 import ditattn
 import tiny_pipelines
 from ditattn.hosts.diffusers.install import denoisers
+from tiny_pipelines import FAMILIES
 from tiny_pipelines.footprint import HOOK_TABLES, footprint
 from tiny_pipelines.pipeline import TinyPipeline
 
-FAMILIES: dict[str, Callable[[], TinyPipeline]] = {
-    "wan": tiny_pipelines.wan,
-    "hunyuan video": tiny_pipelines.hunyuan_video,
-    "flux": tiny_pipelines.flux,
-    "qwen image": tiny_pipelines.qwen_image,
-    "ltx video": tiny_pipelines.ltx_video,
-    "cogvideox": tiny_pipelines.cogvideox,
-}
 SPARSE = {"sparsity": 0.6, "skip_first_steps": 0, "min_tokens": 0}
 
 

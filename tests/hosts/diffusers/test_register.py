@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import tiny_pipelines
 from ditattn.errors import DenseInStrictMode, UnknownKey, UnsupportedModel
 from tiny_pipelines import TinyPipeline
 from tiny_pipelines.footprint import dispatcher_footprint, footprint
+from tiny_pipelines.wan import transformer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -140,3 +143,85 @@ def test_a_wrong_key_is_refused_at_once() -> None:
     with pytest.raises(UnknownKey, match="did you mean 'sparsity'"):
         ditattn.register(sparcity=0.5)
     assert dispatcher_footprint() == before
+
+
+# what single modules choose
+
+
+@pytest.mark.parametrize("chosen", [(0,), (1,), (0, 1)], ids=str)
+def test_a_name_that_single_modules_choose_runs_in_them_alone(chosen: tuple[int, ...]) -> None:
+    tiny = tiny_pipelines.wan()
+    dense = ",".join(str(layer) for layer in (0, 1) if layer not in chosen)
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE, skip_layers=dense):
+        expected = tiny.run(2)
+    with ditattn.register(**SPARSE) as registration:
+        for layer in chosen:
+            tiny.pipe.transformer.blocks[layer].attn1.set_attention_backend("rain_fusion_attn")
+        out = tiny.run(2)
+    report = registration.report().components["WanTransformer3DModel"]
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
+    assert list(report.sparse_density_by_layer) == list(chosen)
+    assert report.dense_reasons == {"first steps": 2 * len(chosen)}
+    assert report.sparse == 2 * len(chosen)
+
+
+def test_each_layer_runs_what_was_chosen_for_it() -> None:
+    tiny = tiny_pipelines.wan(transformer=transformer(num_layers=4))
+    blocks = tiny.pipe.transformer.blocks
+    with ditattn.register(**SPARSE) as registration:
+        # the fourth keeps its own
+        for block, name in zip(blocks, ("rain_fusion_attn", "block_sparse_attn", "torch_sdpa"), strict=False):
+            block.attn1.set_attention_backend(name)
+        tiny.run(3)
+        first = registration.report()
+        # the others join in the middle of the registration
+        blocks[3].attn1.set_attention_backend("block_sparse_attn")
+        tiny.run(3)
+    rows = {report.backend: report for report in registration.report().components.values()}
+    assert {row.backend for row in first.components.values()} == set(rows) == {"rain_fusion_attn", "block_sparse_attn", "torch_sdpa"}
+    assert {name: list(row.sparse_density_by_layer) for name, row in rows.items()} == {
+        "rain_fusion_attn": [0],
+        "block_sparse_attn": [1, 3],
+        "torch_sdpa": [2],
+    }
+    assert (rows["rain_fusion_attn"].sparse, rows["block_sparse_attn"].sparse, rows["torch_sdpa"].dense) == (8, 12, 12)
+    assert rows["rain_fusion_attn"].dense_reasons == {"first steps": 4}
+
+
+def test_a_layer_that_joins_in_the_middle_of_a_run_is_in_the_step_of_the_run() -> None:
+    tiny = tiny_pipelines.wan()
+    blocks = tiny.pipe.transformer.blocks
+
+    def join(_pipe: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            blocks[1].attn1.set_attention_backend("block_sparse_attn")
+        return values
+
+    with ditattn.register(**SPARSE) as registration:
+        blocks[0].attn1.set_attention_backend("rain_fusion_attn")
+        tiny.run(4, callback_on_step_end=join)
+    rows = {report.backend: report for report in registration.report().components.values()}
+    assert list(rows["block_sparse_attn"].sparse_density_by_step) == [2, 3]
+    assert rows["block_sparse_attn"].dense == 0
+
+
+@pytest.mark.parametrize("earlier", [None, "_native_math"])
+def test_remove_puts_back_what_modules_had_chosen_before(earlier: str | None) -> None:
+    tiny = tiny_pipelines.wan()
+    attention = tiny.pipe.transformer.blocks[0].attn1
+    if earlier is not None:
+        attention.set_attention_backend(earlier)
+    native, before = tiny.run(1), footprint(tiny.pipe)
+    registration = ditattn.register(**SPARSE)
+    tiny.pipe.transformer.set_attention_backend("rain_fusion_attn")
+    tiny.run(1)
+    # a module that never ran, and one that is not a part of any pipeline
+    other, twin = tiny_pipelines.wan(), copy.deepcopy(tiny.pipe.transformer)
+    other.pipe.transformer.blocks[1].attn1.set_attention_backend("block_sparse_attn")
+    registration.remove()
+    assert footprint(tiny.pipe) == before
+    assert torch.equal(tiny.run(1), native)
+    assert torch.equal(other.run(1), tiny_pipelines.wan().run(1))
+    tiny.pipe.transformer = twin
+    # the copy did not live when the names were registered: it gets the default
+    torch.testing.assert_close(tiny.run(1), native, rtol=0, atol=1e-4)

@@ -17,17 +17,10 @@ import ditattn
 import tiny_pipelines
 from ditattn.hosts.diffusers.driver import driving_scheduler
 from ditattn.hosts.diffusers.install import Installation, denoisers
+from tiny_pipelines import FAMILIES
 from tiny_pipelines.pipeline import TinyPipeline, noise
 
-FAMILIES: dict[str, Callable[[], TinyPipeline]] = {
-    "wan": tiny_pipelines.wan,
-    "wan 2.2": tiny_pipelines.wan_two_transformers,
-    "hunyuan video": tiny_pipelines.hunyuan_video,
-    "flux": tiny_pipelines.flux,
-    "qwen image": tiny_pipelines.qwen_image,
-    "ltx video": tiny_pipelines.ltx_video,
-    "cogvideox": tiny_pipelines.cogvideox,
-}
+PIPELINES = {**FAMILIES, "wan 2.2": tiny_pipelines.wan_two_transformers}
 
 
 def steps_of(handle: Installation) -> set[int | None]:
@@ -35,10 +28,10 @@ def steps_of(handle: Installation) -> set[int | None]:
     return {step for model in handle._stage.models for step, _ in model.log.cells}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_a_transformer_shared_by_two_pipelines_is_in_the_step_of_the_one_that_runs(name: str) -> None:
     """After `install(pipe)` another pipeline of the same components runs, with a scheduler of its own; pipe's stands still."""
-    tiny = FAMILIES[name]()
+    tiny = PIPELINES[name]()
     tiny.run(2)
     parts = {key: part for key, part in tiny.pipe.components.items() if key != "scheduler"}
     extras = {"boundary_ratio": 0.875} if name == "wan 2.2" else {}

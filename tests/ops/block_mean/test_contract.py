@@ -119,8 +119,8 @@ def test_opcheck(name: str, device: str) -> None:
     [
         (torch.ones(4, 4, 4), 128, "non-empty"),
         (torch.ones(1, 0, 4, 4), 128, "non-empty"),
-        (torch.ones(1, 4, 4, 4), 0, "positive block size"),
-        (torch.ones(1, 4, 4, 4, dtype=torch.float64), 128, "no implementation takes this call"),
+        (torch.ones(1, 4, 4, 4), 0, "block_size must be a positive whole number, not int 0"),
+        (torch.ones(1, 4, 4, 4, dtype=torch.float8_e4m3fn), 128, "no implementation takes this call"),
     ],
 )
 def test_bad_calls_say_what_is_wrong(x: torch.Tensor, block: int, text: str) -> None:

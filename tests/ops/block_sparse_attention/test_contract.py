@@ -259,18 +259,31 @@ def test_the_compiled_kernel_follows_no_broken_order(spoil: Callable[[torch.Tens
         block_mean(p.query, order=broken, implementation="cpu")
 
 
-@pytest.mark.parametrize("what", ["mixed dtypes", "nan scale", "float64", "unknown name"])
+@pytest.mark.parametrize("what", ["mixed dtypes", "nan scale", "eight bits", "unknown name"])
 def test_bad_calls_say_what_is_wrong(what: str) -> None:
     p = build(PLAIN, torch.float32)
     calls = {
         "mixed dtypes": ((p.query, p.key, p.value.half()), {}, "share a dtype"),
         "nan scale": ((p.query, p.key, p.value), {"scale": float("nan")}, "finite"),
-        "float64": ((p.query.double(), p.key.double(), p.value.double()), {}, "no implementation takes this call"),
+        "eight bits": (tuple(x.to(torch.float8_e4m3fn) for x in (p.query, p.key, p.value)), {}, "no implementation takes this call"),
         "unknown name": ((p.query, p.key, p.value), {"implementation": "magic"}, "no implementation named 'magic'"),
     }
     tensors, options, text = calls[what]
     with pytest.raises(UnsupportedCall, match=text):
         block_sparse_attention(*tensors, p.plan, **options)
+
+
+def test_float64_is_served_by_what_torch_can_do() -> None:
+    problem = build(Case("float64", plan="uneven", query_length=390, key_length=390, causal=True), torch.float64)
+    exact, exact_lse = judge.exact_result(problem)
+    for name in (None, "torch", "reference"):
+        arguments = (problem.query, problem.key, problem.value, problem.plan)
+        out = block_sparse_attention(*arguments, **problem.options, implementation=name)
+        assert out.dtype == torch.float64
+        torch.testing.assert_close(out, exact, rtol=0, atol=1e-12)
+        out, lse = block_sparse_attention_with_lse(*arguments, **problem.options, implementation=name)
+        torch.testing.assert_close(out, exact, rtol=0, atol=1e-12)
+        torch.testing.assert_close(lse, exact_lse.float(), rtol=0, atol=1e-5)
 
 
 def test_compiles_into_one_graph() -> None:

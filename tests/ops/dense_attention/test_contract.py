@@ -136,9 +136,21 @@ def test_a_scale_that_is_zero_in_fp32_is_zero(name: str, device: str) -> None:
     assert torch.equal(tiny, zero)
 
 
-def test_float64_is_refused_with_every_reason() -> None:
+def test_a_dtype_that_nobody_takes_is_refused_with_every_reason() -> None:
+    eight_bits = [x.to(torch.float8_e4m3fn) for x in (PLAIN.query, PLAIN.key, PLAIN.value)]
+    with pytest.raises(UnsupportedCall, match="takes float32, bfloat16, float16, float64, not float8_e4m3fn"):
+        dense_attention(*eight_bits)
+
+
+def test_float64_is_served_by_what_torch_can_do() -> None:
+    problem = build(Case("float64", batch=2, key_lengths=(300, 17), causal=True), torch.float64)
+    exact, _ = judge.exact_result(problem)
+    for name in (None, "torch", "reference"):
+        out = dense_attention(problem.query, problem.key, problem.value, **problem.options, implementation=name)
+        assert out.dtype == torch.float64
+        torch.testing.assert_close(out, exact, rtol=0, atol=1e-12)
     with pytest.raises(UnsupportedCall, match="takes float32, bfloat16, float16, not float64"):
-        dense_attention(PLAIN.query.double(), PLAIN.key.double(), PLAIN.value.double())
+        dense_attention(problem.query, problem.key, problem.value, implementation="cpu")
 
 
 def test_unknown_name_lists_the_names() -> None:

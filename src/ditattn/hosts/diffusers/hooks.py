@@ -12,9 +12,9 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ditattn.hosts.diffusers.driver import driving_scheduler
+from ditattn.runtime.foreign_modes import OwnMode
 from ditattn.runtime.stage import DenoisingStage, ServedModel, attend, running
 
 __all__ = ["add_layer_hooks", "add_root_hook", "bind_arguments", "enter_layer", "is_listening", "leave_layer", "redirect_sdpa"]
@@ -23,8 +23,10 @@ HOOK_NAME = "ditattn"
 
 
 def bind_arguments(signature: inspect.Signature, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A forward's arguments by name."""
-    return dict(signature.bind_partial(module, *args, **kwargs).arguments)
+    """A forward's arguments by name, also those that a `**kwargs` of its signature collects."""
+    arguments = dict(signature.bind_partial(module, *args, **kwargs).arguments)
+    collecting = next((name for name, one in signature.parameters.items() if one.kind is inspect.Parameter.VAR_KEYWORD), None)
+    return arguments if collecting is None else {**arguments, **arguments.get(collecting, {})}
 
 
 class _NoState(BaseState):
@@ -137,7 +139,7 @@ def add_root_hook(module: nn.Module, stage: DenoisingStage, model: ServedModel) 
     return remove
 
 
-class _SdpaRedirect(TorchFunctionMode):
+class _SdpaRedirect(OwnMode):
     """Torch's SDPA, which has `[B, H, S, D]`, comes to us."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -147,7 +149,11 @@ class _SdpaRedirect(TorchFunctionMode):
 
 
 def redirect_sdpa(processor: Any) -> Any:
-    """A copy of an attention processor that calls torch's SDPA itself, whose calls come to us. It also compiles."""
+    """A copy of an attention processor that calls torch's SDPA itself, whose calls come to us. It also compiles.
+
+    Raises:
+        TypeError: Python lets nobody derive such an object: a function, or a class with slots.
+    """
     cls = type(processor)
 
     class Redirected(cls):  # type: ignore[misc, valid-type]
@@ -192,10 +198,10 @@ def leave_layer() -> None:
     enter_layer(None)
 
 
-def add_layer_hooks(layers: list[nn.Module]) -> Callable[[], None]:
-    """Tell the running forward which layer runs. Returns the removal."""
+def add_layer_hooks(layers: Mapping[int, nn.Module]) -> Callable[[], None]:
+    """Tell the running forward which layer runs; `layers` by number. Returns the removal."""
     handles = []
-    for number, module in enumerate(layers):
+    for number, module in layers.items():
 
         def begin(_module: nn.Module, _args: Any, number: int = number) -> None:
             enter_layer(number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ditattn.arguments import described
 from ditattn.backends.selector import get_attn_backend
 from ditattn.backends.setting import Setting
 from ditattn.errors import ConfigError, UnsupportedModel
 from ditattn.hosts.diffusers.copies import copies_are_plain
 from ditattn.hosts.diffusers.dispatcher import add_private_backend
+from ditattn.hosts.diffusers.execution import execution_device
 from ditattn.hosts.diffusers.hooks import add_layer_hooks, add_root_hook, is_listening, redirect_sdpa
-from ditattn.models import MODELS, ModelFamily, find_family, unwrapped
+from ditattn.models import MODELS, ModelFamily, family_of, known_class, unwrapped
 from ditattn.runtime.metadata import check_layers
 from ditattn.runtime.report import AttentionReport
 from ditattn.runtime.stage import DenoisingStage, Probe, ServedModel
@@ -95,13 +97,15 @@ def install(
         UnknownBackend, UnsupportedHeadSize, BackendUnavailable: the backend cannot serve this model on this machine.
         UnknownKey, ConfigError: a configuration key or value.
         UnsupportedModel: already installed, no denoiser found, context parallelism is on, the family does not support the backend, or
-            (strict) the family is unknown.
+            (strict) the family is unknown or a layer has an attention processor that cannot be served.
     """
     return install_setting(target, Setting.parse(backend, config, components), strict=strict)
 
 
 def install_setting(target: Any, setting: Setting, *, strict: bool = False) -> Installation:
     """`install` of what was parsed before. Raises as `install`, but for what `Setting.parse` has checked."""
+    if not isinstance(strict, bool):
+        raise ConfigError(f"strict must be True or False, not {described(strict)}")
     models = denoisers(target)
     if not models:
         raise UnsupportedModel(
@@ -140,7 +144,7 @@ def serve(module: Any, name: str, family: ModelFamily, setting: Setting) -> Serv
     chosen = get_attn_backend(
         family.head_size(module.config),
         parameter.dtype if parameter.dtype in (torch.float32, torch.float16) else torch.bfloat16,
-        device=_execution_device(module, parameter),
+        device=execution_device(module),
         component=name,
         component_backends=setting.components,
         pipeline_backend=setting.backend,
@@ -149,6 +153,7 @@ def serve(module: Any, name: str, family: ModelFamily, setting: Setting) -> Serv
     )
     layers = list(self_attention_modules(module, family))
     served = ServedModel(name, family, module.config, chosen, setting.config_of(chosen), layers)
+    served.log.model = _described(module)
     check_layers(served.config, len(layers), name)
     return served
 
@@ -161,24 +166,33 @@ def _install_one(
     setting: Setting,
 ) -> None:
     module = unwrapped(module)
-    family = find_family(type(module).__name__)
+    family = family_of(module)
     if family is None:
-        _leave_alone(stage, name, module)
+        known = ", ".join(cls for family in MODELS for cls in family.transformer_classes)
+        what = f"{type(module).__name__} is not a known model family"
+        _leave_alone(stage, name, f"{what}, so its attention stays as it was (known: {known})")
         return
     if is_listening(module):
         raise UnsupportedModel(f"{name} is served by another installation: remove() that one first")
-    modules = list(self_attention_modules(module, family).values())
-    if any(getattr(part.processor, "_parallel_config", None) is not None for part in modules):
+    modules = self_attention_modules(module, family)
+    if any(getattr(part.processor, "_parallel_config", None) is not None for part in modules.values()):
         raise UnsupportedModel(f"{name} runs with context parallelism, which is not supported yet")
     served = serve(module, name, family, setting)
+    refused = {path: reason for path, part in modules.items() if (reason := _why_not_served(part.processor, family)) is not None}
+    for path, reason in refused.items():
+        _leave_alone(stage, f"{name}: {path}", reason)
+    if refused and len(refused) == len(modules):
+        return
+    layers = {number: part for number, (path, part) in enumerate(modules.items()) if path not in refused}
+    served.served_layers = list(layers)
     stage.models.append(served)
     handle.on_remove(add_root_hook(module, stage, served))
-    handle.on_remove(add_layer_hooks(modules))
+    handle.on_remove(add_layer_hooks(layers))
     if family.dispatches:
         member, remove_member = add_private_backend(served.backend.name)
         handle.on_remove(remove_member)
-        shared = _processors_elsewhere(module, modules)
-        for part in modules:
+        shared = _processors_elsewhere(module, layers.values())
+        for part in layers.values():
             plain = part.processor
             if id(plain) in shared:
                 handle.on_remove(_replace_processor(part, copy.copy(plain)))
@@ -186,13 +200,13 @@ def _install_one(
             handle.on_remove(copies_are_plain(part, partial(copy.copy, copy.copy(plain))))
             handle.on_remove(_set_processor_backend(part.processor, member))
     else:
-        for part in modules:
+        for part in layers.values():
             handle.on_remove(copies_are_plain(part, partial(copy.copy, part.processor)))
             handle.on_remove(_replace_processor(part, redirect_sdpa(part.processor)))
     handle.on_remove(copies_are_plain(module))
 
 
-def _processors_elsewhere(module: nn.Module, served: list[nn.Module]) -> set[int]:
+def _processors_elsewhere(module: nn.Module, served: Iterable[nn.Module]) -> set[int]:
     """Identities of the processors of the attention modules that are not served: one object may serve several modules."""
     ours = set(map(id, served))
     return {id(part.processor) for part in module.modules() if hasattr(part, "processor") and id(part) not in ours}
@@ -208,9 +222,26 @@ def _replace_processor(part: nn.Module, processor: Any) -> Callable[[], None]:
     return restore
 
 
-def _leave_alone(stage: DenoisingStage, name: str, module: nn.Module) -> None:
-    known = ", ".join(cls for family in MODELS for cls in family.transformer_classes)
-    reason = f"{type(module).__name__} is not a known model family, so its attention stays as it was (known: {known})"
+def _described(module: nn.Module) -> str:
+    """The class of a denoiser, and where it is a subclass the known one that it is served as."""
+    own, known = type(module).__name__, known_class(module)
+    return own if known in (own, None) else f"{own}, served as {known}"
+
+
+def _why_not_served(processor: Any, family: ModelFamily) -> str | None:
+    """Why the calls of an attention processor cannot come to us, or None."""
+    what = f"its processor {getattr(processor, '__qualname__', type(processor).__name__)}"
+    if family.dispatches:
+        goes_through = hasattr(processor, "_attention_backend") and hasattr(processor, "__dict__")
+        return None if goes_through else f"{what} has no attribute _attention_backend, so it does not go through diffusers' dispatcher"
+    try:
+        redirect_sdpa(processor)
+    except TypeError as error:
+        return f"{what} cannot be derived from, so its calls of torch's SDPA stay its own ({error})"
+    return None
+
+
+def _leave_alone(stage: DenoisingStage, name: str, reason: str) -> None:
     if stage.strict:
         raise UnsupportedModel(f"{name}: {reason}")
     logger.warning("%s: %s", name, reason)
@@ -230,13 +261,6 @@ def _set_processor_backend(processor: Any, member: Any) -> Callable[[], None]:
             vars(processor).pop("_attention_backend", None)
 
     return restore
-
-
-def _execution_device(module: nn.Module, parameter: torch.Tensor) -> torch.device:
-    """Where the forward will run: offloaded models keep their weights elsewhere."""
-    hook = getattr(module, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return parameter.device if device is None else torch.device(device)
 
 
 def _components(target: Any) -> dict[str, Any]:

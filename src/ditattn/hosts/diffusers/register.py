@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,15 +19,17 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ditattn.arguments import described
 from ditattn.backends.registry import backend_names, load_backend, usable_backends
 from ditattn.backends.setting import Setting
 from ditattn.errors import ConfigError, UnsupportedModel
+from ditattn.hosts.diffusers.choices import keep_choices
 from ditattn.hosts.diffusers.dispatcher import add_public_backend
 from ditattn.hosts.diffusers.hooks import bind_arguments, enter_layer, leave_layer
 from ditattn.hosts.diffusers.install import self_attention_modules, serve
-from ditattn.models import find_family
+from ditattn.models import family_of
 from ditattn.runtime.report import AttentionReport
-from ditattn.runtime.stage import DenoisingStage, Forward, ServedModel, running
+from ditattn.runtime.stage import DenoisingStage, Forward, running
 from ditattn.runtime.step import StepClock
 
 __all__ = ["Registration", "register"]
@@ -47,8 +49,10 @@ def register(*, strict: bool = False, **config: Any) -> Registration:
 
     Raises:
         UnsupportedModel: registered already.
-        UnknownKey, ConfigError: no sparse backend takes the configuration.
+        UnknownKey, ConfigError: no sparse backend takes the configuration, or `strict` is neither True nor False.
     """
+    if not isinstance(strict, bool):
+        raise ConfigError(f"strict must be True or False, not {described(strict)}")
     _check(config)
     if _active:
         raise UnsupportedModel("the names are registered already: remove() that registration first")
@@ -70,14 +74,14 @@ def _check(config: Mapping[str, Any]) -> None:
 
 @dataclass
 class _Denoiser:
-    """A denoiser that chose one of our names."""
+    """A denoiser of which some layer chose one of our names. The names share its clock."""
 
-    module: nn.Module
-    stage: DenoisingStage
-    served: ServedModel
     signature: inspect.Signature
     layer_of: WeakIdKeyDictionary
-    forward: Forward | None = None
+    clock: StepClock = field(default_factory=StepClock)
+    stages: dict[str, DenoisingStage] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    forwards: dict[str, Forward] = field(default_factory=dict)
 
 
 class Registration:
@@ -87,9 +91,10 @@ class Registration:
         self._config, self._strict = dict(config), strict
         self._denoisers = WeakIdKeyDictionary()
         self._layers = WeakIdKeyDictionary()
-        self._running: list[_Denoiser] = []
+        self._running: list[tuple[nn.Module, _Denoiser]] = []
         self._names = set(backend_names())
         self._undo = contextlib.ExitStack()
+        self._undo.callback(keep_choices(self._names))
         for name in sorted(self._names):
             self._undo.callback(add_public_backend(name))
         # torch hands keyword arguments to a global hook only for modules that list the hook's id, so one hook lists the other first
@@ -101,7 +106,7 @@ class Registration:
 
     def report(self) -> AttentionReport:
         """What ran so far in all denoisers that chose one of our names."""
-        reports = [denoiser.stage.report() for per_name in self._denoisers.values() for denoiser in per_name.values()]
+        reports = [stage.report() for denoiser in self._denoisers.values() for stage in denoiser.stages.values()]
         components: dict[str, Any] = {}
         for report in reports:
             for name, part in report.components.items():
@@ -109,11 +114,11 @@ class Registration:
         return AttentionReport(components, {})
 
     def remove(self) -> None:
-        """Take the names out of diffusers again. Call `reset_attention_backend()` on models that still use one, or they cannot run."""
+        """Take the names out of diffusers again. Modules that still name one get back what they had when the names were registered."""
         self._undo.close()
-        for module, per_name in list(self._denoisers.items()):
-            for denoiser in per_name.values():
-                denoiser.stage.reset()
+        for module, denoiser in list(self._denoisers.items()):
+            for stage in denoiser.stages.values():
+                stage.reset()
             module._forward_pre_hooks_with_kwargs.pop(self._enter_hook.id, None)
         if self in _active:
             _active.remove(self)
@@ -126,15 +131,20 @@ class Registration:
 
     def _notice(self, module: nn.Module, args: Any) -> None:
         """First global hook: a denoiser that uses one of our names is about to run."""
-        if torch.compiler.is_compiling() or find_family(type(module).__name__) is None:
+        if torch.compiler.is_compiling() or family_of(module) is None:
             return
-        name = self._chosen_name(module)
-        if name is None:
+        names = self._chosen_names(module)
+        if not names:
             module._forward_pre_hooks_with_kwargs.pop(self._enter_hook.id, None)
             return
-        per_name = self._denoisers.setdefault(module, {})
-        if name not in per_name:
-            per_name[name] = self._meet(module, name)
+        if module not in self._denoisers:
+            layer_of = WeakIdKeyDictionary({part: number for number, part in enumerate(self._layers[module])})
+            self._denoisers[module] = _Denoiser(inspect.signature(type(module).forward), layer_of)
+        denoiser: _Denoiser = self._denoisers[module]
+        denoiser.names = names
+        for name in names:
+            if name not in denoiser.stages:
+                denoiser.stages[name] = self._stage(module, name, denoiser.clock)
         module._forward_pre_hooks_with_kwargs[self._enter_hook.id] = True
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -142,43 +152,58 @@ class Registration:
         if torch.compiler.is_compiling():
             return
         if kwargs is not None:
-            name = self._chosen_name(module)
-            assert name is not None
-            denoiser: _Denoiser = self._denoisers[module][name]
-            denoiser.forward = denoiser.stage.enter(denoiser.served, bind_arguments(denoiser.signature, module, args, kwargs))
+            denoiser: _Denoiser = self._denoisers[module]
+            arguments = bind_arguments(denoiser.signature, module, args, kwargs)
+            stages = {name: denoiser.stages[name] for name in denoiser.names}
+            denoiser.forwards = {name: stage.enter(stage.models[0], arguments) for name, stage in stages.items()}
             # a forward that KeyboardInterrupt ended was not left
-            self._running = [*(other for other in self._running if other.module is not module), denoiser]
-        elif self._running and running() is self._running[-1].forward and hasattr(module, "processor"):
-            enter_layer(self._running[-1].layer_of.get(module))
+            self._running = [*((other, its) for other, its in self._running if other is not module), (module, denoiser)]
+        elif self._running and hasattr(module, "processor"):
+            self._enter_layer(self._running[-1][1], module)
+
+    def _enter_layer(self, denoiser: _Denoiser, module: nn.Module) -> None:
+        """An attention module begins: what was chosen for it is what runs."""
+        current = running()
+        if not any(forward is current for forward in denoiser.forwards.values()):
+            return
+        forward = denoiser.forwards.get(self._chosen_name(module) or "")
+        if forward is not None:
+            forward.stage.resume(forward)
+        enter_layer(None if forward is None else denoiser.layer_of.get(module))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or not self._running:
             return
-        denoiser = self._running[-1]
-        if module is denoiser.module:
+        denoiser_module, denoiser = self._running[-1]
+        if module is denoiser_module:
             self._running.pop()
-            if denoiser.forward is not None:
-                denoiser.stage.leave(denoiser.forward)
+            for forward in denoiser.forwards.values():
+                forward.stage.leave(forward)
+            denoiser.forwards = {}
         elif hasattr(module, "processor"):
             leave_layer()
 
     def _chosen_name(self, module: nn.Module) -> str | None:
-        """Which of our names the denoiser's self-attention uses, or None."""
-        family = find_family(type(module).__name__)
-        assert family is not None
-        parts = self._layers.get(module)
-        if parts is None:
-            parts = self._layers[module] = list(self_attention_modules(module, family).values())
-        chosen = getattr(parts[0].processor, "_attention_backend", None) if parts else None
+        """Which of our names an attention module uses, or None."""
+        chosen = getattr(module.processor, "_attention_backend", None)
         return str(chosen.value) if chosen is not None and chosen.value in self._names else None
 
-    def _meet(self, module: nn.Module, name: str) -> _Denoiser:
-        family = find_family(type(module).__name__)
+    def _chosen_names(self, module: nn.Module) -> list[str]:
+        """Which of our names the denoiser's self-attention uses, in the order of the layers."""
+        parts = self._layers.get(module)
+        if parts is None:
+            family = family_of(module)
+            assert family is not None
+            parts = self._layers[module] = list(self_attention_modules(module, family).values())
+        return list(dict.fromkeys(name for part in parts if (name := self._chosen_name(part)) is not None))
+
+    def _stage(self, module: nn.Module, name: str, clock: StepClock) -> DenoisingStage:
+        """What serves the layers of a denoiser that chose this name."""
+        family = family_of(module)
         assert family is not None
-        stage = DenoisingStage(StepClock(), self._strict)
+        stage = DenoisingStage(clock, self._strict)
         keys = self._config if load_backend(name).is_sparse else {}
         served = serve(module, type(module).__name__, family, Setting.parse(name, keys))
         served.layers_by_count = False
         stage.models.append(served)
-        layer_of = WeakIdKeyDictionary({part: number for number, part in enumerate(self._layers[module])})
-        return _Denoiser(module, stage, served, inspect.signature(type(module).forward), layer_of)
+        return stage

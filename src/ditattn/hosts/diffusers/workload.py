@@ -13,7 +13,7 @@ from ditattn.compare.setting import REFERENCE, Clip
 from ditattn.compare.workload import Rendered, Workload
 from ditattn.hosts.diffusers.call import call_defaults, call_pipeline
 from ditattn.hosts.diffusers.install import denoisers, install_setting, serve
-from ditattn.models import find_family, unwrapped
+from ditattn.models import family_of, unwrapped
 from ditattn.runtime.probe import CellReading, SparseProbe
 from ditattn.runtime.stage import ServedModel
 
@@ -61,7 +61,7 @@ def _sparse_models(pipe: Any, setting: Setting) -> dict[str, ServedModel]:
     served = {}
     for name, module in denoisers(pipe).items():
         module = unwrapped(module)
-        family = find_family(type(module).__name__)
+        family = family_of(module)
         if family is not None:
             served[name] = serve(module, name, family, setting)
     return {name: model for name, model in served.items() if model.backend.is_sparse}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ditattn.arguments import check_count, check_instance, check_tensors
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.contract import joined, split
-from ditattn.ops.table import CallFacts, Implementation, Names, choose, load, names_of
+from ditattn.ops.table import PORTABLE, CallFacts, Implementation, Names, choose, load, names_of
 from ditattn.packages import TRITON
 from ditattn.plan.block_plan import BLOCK_SIZE, num_blocks
 from ditattn.plan.token_order import TokenOrder
@@ -34,8 +35,8 @@ TABLE: tuple[Implementation, ...] = (
         orders_tokens=True,
     ),
     Implementation("cpu", "ditattn.ops.block_mean.cpu:run", devices=("cpu",), probe="ditattn.ops.cpu_library:problem", orders_tokens=True),
-    Implementation("torch", "ditattn.ops.block_mean.pure_torch:run"),
-    Implementation("reference", "ditattn.ops.block_mean.reference:run", automatic=False),
+    Implementation("torch", "ditattn.ops.block_mean.pure_torch:run", dtypes=PORTABLE),
+    Implementation("reference", "ditattn.ops.block_mean.reference:run", dtypes=PORTABLE, automatic=False),
 )
 
 
@@ -54,9 +55,12 @@ def block_mean(x: Tensor, block_size: int = BLOCK_SIZE, *, order: TokenOrder | N
     Raises:
         UnsupportedCall: x is not four-dimensional, is empty, has another length or device than the order, or no implementation takes it.
     """
-    if x.ndim != 4 or 0 in x.shape or block_size < 1:
-        raise UnsupportedCall(f"block_mean needs a non-empty [B, S, H, D] and a positive block size, not {list(x.shape)} and {block_size}")
+    check_tensors(x=x)
+    check_count("block_size", block_size)
+    if x.ndim != 4 or 0 in x.shape:
+        raise UnsupportedCall(f"block_mean needs a non-empty [B, S, H, D], not {list(x.shape)}")
     if order is not None:
+        check_instance("order", order, TokenOrder, "ditattn.plan.token_order.token_order makes one")
         order.check_length(x.shape[1])
         order.check_device(x.device)
     names = names_of(implementation)

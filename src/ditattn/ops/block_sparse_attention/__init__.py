@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ditattn.arguments import check_flag, check_instance, check_tensors
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.calls import SparseCall
 from ditattn.ops.contract import check_qkv, checked_scale, joined, split, without_autocast
-from ditattn.ops.table import HALF, KERNEL_HEAD_DIMS, Implementation, Names, choose_to_run, load, names_of
+from ditattn.ops.table import HALF, KERNEL_HEAD_DIMS, PORTABLE, Implementation, Names, choose_to_run, load, names_of
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON, Package
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
@@ -91,7 +92,7 @@ TABLE: tuple[Implementation, ...] = (
         computes_in="bfloat16",
         orders_tokens=True,
     ),
-    Implementation("torch", "ditattn.ops.block_sparse_attention.pure_torch:run", honours=_EVERYTHING, slow_on=("npu",)),
+    Implementation("torch", "ditattn.ops.block_sparse_attention.pure_torch:run", dtypes=PORTABLE, honours=_EVERYTHING, slow_on=("npu",)),
     Implementation(
         "flex",
         "ditattn.ops.block_sparse_attention.flex:run",
@@ -109,7 +110,7 @@ TABLE: tuple[Implementation, ...] = (
         probe="ditattn.ops.block_sparse_attention.flex:why_not_compiled",
         automatic=False,
     ),
-    Implementation("reference", "ditattn.ops.block_sparse_attention.reference:run", honours=_EVERYTHING, automatic=False),
+    Implementation("reference", "ditattn.ops.block_sparse_attention.reference:run", dtypes=PORTABLE, honours=_EVERYTHING, automatic=False),
 )
 
 
@@ -177,6 +178,11 @@ def _call(
     return_lse: bool,
     implementation: Names,
 ) -> tuple[Tensor, Tensor]:
+    check_tensors(query=query, key=key, value=value, **({} if key_lengths is None else {"key_lengths": key_lengths}))
+    check_flag("causal", causal)
+    check_instance("plan", plan, BlockPlan, "BlockPlan.from_mask makes one of a block mask")
+    if order is not None:
+        check_instance("order", order, TokenOrder, "ditattn.plan.token_order.token_order makes one")
     check_qkv(query, key, value, key_lengths)
     check_plan(query, key, plan)
     forward, inverse = _ordering(query, key, causal, order)

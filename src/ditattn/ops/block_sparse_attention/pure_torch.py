@@ -131,12 +131,13 @@ def _diagonal_mask(block: int, num_keys: int, shape: Shape, device: torch.device
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """`[R, block, D]` against `[R, L, D]`. SDPA does not return the log-sum-exp, so asking for it costs explicit scores in fp32."""
+    """`[R, block, D]` against `[R, L, D]`. SDPA does not return the log-sum-exp, so asking for it costs explicit scores."""
     if not return_lse:
         # rows of the chunk stand on the head axis, over which every SDPA kernel works in parallel
         return scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale)[0], None
-    scores = scale * (q.float() @ k.float().transpose(-1, -2))
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = scale * (q.to(dtype) @ k.to(dtype).transpose(-1, -2))
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     lse = scores.logsumexp(-1)
-    return ((scores - lse.unsqueeze(-1)).exp() @ v.float()).to(q.dtype), lse
+    return ((scores - lse.unsqueeze(-1)).exp() @ v.to(dtype)).to(q.dtype), lse.float()

@@ -1,4 +1,7 @@
-"""Block-sparse attention spelled out, in fp32, through a token mask. Memory grows with S x T: for checking, not for running."""
+"""Block-sparse attention spelled out, in fp32 (float64 where the tensors are), through a token mask.
+
+Memory grows with S x T: for checking, not for running.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,14 @@ from ditattn.ops.calls import SparseCall
 def run(call: SparseCall) -> tuple[Tensor, Tensor | None]:
     query, key = call.query, call.key
     group = query.shape[2] // key.shape[2]
-    q = query.float().transpose(1, 2)
-    k, v = (x.float().transpose(1, 2).repeat_interleave(group, dim=1) for x in (key, call.value))
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    q = query.to(dtype).transpose(1, 2)
+    k, v = (x.to(dtype).transpose(1, 2).repeat_interleave(group, dim=1) for x in (key, call.value))
     scores = (call.scale * (q @ k.transpose(-1, -2))).masked_fill(~_token_mask(call), -torch.inf)
     lse = scores.logsumexp(-1)
     # exp(score - lse) is softmax; a row without keys has lse -inf and must give zeros, not NaN
     weights = torch.where(lse.isneginf().unsqueeze(-1), 0.0, (scores - lse.unsqueeze(-1)).exp())
-    return (weights @ v).transpose(1, 2).to(query.dtype), lse
+    return (weights @ v).transpose(1, 2).to(query.dtype), lse.float()
 
 
 def _token_mask(call: SparseCall) -> Tensor:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ditattn.arguments import check_flag, check_tensors
 from ditattn.ops.calls import DenseCall
-from ditattn.ops.contract import check_qkv, checked_scale, joined, split, without_autocast
-from ditattn.ops.table import FLOATS, HALF, KERNEL_HEAD_DIMS, Implementation, Names, choose, load, names_of
+from ditattn.ops.contract import check_mask, check_qkv, checked_scale, joined, split, without_autocast
+from ditattn.ops.table import FLOATS, HALF, KERNEL_HEAD_DIMS, PORTABLE, Implementation, Names, choose, load, names_of
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, Package
 
 __all__ = ["LASER_NAMES", "TABLE", "compute", "dense_attention"]
@@ -81,7 +82,7 @@ TABLE: tuple[Implementation, ...] = (
         automatic=False,
         computes_in="bfloat16",
     ),
-    Implementation("torch", "ditattn.ops.dense_attention.pure_torch:run", honours=_SDPA_HONOURS),
+    Implementation("torch", "ditattn.ops.dense_attention.pure_torch:run", dtypes=PORTABLE, honours=_SDPA_HONOURS),
     _flash("cpu", FLOATS),
     _flash("cuda", HALF),
     Implementation(
@@ -96,7 +97,7 @@ TABLE: tuple[Implementation, ...] = (
     _laser("laser_sgl_kernel_npu", "ditattn.ops.dense_attention.ascend:LASER_SGL_KERNEL_NPU", SGL_KERNEL_NPU),
     _laser("laser_attentions", "ditattn.ops.dense_attention.ascend:LASER_ATTENTIONS", ATTENTIONS),
     _laser("laser_mindiesd", "ditattn.ops.dense_attention.ascend:LASER_MINDIESD", MINDIESD),
-    Implementation("reference", "ditattn.ops.dense_attention.reference:run", honours=_SDPA_HONOURS, automatic=False),
+    Implementation("reference", "ditattn.ops.dense_attention.reference:run", dtypes=PORTABLE, honours=_SDPA_HONOURS, automatic=False),
 )
 
 
@@ -127,10 +128,16 @@ def dense_attention(
         `[B, S, H, D]`, contiguous, in the query's dtype.
 
     Raises:
-        UnsupportedCall: the tensors do not fit together, the scale is not finite, or no implementation takes the call.
+        UnsupportedCall: an argument of a wrong type, tensors that do not fit together, a scale that is not finite, or a call that no
+            implementation takes.
         BackendUnavailable: the named implementation cannot run here.
     """
+    optional = {"key_lengths": key_lengths, "attn_mask": attn_mask}
+    check_tensors(query=query, key=key, value=value, **{name: x for name, x in optional.items() if x is not None})
+    check_flag("causal", causal)
     check_qkv(query, key, value, key_lengths)
+    if attn_mask is not None:
+        check_mask(attn_mask, query, key)
     scale = checked_scale(scale, query.shape[3])
     names = names_of(implementation)
     # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs

@@ -55,10 +55,23 @@ def _sdpa(call: DenseCall, mask: Tensor | None = None) -> Tensor:
     if scale <= 0:
         # torch's FlashAttention for the CPU hides keys before it scales: -infinity times such a scale is NaN or +infinity
         query, scale = (-query, -scale) if scale else (query * 0, 1.0)
+    if _overlaps(query):
+        # torch's kernel for the CPU gives its result the strides of the query, and writes it over itself
+        query = query.contiguous()
     # no fused kernel of torch takes a strided last axis
     q, k, v = ((x if x.stride(3) == 1 else x.contiguous()).transpose(1, 2) for x in (query, call.key, call.value))
     options = {"is_causal": call.causal and mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, **options).transpose(1, 2)
+
+
+def _overlaps(x: Tensor) -> bool:
+    """True if two places of a tensor may be one in memory, as after `expand`."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _merged_mask(call: DenseCall) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Dense attention spelled out, in fp32. Memory grows with S x T: for checking, not for running."""
+"""Dense attention spelled out, in fp32, or float64 where the tensors are. Memory grows with S x T: for checking, not for running."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from ditattn.ops.calls import DenseCall
 def run(call: DenseCall) -> Tensor:
     query, key, attn_mask = call.query, call.key, call.attn_mask
     group = query.shape[2] // key.shape[2]
-    q = query.float().transpose(1, 2)
-    k, v = (x.float().transpose(1, 2).repeat_interleave(group, dim=1) for x in (key, call.value))
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    q = query.to(dtype).transpose(1, 2)
+    k, v = (x.to(dtype).transpose(1, 2).repeat_interleave(group, dim=1) for x in (key, call.value))
     scores = call.scale * (q @ k.transpose(-1, -2))
     if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask.float()
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask.to(dtype)
     if call.causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
     if call.key_lengths is not None:
