@@ -13,6 +13,7 @@ from torch import Tensor
 from ditattn.ops.contract import call_facts, check_qkv
 from ditattn.ops.table import CallFacts, Implementation
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
+from ditattn.plan.token_order import reordered
 
 __all__ = ["Chosen", "DenseCall", "SparseCall"]
 
@@ -59,8 +60,8 @@ class SparseCall:
         query, key, value, scale, causal, key_lengths: as in DenseCall.
         plan: kept key blocks per batch element and query head.
         return_lse: the log-sum-exp is asked for.
-        order, inverse: int64 `[S]`, both or neither: token i of the plan and of `key_lengths` is token `order[i]` of the tensors and of the
-            result; S = T, and the call is not causal.
+        order, inverse: int64 `[S]`, or `[G, S]` with an order for each key head and its group; both or neither. Token i of the plan and of
+            `key_lengths` is token `order[i]` of the tensors and of the result; S = T, and the call is not causal.
     """
 
     query: Tensor
@@ -86,7 +87,7 @@ class SparseCall:
     def ordered(self) -> SparseCall:
         """The same call on copies of the tensors, whose tokens stand as the plan has them."""
         assert self.order is not None
-        query, key, value = (x.index_select(1, self.order) for x in (self.query, self.key, self.value))
+        query, key, value = (reordered(x, self.order) for x in (self.query, self.key, self.value))
         return replace(self, query=query, key=key, value=value, order=None, inverse=None)
 
 

@@ -14,6 +14,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ditattn.errors import BackendUnavailable, UnsupportedCall
 from ditattn.packages import Package
@@ -77,6 +78,7 @@ class Implementation:
         computes_in: a dtype coarser than the inputs' in which products are formed; only for rows that are not automatic.
         orders_tokens: the function also takes `order` (and where there is an output of S tokens `inverse`), int64 `[S]`, and applies them
             itself; for the other rows the op reorders copies.
+        orders_heads: the same for an order per key head, int64 `[G, S]`.
         preference: "module:function" that measures a call's kind once and returns an `ops.preference.Measurement`: where that prefers
             another row, this one stands back unless it is asked for by name.
         slow_on: device types whose own rows are much faster: a call that they all refuse is served with a warning.
@@ -96,6 +98,7 @@ class Implementation:
     automatic: bool = True
     computes_in: str | None = None
     orders_tokens: bool = False
+    orders_heads: bool = False
     preference: str | None = None
     slow_on: tuple[str, ...] = ()
     provider: bool = False
@@ -104,6 +107,10 @@ class Implementation:
     def operation(self) -> str:
         """The op's name: the folder of the target's module."""
         return self.target.partition(":")[0].rpartition(".")[0].rpartition(".")[2]
+
+    def takes_order(self, order: Tensor) -> bool:
+        """Whether the function applies such a token order itself."""
+        return self.orders_tokens if order.ndim == 1 else self.orders_heads
 
     def runs_on(self, device: str) -> bool:
         return not self.devices or device in self.devices

@@ -14,7 +14,7 @@ from ditattn.ops.contract import check_qkv, checked_scale, joined, split, withou
 from ditattn.ops.table import HALF, KERNEL_HEAD_DIMS, Implementation, Names, choose_to_run, load, names_of
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON, Package
 from ditattn.plan.block_plan import BlockPlan
-from ditattn.plan.token_order import TokenOrder
+from ditattn.plan.token_order import TokenOrder, reordered
 
 __all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse", "check_plan", "compute"]
 
@@ -78,6 +78,7 @@ TABLE: tuple[Implementation, ...] = (
         honours=_MOST,
         probe="ditattn.ops.cpu_library:problem",
         orders_tokens=True,
+        orders_heads=True,
     ),
     Implementation(
         "cpu_fast_fp32",
@@ -90,6 +91,7 @@ TABLE: tuple[Implementation, ...] = (
         automatic=False,
         computes_in="bfloat16",
         orders_tokens=True,
+        orders_heads=True,
     ),
     Implementation("torch", "ditattn.ops.block_sparse_attention.pure_torch:run", honours=_EVERYTHING, slow_on=("npu",)),
     Implementation(
@@ -135,7 +137,8 @@ def block_sparse_attention(
         causal: within the kept blocks query i sees keys 0..i.
         key_lengths: int32 or int64 `[B]` on the tensors' device; only that many leading keys of each batch element are real.
         order: the order of the tokens that the plan and `key_lengths` speak of, where it is not that of the tensors: query, key, value and
-            the result stay as they are, and the implementation reads and writes them in this order, or copies them. Needs S = T.
+            the result stay as they are, and the implementation reads and writes them in this order, or copies them. Needs S = T. With an
+            order per key head, block numbers of the plan are those of each head's own order.
         implementation: a name from `TABLE`, or several in order of preference; None takes the first possible one.
 
     Returns:
@@ -195,12 +198,13 @@ def compute(call: SparseCall, row: Implementation) -> tuple[Tensor, Tensor | Non
     """The call by a chosen row, unchecked and without an op around it: for code that torch sees as one operation already."""
     run = load(row)
     with without_autocast(call.query.device):
-        if call.inverse is None or row.orders_tokens:
+        if call.order is None or call.inverse is None or row.takes_order(call.order):
             out, lse = run(call)
         else:
             out, lse = run(call.ordered())
-            out, lse = out.index_select(1, call.inverse), (lse.index_select(2, call.inverse) if call.return_lse else None)
-    return out.contiguous(), lse if call.return_lse else None
+            out = reordered(out, call.inverse)
+            lse = reordered(lse.transpose(1, 2), call.inverse).transpose(1, 2) if call.return_lse else None
+    return out.contiguous(), lse.contiguous() if lse is not None and call.return_lse else None
 
 
 def _ordering(query: Tensor, key: Tensor, causal: bool, order: TokenOrder | None) -> tuple[Tensor | None, Tensor | None]:
@@ -210,6 +214,7 @@ def _ordering(query: Tensor, key: Tensor, causal: bool, order: TokenOrder | None
         raise UnsupportedCall("a causal call takes no token order: the tokens before a token would not be its past")
     order.check_length(query.shape[1])
     order.check_length(key.shape[1])
+    order.check_key_heads(key.shape[2])
     order.check_device(query.device)
     return order.forward, order.inverse
 
