@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ditattn.ops.contract import call_facts, check_qkv
+from ditattn.ops.pooled_tail import PooledTail
 from ditattn.ops.table import CallFacts, Implementation
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 from ditattn.plan.token_order import reordered
@@ -62,6 +63,7 @@ class SparseCall:
         return_lse: the log-sum-exp is asked for.
         order, inverse: int64 `[S]`, or `[G, S]` with an order for each key head and its group; both or neither. Token i of the plan and of
             `key_lengths` is token `order[i]` of the tensors and of the result; S = T, and the call is not causal.
+        tail: means that stand in for the dropped blocks, in the plan's order; the call is not causal, and the log-sum-exp includes them.
     """
 
     query: Tensor
@@ -74,14 +76,21 @@ class SparseCall:
     return_lse: bool = False
     order: Tensor | None = None
     inverse: Tensor | None = None
+    tail: PooledTail | None = None
 
     def kind(self) -> tuple[Hashable, ...]:
         """As `DenseCall.kind`."""
-        return (*_tensor_kind(self.query, self.key, self.value, self.key_lengths), self.causal, self.return_lse, self.plan.block_size)
+        options = (self.causal, self.return_lse, self.plan.block_size, self.tail is None)
+        return (*_tensor_kind(self.query, self.key, self.value, self.key_lengths), *options)
 
     def facts(self) -> CallFacts:
         """What the choice of an implementation depends on."""
-        needs = {"causal": self.causal, "key_lengths": self.key_lengths is not None, "lse": self.return_lse}
+        needs = {
+            "causal": self.causal,
+            "key_lengths": self.key_lengths is not None,
+            "lse": self.return_lse,
+            "tail": self.tail is not None,
+        }
         return call_facts(self.query, self.key, **needs, other_block_size=self.plan.block_size != BLOCK_SIZE)
 
     def ordered(self) -> SparseCall:

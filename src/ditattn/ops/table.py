@@ -37,7 +37,8 @@ class CallFacts:
     """What an implementation may be picky about.
 
     Attributes:
-        needs: any of causal, key_lengths, attn_mask, lse, gqa, unequal_lengths, other_block_size (not the usual 128 tokens).
+        needs: any of causal, key_lengths, attn_mask, lse, tail (a pooled tail), gqa, unequal_lengths, other_block_size (not the usual 128
+            tokens).
         group: query heads per key head.
         num_keys: key tokens; None if not asked about a particular call.
     """
@@ -79,6 +80,7 @@ class Implementation:
         orders_tokens: the function also takes `order` (and where there is an output of S tokens `inverse`), int64 `[S]`, and applies them
             itself; for the other rows the op reorders copies.
         orders_heads: the same for an order per key head, int64 `[G, S]`.
+        fuses_tail: the function also takes a pooled tail; for other rows that honour one the op merges it through the log-sum-exp.
         preference: "module:function" that measures a call's kind once and returns an `ops.preference.Measurement`: where that prefers
             another row, this one stands back unless it is asked for by name.
         slow_on: device types whose own rows are much faster: a call that they all refuse is served with a warning.
@@ -99,6 +101,7 @@ class Implementation:
     computes_in: str | None = None
     orders_tokens: bool = False
     orders_heads: bool = False
+    fuses_tail: bool = False
     preference: str | None = None
     slow_on: tuple[str, ...] = ()
     provider: bool = False

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import judge
 from cases import DEVICES, DTYPES, SPARSE_CASES, Case, build
@@ -20,6 +19,7 @@ from ditattn.ops.calls import SparseCall
 from ditattn.ops.dense_attention import dense_attention
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder, token_order
+from largest_tensor import LargestTensor
 
 COMBINATIONS = [
     pytest.param(name, case, dtype, device, id=f"{name}-{case}-{str(dtype)[6:]}-{device}")
@@ -219,19 +219,6 @@ def test_opcheck(name: str, device: str) -> None:
     problem = build(replace(PLAIN, query_length=140, key_length=140), dtypes_of(name, device)[0], device)
     arguments = (problem.query, problem.key, problem.value, problem.plan.indices, problem.plan.counts, 128, 0.1, False, None, True, name)
     torch.library.opcheck(torch.ops.ditattn.block_sparse_attention.default, arguments)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any op returned."""
-
-    num_bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(x, torch.Tensor):
-                self.num_bytes = max(self.num_bytes, x.untyped_storage().nbytes())
-        return result
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
