@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ditattn.ops.pooled_tail import PooledTail
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan, num_blocks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,6 +36,7 @@ class Case:
     causal: bool = False
     key_lengths: tuple[int, ...] | None = None
     mask: str | None = None
+    tail: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -52,10 +54,11 @@ class Problem:
     key_lengths: Tensor | None
     attn_mask: Tensor | None
     plan: BlockPlan | None
+    tail: PooledTail | None = None
 
     @property
     def options(self) -> dict[str, object]:
-        """Keyword arguments of both ops; the dense one also takes `attn_mask`, the sparse one `plan`."""
+        """Keyword arguments of both ops; the dense one also takes `attn_mask`, the sparse one `plan` and `tail`."""
         return {"scale": self.scale, "causal": self.causal, "key_lengths": self.key_lengths}
 
 
@@ -186,7 +189,8 @@ def build(case: Case, dtype: torch.dtype, device: str = "cpu") -> Problem:
     lengths = None if case.key_lengths is None else torch.tensor(case.key_lengths, device=device)
     mask = None if case.mask is None else _mask(case.mask, case, dtype, generator).to(device)
     plan = None if case.plan is None else _plan(case, generator, device)
-    return Problem(query, key, value, case.scale, case.causal, lengths, mask, plan)
+    tail = PooledTail.of(key, value, None, lengths, case.block_size) if case.tail else None
+    return Problem(query, key, value, case.scale, case.causal, lengths, mask, plan, tail)
 
 
 def _placed(x: Tensor, layout: str, dtype: torch.dtype, device: str) -> Tensor:
@@ -257,5 +261,7 @@ SPARSE_CASES = (
     Case("plan: uneven, rising norms", plan="uneven", data="rising norms", query_length=517, key_length=517),
     Case("block size 64", plan="uneven", block_size=64),
 )
+
+TAIL_CASES = tuple(replace(case, name=f"tail, {case.name}", tail=True) for case in SPARSE_CASES if not case.causal)
 
 MEAN_CASES = tuple((length, block) for length in (1, 127, 128, 129, 300, 640) for block in (128, 64, 7))

@@ -33,6 +33,7 @@ def facts_of(case: Case, device: str, dtype: torch.dtype, *, lse: bool = False) 
         "gqa": case.heads != case.key_heads,
         "unequal_lengths": case.query_length != case.key_length,
         "lse": lse,
+        "tail": case.tail,
         "other_block_size": case.plan is not None and case.block_size != BLOCK_SIZE,
     }
     return CallFacts(device, dtype, case.dim, frozenset(name for name, needed in needs.items() if needed))
@@ -66,9 +67,24 @@ def torch_result(problem: Problem) -> Tensor:
     if problem.attn_mask is not None and problem.attn_mask.dtype != torch.bool:
         mask = problem.attn_mask.expand(seen.shape).masked_fill(~seen, -torch.inf)
     q, k, v = (x.transpose(1, 2) for x in (problem.query, problem.key, problem.value))
+    if problem.tail is not None:
+        seen = mask = torch.cat([seen, _stand_ins(problem)], dim=-1)
+        k, v = (torch.cat([x, _repeated(mean, problem)], dim=2) for x, mean in ((k, problem.tail.key), (v, problem.tail.value)))
     gqa = q.shape[1] != k.shape[1]
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=problem.scale, enable_gqa=gqa)
     return torch.where(seen.any(-1, keepdim=True), out, 0).transpose(1, 2)
+
+
+def _repeated(mean: Tensor, problem: Problem) -> Tensor:
+    """`[B, G, T, D]`: in the place of every key the mean of its block, for which n tokens are n times the weight."""
+    assert problem.plan is not None
+    return mean.to(problem.query.dtype).repeat_interleave(problem.plan.block_size, dim=1)[:, : problem.plan.key_length].transpose(1, 2)
+
+
+def _stand_ins(problem: Problem) -> Tensor:
+    """bool `[B, H, S, T]`: real keys of dropped blocks."""
+    dropped = ~oracle.token_mask(problem.plan, problem.query.shape[0], problem.query.shape[2]).to(problem.query.device)
+    return dropped & oracle.visible(problem.query, problem.key, key_lengths=problem.key_lengths)
 
 
 def _without_scale(problem: Problem) -> dict[str, object]:
@@ -77,7 +93,8 @@ def _without_scale(problem: Problem) -> dict[str, object]:
 
 def exact_result(problem: Problem) -> tuple[Tensor, Tensor]:
     """The oracle's output and log-sum-exp."""
-    return oracle.attention(problem.query, problem.key, problem.value, attn_mask=problem.attn_mask, plan=problem.plan, **problem.options)
+    options = {"attn_mask": problem.attn_mask, "plan": problem.plan, "tail": problem.tail, **problem.options}
+    return oracle.attention(problem.query, problem.key, problem.value, **options)
 
 
 def check_output(out: Tensor, problem: Problem, computes_in: torch.dtype | None = None) -> None:
@@ -124,6 +141,10 @@ def check_lse(lse: Tensor, problem: Problem, computes_in: torch.dtype | None = N
     slack = 0.0 if (computes_in or problem.query.dtype) == torch.float32 else 2e-4
     if computes_in is not None:
         slack += (exact_result(rounded(problem, computes_in))[1] - exact)[~blind].abs().max().item() if bool((~blind).any()) else 0.0
+    if problem.tail is not None and (dtype := computes_in or problem.query.dtype) != torch.float32 and bool((~blind).any()):
+        # the means may be multiplied in the call's dtype
+        key = problem.tail.key.to(dtype).float()
+        slack += (exact_result(replace(problem, tail=replace(problem.tail, key=key)))[1] - exact)[~blind].abs().max().item()
     error = (lse - exact)[~blind].abs()
     if error.numel():
         allowed = 4 * rounding_floor(problem) + 2**-22 * exact[~blind].abs() + slack

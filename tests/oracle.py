@@ -21,10 +21,12 @@ def attention(
     key_lengths: Tensor | None = None,
     attn_mask: Tensor | None = None,
     plan: object | None = None,
+    tail: object | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Float64 output `[B, S, H, D]` and natural log-sum-exp `[B, H, S]`; rows without keys are 0 and -inf.
 
-    Query `[B, S, H, D]`, key and value `[B, T, G, D]`. Causal: query i sees keys 0..i. `plan` has the fields of a BlockPlan.
+    Query `[B, S, H, D]`, key and value `[B, T, G, D]`. Causal: query i sees keys 0..i. `plan` has the fields of a BlockPlan, `tail` those
+    of a PooledTail: every dropped block is one more key with its mean value, n times as heavy for n tokens.
     """
     batch, length, heads, dim = query.shape
     group = heads // key.shape[2]
@@ -39,8 +41,16 @@ def attention(
             scores = scale * (q @ k.T)
             if bias is not None:
                 scores = scores + bias[b, h]
-            scores = scores.masked_fill(~seen[b, h], -torch.inf)
-            rows = seen[b, h].any(-1)
+            visible_here = seen[b, h]
+            if tail is not None:
+                number = tail.counts[b if len(tail.counts) > 1 else 0].double()
+                dropped = ~token_mask(plan, batch, heads)[b, h, :, :: plan.block_size].to(query.device) & (number > 0)
+                means = tail.key[b, :, h // group].double()
+                scores = torch.cat([scores, scale * (q @ means.T) + number.log()], dim=-1)
+                v = torch.cat([v, tail.value[b, :, h // group].double()])
+                visible_here = torch.cat([visible_here, dropped], dim=-1)
+            scores = scores.masked_fill(~visible_here, -torch.inf)
+            rows = visible_here.any(-1)
             out[b, rows, h] = scores[rows].softmax(-1) @ v
             lse[b, h, rows] = scores[rows].logsumexp(-1)
     return out, lse

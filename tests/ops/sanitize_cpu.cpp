@@ -36,19 +36,21 @@ static double error_of(const DitattnAttention& a) {
   double worst = 0;
   for (int h = 0; h < a.heads; h++) for (int i = 0; i < a.query_length; i++) {
     const int row = i / BLOCK, total = a.counts ? a.counts[h * a.counts_stride[1] + row] : (a.key_length + BLOCK - 1) / BLOCK;
-    const int64_t query = a.order ? a.order[i] : i;
+    const int g = h / (a.heads / a.key_heads);
+    const int64_t* order = a.order ? a.order + g * a.order_stride : nullptr;
+    const int64_t query = order ? order[i] : i;
     std::vector<double> sum(a.head_dim);
     double weights = 0;
     for (int n = 0; n < total; n++) {
       const int block = a.indices ? a.indices[h * a.indices_stride[1] + row * a.indices_stride[2] + n] : n;
       for (int j = block * BLOCK; j < std::min((block + 1) * BLOCK, a.key_lengths[0]); j++) {
         if (a.causal && j > i) continue;
-        const int64_t key = a.order ? a.order[j] : j;
+        const int64_t key = order ? order[j] : j;
         double score = 0;
-        for (int d = 0; d < a.head_dim; d++) score += element(a.query, a.dtype, query, h, d) * element(a.key, a.dtype, key, 0, d);
+        for (int d = 0; d < a.head_dim; d++) score += element(a.query, a.dtype, query, h, d) * element(a.key, a.dtype, key, g, d);
         const double weight = std::exp(score * a.scale);
         weights += weight;
-        for (int d = 0; d < a.head_dim; d++) sum[d] += weight * element(a.value, a.dtype, key, 0, d);
+        for (int d = 0; d < a.head_dim; d++) sum[d] += weight * element(a.value, a.dtype, key, g, d);
       }
     }
     for (int d = 0; d < a.head_dim; d++)
@@ -57,20 +59,25 @@ static double error_of(const DitattnAttention& a) {
   return worst;
 }
 
-// A permutation without a pattern.
-static std::vector<int64_t> shuffled(int tokens) {
-  std::vector<int64_t> order(tokens);
-  std::iota(order.begin(), order.end(), 0);
-  for (int i = tokens - 1; i > 0; i--) std::swap(order[i], order[rand() % (i + 1)]);
-  return order;
+// Permutations without a pattern, one after the other.
+static std::vector<int64_t> shuffled(int tokens, int orders) {
+  std::vector<int64_t> all;
+  for (int n = 0; n < orders; n++) {
+    std::vector<int64_t> order(tokens);
+    std::iota(order.begin(), order.end(), 0);
+    for (int i = tokens - 1; i > 0; i--) std::swap(order[i], order[rand() % (i + 1)]);
+    all.insert(all.end(), order.begin(), order.end());
+  }
+  return all;
 }
 
 static bool compare = false;
 static int compared = 0;
 
-static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool causal, bool ordered) {
-  const int heads = 2, rows = (queries + 127) / 128, blocks = (keys + 127) / 128;
-  auto q = tensor((size_t)queries * heads * dim, dtype), k = tensor((size_t)keys * dim, dtype), v = tensor((size_t)keys * dim, dtype);
+// `orders`: none, one for all heads, or one for each of as many key heads.
+static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool causal, int orders) {
+  const int key_heads = std::max(orders, 1), heads = 2 * key_heads, rows = (queries + 127) / 128, blocks = (keys + 127) / 128;
+  auto q = tensor((size_t)queries * heads * dim, dtype), k = tensor((size_t)keys * key_heads * dim, dtype), v = tensor((size_t)keys * key_heads * dim, dtype);
   auto out = tensor((size_t)queries * heads * dim, dtype);
   std::vector<float> lse(heads * queries);
   std::vector<int32_t> indices(heads * rows * blocks, -1), counts(heads * rows), lengths{keys > 3 ? keys - 2 : keys};
@@ -81,14 +88,14 @@ static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool c
   DitattnAttention a;
   memset(&a, 0, sizeof a);
   a.struct_bytes = sizeof a;
-  a.query = of(q, queries, heads, dim), a.key = of(k, keys, 1, dim), a.value = of(v, keys, 1, dim), a.out = of(out, queries, heads, dim);
+  a.query = of(q, queries, heads, dim), a.key = of(k, keys, key_heads, dim), a.value = of(v, keys, key_heads, dim), a.out = of(out, queries, heads, dim);
   a.lse = lse.data();
   a.key_lengths = lengths.data();
-  a.batch = 1, a.heads = heads, a.key_heads = 1, a.query_length = queries, a.key_length = keys, a.head_dim = dim;
+  a.batch = 1, a.heads = heads, a.key_heads = key_heads, a.query_length = queries, a.key_length = keys, a.head_dim = dim;
   a.dtype = dtype, a.causal = causal, a.num_threads = 2, a.scale = 0.1f;
   a.compute_bf16 = ditattn_has_bf16() && dtype != DITATTN_F16 && (dtype == DITATTN_BF16 || queries % 2);
-  const std::vector<int64_t> order = shuffled(queries);
-  if (ordered) a.order = order.data();
+  const std::vector<int64_t> order = shuffled(queries, orders);
+  if (orders) a.order = order.data(), a.order_stride = orders > 1 ? queries : 0;
   if (sparse) {
     a.indices = indices.data(), a.counts = counts.data();
     a.indices_stride[1] = rows * blocks, a.indices_stride[2] = blocks, a.counts_stride[1] = rows, a.counts_stride[2] = 1;
@@ -99,12 +106,12 @@ static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool c
   if (!compare || (int64_t)queries * keys * dim > 65 * 254 * 64) return 0;
   compared++;
   const double allowed = a.compute_bf16 || dtype == DITATTN_BF16 ? 2e-2 : dtype == DITATTN_F16 ? 2e-3 : 2e-6, error = error_of(a);
-  if (error > allowed) printf("D %d dtype %d S %d T %d sparse %d causal %d ordered %d: error %g\n", dim, dtype, queries, keys, sparse, causal, ordered, error);
+  if (error > allowed) printf("D %d dtype %d S %d T %d sparse %d causal %d orders %d: error %g\n", dim, dtype, queries, keys, sparse, causal, orders, error);
   return error > allowed;
 }
 
-static int mean(int dim, int dtype, int tokens, bool ordered) {
-  const int heads = 3;
+static int mean(int dim, int dtype, int tokens, int orders) {
+  const int heads = 6;
   auto x = tensor((size_t)tokens * heads * dim, dtype);
   std::vector<float> out((tokens + 127) / 128 * heads * dim);
   DitattnBlockMean a;
@@ -112,8 +119,8 @@ static int mean(int dim, int dtype, int tokens, bool ordered) {
   a.struct_bytes = sizeof a;
   a.input = of(x, tokens, heads, dim);
   a.out = out.data();
-  const std::vector<int64_t> order = shuffled(tokens);
-  if (ordered) a.order = order.data();
+  const std::vector<int64_t> order = shuffled(tokens, orders);
+  if (orders) a.order = order.data(), a.order_stride = orders > 1 ? tokens : 0, a.order_group = heads / orders;
   a.batch = 1, a.length = tokens, a.heads = heads, a.head_dim = dim, a.block_size = 128, a.dtype = dtype, a.num_threads = 2;
   return ditattn_block_mean(&a) != DITATTN_OK;
 }
@@ -124,10 +131,10 @@ int main(int argc, char**) {
   int runs = 0, bad = 0;
   for (int dtype : {0, 1, 2}) {
     for (int dim : {32, 64, 96, 128}) for (int queries : {1, 63, 65, 129, 190}) for (int keys : {1, 2, 3, 33, 127, 128, 129, 254})
-      for (int mode = 0; mode < 4; mode++, runs++) bad += attend(dim, dtype, queries, keys, mode & 1, mode & 2, false);
-    for (int dim : {32, 64, 96, 128}) for (int tokens : {1, 65, 129, 254}) for (int sparse : {0, 1})
-      runs++, bad += attend(dim, dtype, tokens, tokens, sparse, false, true);
-    for (int dim : {1, 5, 31, 128}) for (int tokens : {1, 127, 128, 300}) for (int ordered : {0, 1}) runs++, bad += mean(dim, dtype, tokens, ordered);
+      for (int mode = 0; mode < 4; mode++, runs++) bad += attend(dim, dtype, queries, keys, mode & 1, mode & 2, 0);
+    for (int dim : {32, 64, 96, 128}) for (int tokens : {1, 65, 129, 254}) for (int sparse : {0, 1}) for (int orders : {1, 2})
+      runs++, bad += attend(dim, dtype, tokens, tokens, sparse, false, orders);
+    for (int dim : {1, 5, 31, 128}) for (int tokens : {1, 127, 128, 300}) for (int orders : {0, 1, 3}) runs++, bad += mean(dim, dtype, tokens, orders);
   }
   printf("%d runs, %d compared, %d bad\n", runs, compared, bad);
   return bad != 0;

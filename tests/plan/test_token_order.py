@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditattn.errors import ConfigError
-from ditattn.plan.token_order import TILE, tile_order, token_order
+from ditattn.errors import ConfigError, UnsupportedCall
+from ditattn.plan.token_order import TILE, TokenOrder, tile_order, token_order
 
 
 @pytest.mark.parametrize("frames", range(1, 6))
@@ -32,6 +32,25 @@ def test_there_and_back_is_the_identity(grid: tuple[int, int, int], prefix: int,
     assert torch.equal(order.undo(order.apply(x)), x)
     # and the other way round
     assert torch.equal(order.apply(order.undo(x)), x)
+
+
+def test_an_order_per_head_reorders_every_group_of_heads_in_its_own() -> None:
+    forward = torch.stack([torch.randperm(7), torch.randperm(7)])
+    order = TokenOrder(forward, forward.argsort(-1), (0, 1), (0, 7), 7)
+    x = torch.randn(2, 7, 6, 3)
+    for h in range(6):
+        assert torch.equal(order.apply(x)[:, :, h], x[:, forward[h // 3], h])
+    assert torch.equal(order.undo(order.apply(x)), x)
+    assert torch.equal(order.apply(order.undo(x[..., 0])), x[..., 0])
+    with pytest.raises(UnsupportedCall, match=r"2 key heads need \[B, S, H, ...\] with H a multiple, not \[2, 7, 5, 3\]"):
+        order.apply(x[:, :, :5])
+    with pytest.raises(UnsupportedCall, match=r"not \[2, 7\]"):
+        order.apply(x[:, :, 0, 0])
+    for heads in (2, 4):
+        order.check_heads(heads)
+    order.check_key_heads(2)
+    with pytest.raises(UnsupportedCall, match="token orders for 2 key heads, the call has 4"):
+        order.check_key_heads(4)
 
 
 def expected_frame(rows: int, columns: int) -> list[int]:

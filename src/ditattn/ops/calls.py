@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ditattn.ops.contract import call_facts, check_qkv
+from ditattn.ops.pooled_tail import PooledTail
 from ditattn.ops.table import CallFacts, Implementation
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
+from ditattn.plan.token_order import reordered
 
 __all__ = ["Chosen", "DenseCall", "SparseCall"]
 
@@ -59,8 +61,9 @@ class SparseCall:
         query, key, value, scale, causal, key_lengths: as in DenseCall.
         plan: kept key blocks per batch element and query head.
         return_lse: the log-sum-exp is asked for.
-        order, inverse: int64 `[S]`, both or neither: token i of the plan and of `key_lengths` is token `order[i]` of the tensors and of the
-            result; S = T, and the call is not causal.
+        order, inverse: int64 `[S]`, or `[G, S]` with an order for each key head and its group; both or neither. Token i of the plan and of
+            `key_lengths` is token `order[i]` of the tensors and of the result; S = T, and the call is not causal.
+        tail: means that stand in for the dropped blocks, in the plan's order; the call is not causal, and the log-sum-exp includes them.
     """
 
     query: Tensor
@@ -73,20 +76,27 @@ class SparseCall:
     return_lse: bool = False
     order: Tensor | None = None
     inverse: Tensor | None = None
+    tail: PooledTail | None = None
 
     def kind(self) -> tuple[Hashable, ...]:
         """As `DenseCall.kind`."""
-        return (*_tensor_kind(self.query, self.key, self.value, self.key_lengths), self.causal, self.return_lse, self.plan.block_size)
+        options = (self.causal, self.return_lse, self.plan.block_size, self.tail is None)
+        return (*_tensor_kind(self.query, self.key, self.value, self.key_lengths), *options)
 
     def facts(self) -> CallFacts:
         """What the choice of an implementation depends on."""
-        needs = {"causal": self.causal, "key_lengths": self.key_lengths is not None, "lse": self.return_lse}
+        needs = {
+            "causal": self.causal,
+            "key_lengths": self.key_lengths is not None,
+            "lse": self.return_lse,
+            "tail": self.tail is not None,
+        }
         return call_facts(self.query, self.key, **needs, other_block_size=self.plan.block_size != BLOCK_SIZE)
 
     def ordered(self) -> SparseCall:
         """The same call on copies of the tensors, whose tokens stand as the plan has them."""
         assert self.order is not None
-        query, key, value = (x.index_select(1, self.order) for x in (self.query, self.key, self.value))
+        query, key, value = (reordered(x, self.order) for x in (self.query, self.key, self.value))
         return replace(self, query=query, key=key, value=value, order=None, inverse=None)
 
 

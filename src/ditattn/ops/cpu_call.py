@@ -63,23 +63,26 @@ def attention(call: DenseCall | SparseCall, *, fast_fp32: bool = False) -> tuple
     structure.key_lengths = None if lengths is None else lengths.data_ptr()
     if sparse is not None:
         _set_plan(structure, sparse.plan, batch, heads)
-        order = _permutation(sparse.order, length)
-        structure.order = None if order is None else order.data_ptr()
+        order = _permutation(sparse.order, length, key.shape[2])
+        structure.order, structure.order_stride = _head_rows(order)
     _run(library.functions.ditattn_attention, structure)
     return out, lse
 
 
 def block_mean(x: Tensor, block_size: int, order: Tensor | None = None) -> Tensor:
-    """fp32 `[B, ceil(S / block_size), H, D]` of `[B, S, H, D]`, whose blocks hold tokens `order[0]`, `order[1]`, ..."""
+    """fp32 `[B, ceil(S / block_size), H, D]` of `[B, S, H, D]`, whose blocks hold tokens `order[..., 0]`, `order[..., 1]`, ..."""
     library = _library()
     x = _dense_rows(x)
     batch, length, heads, dim = x.shape
     out = torch.empty(batch, -(-length // block_size), heads, dim, dtype=torch.float32)
-    order = _permutation(order, length)
+    order = _permutation(order, length, heads)
+    address, stride = _head_rows(order)
     structure = cpu_library.BlockMean(
         input=_tensor(x),
         out=out.data_ptr(),
-        order=None if order is None else order.data_ptr(),
+        order=address,
+        order_stride=stride,
+        order_group=heads // order.shape[0] if order is not None and order.ndim == 2 else 1,
         batch=batch,
         length=length,
         heads=heads,
@@ -109,18 +112,27 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _permutation(order: Tensor | None, length: int) -> Tensor | None:
-    """The order, dense, once it is known that the kernel may follow it: every token is read and written exactly once."""
+def _permutation(order: Tensor | None, length: int, heads: int) -> Tensor | None:
+    """The order, dense, once it is known that the kernel may follow it: every token of every head is read and written exactly once."""
     if order is None:
         return None
-    if order.dtype != torch.int64 or order.shape != (length,):
-        raise UnsupportedCall(f"a token order for {length} tokens is int64 [{length}], not {order.dtype} {list(order.shape)}")
+    fits = order.ndim == 1 or (order.ndim == 2 and order.shape[0] > 0 and heads % order.shape[0] == 0)
+    if order.dtype != torch.int64 or not fits or order.shape[-1] != length:
+        wanted = f"int64 [{length}], or [G, {length}] with G key heads that divide {heads}"
+        raise UnsupportedCall(f"a token order for {length} tokens is {wanted}, not {order.dtype} {list(order.shape)}")
     order = order.contiguous()
-    status = _library().functions.ditattn_check_order(order.data_ptr(), length)
+    status = _library().functions.ditattn_check_order(order.data_ptr(), order.numel() // length, length)
     if status == cpu_library.BAD_ARGUMENT:
         raise UnsupportedCall(f"the token order is no permutation of 0 .. {length - 1}")
     cpu_library.raise_for(status)
     return order
+
+
+def _head_rows(order: Tensor | None) -> tuple[int | None, int]:
+    """Address of a dense order, and the step from one key head's to the next: 0 where all share one."""
+    if order is None:
+        return None, 0
+    return order.data_ptr(), order.shape[1] if order.ndim == 2 else 0
 
 
 def _tensor(x: Tensor) -> Tensor4:

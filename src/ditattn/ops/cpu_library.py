@@ -61,6 +61,7 @@ class Attention(ctypes.Structure):
         *((name, c_int32) for name in ("dtype", "compute_bf16", "causal", "num_threads")),
         ("scale", c_float),
         ("host", POINTER(Host)),
+        ("order_stride", c_int64),
     )
 
 
@@ -74,6 +75,8 @@ class BlockMean(ctypes.Structure):
         ("order", c_void_p),
         *((name, c_int32) for name in ("batch", "length", "heads", "head_dim", "block_size", "dtype", "num_threads")),
         ("host", POINTER(Host)),
+        ("order_stride", c_int64),
+        ("order_group", c_int64),
     )
 
 
@@ -148,7 +151,7 @@ def _load(variant: str) -> Library | str:
         functions.ditattn_attention.argtypes = [POINTER(Attention)]
         functions.ditattn_block_mean.argtypes = [POINTER(BlockMean)]
         functions.ditattn_check_plan.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64]
-        functions.ditattn_check_order.argtypes = [c_void_p, c_int64]
+        functions.ditattn_check_order.argtypes = [c_void_p, c_int64, c_int64]
         if functions.ditattn_init():
             return f"the operating system does not permit the registers of '{variant}'"
         return Library(variant, bool(functions.ditattn_has_bf16()), functions)

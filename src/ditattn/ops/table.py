@@ -14,6 +14,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ditattn.arguments import described
 from ditattn.errors import BackendUnavailable, UnsupportedCall
@@ -39,7 +40,8 @@ class CallFacts:
     """What an implementation may be picky about.
 
     Attributes:
-        needs: any of causal, key_lengths, attn_mask, lse, gqa, unequal_lengths, other_block_size (not the usual 128 tokens).
+        needs: any of causal, key_lengths, attn_mask, lse, tail (a pooled tail), gqa, unequal_lengths, other_block_size (not the usual 128
+            tokens).
         group: query heads per key head.
         num_keys: key tokens; None if not asked about a particular call.
     """
@@ -80,6 +82,8 @@ class Implementation:
         computes_in: a dtype coarser than the inputs' in which products are formed; only for rows that are not automatic.
         orders_tokens: the function also takes `order` (and where there is an output of S tokens `inverse`), int64 `[S]`, and applies them
             itself; for the other rows the op reorders copies.
+        orders_heads: the same for an order per key head, int64 `[G, S]`.
+        fuses_tail: the function also takes a pooled tail; for other rows that honour one the op merges it through the log-sum-exp.
         preference: "module:function" that measures a call's kind once and returns an `ops.preference.Measurement`: where that prefers
             another row, this one is deprioritised, and serves only when asked for by name.
         slow_on: device types whose own rows are much faster: a call that they all refuse is served with a warning.
@@ -99,6 +103,8 @@ class Implementation:
     automatic: bool = True
     computes_in: str | None = None
     orders_tokens: bool = False
+    orders_heads: bool = False
+    fuses_tail: bool = False
     preference: str | None = None
     slow_on: tuple[str, ...] = ()
     provider: bool = False
@@ -107,6 +113,10 @@ class Implementation:
     def operation(self) -> str:
         """The op's name: the folder of the target's module."""
         return self.target.partition(":")[0].rpartition(".")[0].rpartition(".")[2]
+
+    def takes_order(self, order: Tensor) -> bool:
+        """Whether the function applies such a token order itself."""
+        return self.orders_tokens if order.ndim == 1 else self.orders_heads
 
     def runs_on(self, device: str) -> bool:
         return not self.devices or device in self.devices

@@ -2,7 +2,7 @@
 
 A model's tokens are `[prefix][F x Y x X video tokens in raster order][suffix]`; prefix and suffix are text or condition tokens. An order
 puts tokens that attend to each other into the same block of 128. Every order is one index vector; its inverse is the argsort, so going
-there and back is the identity for every grid.
+there and back is the identity for every grid. Heads may have an order of their own each: then the index is one vector per key head.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor
 from ditattn.errors import ConfigError, UnsupportedCall
 from ditattn.plan.block_plan import num_blocks
 
-__all__ = ["TILE", "TokenOrder", "token_order"]
+__all__ = ["TILE", "TokenOrder", "reordered", "token_order"]
 
 TILE = 8
 
 
 @dataclass(frozen=True, eq=False)
 class TokenOrder:
-    """One order of S tokens.
+    """One order of S tokens, or one for each of G key heads, which the query heads of its group share.
 
     Attributes:
-        forward: int64 `[S]`, position i of the new order holds token `forward[i]`; None is the identity.
-        inverse: int64 `[S]`, undoes `forward`; None is the identity.
-        first_frame: `(start, stop)` of the first frame's tokens in the new order.
-        video: `(start, stop)` of all video tokens in the new order.
+        forward: int64 `[S]` or `[G, S]`, position i of the new order holds token `forward[..., i]`; None is the identity.
+        inverse: of the same shape, undoes `forward`; None is the identity.
+        first_frame: `(start, stop)` of the first frame's tokens in the new order, of every head's where there are several.
+        video: `(start, stop)` of all video tokens in the new order, likewise.
         length: S.
     """
 
@@ -50,13 +50,23 @@ class TokenOrder:
             if index is not None and index.device != device:
                 raise UnsupportedCall(f"the token order is on {index.device}, the tensors on {device}")
 
+    def check_key_heads(self, key_heads: int) -> None:
+        """Raise UnsupportedCall unless the order is one for all heads, or has one for each of `key_heads`."""
+        if self.forward is not None and self.forward.ndim == 2 and self.forward.shape[0] != key_heads:
+            raise UnsupportedCall(f"there are token orders for {self.forward.shape[0]} key heads, the call has {key_heads}")
+
+    def check_heads(self, heads: int) -> None:
+        """Raise UnsupportedCall unless the order is one for all heads, or has one for each of equal groups of them."""
+        if self.forward is not None and self.forward.ndim == 2 and heads % self.forward.shape[0]:
+            raise UnsupportedCall(f"{heads} heads are not a multiple of the {self.forward.shape[0]} that have a token order of their own")
+
     def apply(self, x: Tensor) -> Tensor:
-        """`[B, S, ...]` in the model's order -> the new order."""
-        return x if self.forward is None else x.index_select(1, self.forward)
+        """`[B, S, ...]` in the model's order -> the new order; `[B, S, H, ...]` with H a multiple of G where every key head has its own."""
+        return x if self.forward is None else reordered(x, self.forward)
 
     def undo(self, x: Tensor) -> Tensor:
-        """`[B, S, ...]` in the new order -> the model's order."""
-        return x if self.inverse is None else x.index_select(1, self.inverse)
+        """The same from the new order to the model's."""
+        return x if self.inverse is None else reordered(x, self.inverse)
 
     def protected_blocks(self, block_size: int, first_frame: bool, device: torch.device | str) -> Tensor:
         """bool `[blocks]`: blocks that hold a prefix or suffix token, and with `first_frame` those that hold a first-frame token."""
@@ -66,6 +76,24 @@ class TokenOrder:
         if first_frame:
             protected = protected | ((start < self.first_frame[1]) & (stop > self.first_frame[0]))
         return protected
+
+
+def reordered(x: Tensor, order: Tensor) -> Tensor:
+    """A copy of x whose token i is x's token `order[i]`, or for head h `order[h // (H / G)][i]`.
+
+    Args:
+        x: `[B, S, ...]`, for an order per head `[B, S, H, ...]`.
+        order: int64 `[S]` or `[G, S]`.
+
+    Raises:
+        UnsupportedCall: x has no head axis that the G orders divide.
+    """
+    if order.ndim == 1:
+        return x.index_select(1, order)
+    if x.ndim < 3 or x.shape[2] % order.shape[0]:
+        raise UnsupportedCall(f"token orders for {order.shape[0]} key heads need [B, S, H, ...] with H a multiple, not {list(x.shape)}")
+    places = order.repeat_interleave(x.shape[2] // order.shape[0], dim=0).T
+    return x[:, places, torch.arange(x.shape[2], device=x.device)]
 
 
 def token_order(

@@ -77,6 +77,25 @@ def test_blocks_of_tokens_in_another_order(name: str, dtype: torch.dtype, device
         block_mean(x[:, 1:], order=order, implementation=name)
 
 
+@pytest.mark.parametrize(("name", "dtype", "device"), COMBINATIONS)
+@pytest.mark.parametrize("layout", ["padded", "transposed"])
+def test_an_order_per_head(name: str, dtype: torch.dtype, device: str, layout: str) -> None:
+    """Three heads in three orders, as each alone; then one order for all three, as a group of query heads has it."""
+    x = _tensor(300, dtype, device, layout)
+    generator = torch.Generator().manual_seed(0)
+    forward = torch.stack([torch.randperm(300, generator=generator) for _ in range(3)]).to(device)
+    order = TokenOrder(forward, forward.argsort(-1), (0, 1), (0, 300), 300)
+    mean = block_mean(x, order=order, implementation=name)
+    for h in range(3):
+        alone = TokenOrder(forward[h], forward[h].argsort(), (0, 1), (0, 300), 300)
+        assert torch.equal(mean[:, :, h : h + 1], block_mean(x[:, :, h : h + 1], order=alone, implementation=name))
+    shared, first = (TokenOrder(f, f.argsort(-1), (0, 1), (0, 300), 300) for f in (forward[:1], forward[0]))
+    assert torch.equal(block_mean(x, order=shared, implementation=name), block_mean(x, order=first, implementation=name))
+    two = TokenOrder(forward[:2], forward[:2].argsort(-1), (0, 1), (0, 300), 300)
+    with pytest.raises(UnsupportedCall, match="3 heads are not a multiple of the 2"):
+        block_mean(x, order=two, implementation=name)
+
+
 @pytest.mark.parametrize(("name", "device"), NAMES)
 def test_an_order_of_any_stride(name: str, device: str) -> None:
     x = _tensor(300, torch.float32, device)

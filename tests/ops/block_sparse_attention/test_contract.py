@@ -8,18 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import judge
 from cases import DEVICES, DTYPES, SPARSE_CASES, Case, build
 from ditattn.errors import UnsupportedCall
-from ditattn.ops import cpu_library
+from ditattn.ops import cpu_call, cpu_library
 from ditattn.ops.block_mean import block_mean
 from ditattn.ops.block_sparse_attention import TABLE, block_sparse_attention, block_sparse_attention_with_lse, pure_torch
 from ditattn.ops.calls import SparseCall
 from ditattn.ops.dense_attention import dense_attention
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder, token_order
+from largest_tensor import LargestTensor
 
 COMBINATIONS = [
     pytest.param(name, case, dtype, device, id=f"{name}-{case}-{str(dtype)[6:]}-{device}")
@@ -125,6 +125,50 @@ def test_token_order_changes_nothing_but_the_place(name: str, device: str, dtype
     assert not torch.equal(out, expected)
 
 
+def _order_per_head(length: int, heads: int, device: str) -> TokenOrder:
+    generator = torch.Generator().manual_seed(length)
+    forward = torch.stack([torch.randperm(length, generator=generator) for _ in range(heads)]).to(device)
+    return TokenOrder(forward, forward.argsort(-1), (0, 1), (0, length), length)
+
+
+def _order_of_head(order: TokenOrder, head: int) -> TokenOrder:
+    assert order.forward is not None
+    assert order.inverse is not None
+    return replace(order, forward=order.forward[head], inverse=order.inverse[head])
+
+
+PER_HEAD = (
+    Case("per head", plan="uneven", query_length=390, key_length=390),
+    Case("per head, grouped, batch, key lengths", plan="uneven", batch=2, heads=6, key_lengths=(300, 129)),
+    Case("per head, plan shared", plan="uneven", batch=2, plan_batch=1, plan_heads=1, layout="transposed", dim=128),
+)
+
+
+@pytest.mark.parametrize(("name", "device"), NAMES)
+@pytest.mark.parametrize("case", PER_HEAD, ids=str)
+def test_an_order_per_head_is_each_group_in_its_own(name: str, device: str, case: Case) -> None:
+    """The key heads at once, each with its order, give what each gives alone with that order for all its tokens."""
+    facts = {dtype: judge.facts_of(case, device, dtype, lse=True) for dtype in DTYPES}
+    for dtype in [dtype for dtype in DTYPES if name in judge.possible(TABLE, facts[dtype])]:
+        p = build(case, dtype, device)
+        order = _order_per_head(case.query_length, case.key_heads, device)
+        out, lse = block_sparse_attention_with_lse(p.query, p.key, p.value, p.plan, **p.options, order=order, implementation=name)
+        group = case.heads // case.key_heads
+        for g in range(case.key_heads):
+            heads = slice(g * group, (g + 1) * group)
+            rows = slice(0, 1) if case.plan_heads == 1 else heads
+            plan = replace(p.plan, indices=p.plan.indices[:, rows].contiguous(), counts=p.plan.counts[:, rows].contiguous())
+            tensors = (p.query[:, :, heads], p.key[:, :, g : g + 1], p.value[:, :, g : g + 1])
+            options = {**p.options, "order": _order_of_head(order, g), "implementation": name}
+            alone, alone_lse = block_sparse_attention_with_lse(*tensors, plan, **options)
+            if name in ("reference", "torch"):
+                assert judge.relative_error(out[:, :, heads], alone.double()) < torch.finfo(dtype).eps
+                torch.testing.assert_close(lse[:, heads], alone_lse, rtol=1e-6, atol=1e-5)
+            else:
+                assert torch.equal(out[:, :, heads], alone)
+                assert torch.equal(lse[:, heads], alone_lse)
+
+
 @pytest.mark.parametrize(("name", "device"), NAMES)
 @pytest.mark.parametrize("spread", [lambda x: x[:1].expand(2), lambda x: x[::2]], ids=["expanded", "column"])
 def test_key_lengths_of_any_stride(name: str, device: str, spread: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -175,19 +219,6 @@ def test_opcheck(name: str, device: str) -> None:
     problem = build(replace(PLAIN, query_length=140, key_length=140), dtypes_of(name, device)[0], device)
     arguments = (problem.query, problem.key, problem.value, problem.plan.indices, problem.plan.counts, 128, 0.1, False, None, True, name)
     torch.library.opcheck(torch.ops.ditattn.block_sparse_attention.default, arguments)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any op returned."""
-
-    num_bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(x, torch.Tensor):
-                self.num_bytes = max(self.num_bytes, x.untyped_storage().nbytes())
-        return result
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
@@ -241,6 +272,8 @@ def test_orders_that_do_not_fit_say_why() -> None:
         block_sparse_attention(p.query, p.key, p.value, p.plan, order=token_order("tile", (3, 9, 11)))
     with pytest.raises(UnsupportedCall, match="the token order is on meta, the tensors on cpu"):
         block_sparse_attention(p.query, p.key, p.value, p.plan, order=replace(tile, inverse=torch.arange(300, device="meta")))
+    with pytest.raises(UnsupportedCall, match="token orders for 3 key heads, the call has 2"):
+        block_sparse_attention(p.query, p.key, p.value, p.plan, order=_order_per_head(300, 3, "cpu"))
     with pytest.raises(UnsupportedCall, match="causal call takes no token order"):
         block_sparse_attention(p.query, p.key, p.value, p.plan, order=tile, causal=True)
 
@@ -253,10 +286,24 @@ def test_the_compiled_kernel_follows_no_broken_order(spoil: Callable[[torch.Tens
     tile = token_order("tile", (3, 10, 10))
     assert tile.forward is not None
     broken = TokenOrder(spoil(tile.forward.clone()), tile.inverse, tile.first_frame, tile.video, tile.length)
-    with pytest.raises(UnsupportedCall, match="no permutation"):
-        block_sparse_attention(p.query, p.key, p.value, p.plan, order=broken, implementation="cpu")
-    with pytest.raises(UnsupportedCall, match="no permutation"):
-        block_mean(p.query, order=broken, implementation="cpu")
+    second = _order_per_head(300, 2, "cpu")
+    assert second.forward is not None
+    spoil(second.forward[1])
+    for order in (broken, second):
+        with pytest.raises(UnsupportedCall, match="no permutation"):
+            block_sparse_attention(p.query, p.key, p.value, p.plan, order=order, implementation="cpu")
+        with pytest.raises(UnsupportedCall, match="no permutation"):
+            block_mean(p.query, order=order, implementation="cpu")
+
+
+@pytest.mark.skipif(cpu_library.problem() is not None, reason="no compiled kernels")
+def test_the_compiled_kernel_takes_no_order_of_another_shape() -> None:
+    """The op checks the order before, but layers that have chosen their implementation go past it."""
+    p = build(PLAIN, torch.float32)
+    for order in (torch.arange(299), torch.arange(300).int(), torch.arange(300).repeat(3, 1), torch.arange(300).view(1, 1, 300)):
+        call = SparseCall(p.query, p.key, p.value, p.plan, 0.1, order=order, inverse=order)
+        with pytest.raises(UnsupportedCall, match=r"is int64 \[300\], or \[G, 300\] with G key heads that divide 2, not"):
+            cpu_call.attention(call)
 
 
 @pytest.mark.parametrize("what", ["mixed dtypes", "nan scale", "eight bits", "unknown name"])

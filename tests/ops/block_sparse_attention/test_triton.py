@@ -35,19 +35,21 @@ def child(code_or_arguments: list[str], interpreted: bool, timeout_s: int = 900)
 
 @pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize("contract", ["block_sparse_attention", "block_mean"])
-def test_contract_in_the_interpreter(contract: str) -> None:
+@pytest.mark.parametrize(
+    "suite", ["block_sparse_attention/test_contract.py", "block_sparse_attention/test_tail.py", "block_mean/test_contract.py"]
+)
+def test_contract_in_the_interpreter(suite: str) -> None:
     """The contract suite of the op on its Triton row. The log-sum-exp test judges outputs too, so plain calls run on a few cases only."""
-    chosen = {
-        "block_sparse_attention": "triton and (not test_error_is_in_proportion or causal or odd)",
+    chosen, fewest = {
+        "block_sparse_attention/test_contract.py": ("triton and (not test_error_is_in_proportion or causal or odd)", 170),
+        "block_sparse_attention/test_tail.py": ("triton", 140),
         # many small programs are what the interpreter is slowest at
-        "block_mean": "triton and not 640 and not 300-7",
-    }[contract]
-    suite = str(HERE.parent / contract / "test_contract.py")
-    done = child(["-m", "pytest", "-q", "-p", "no:cacheprovider", suite, "-k", chosen], interpreted=True)
+        "block_mean/test_contract.py": ("triton and not 640 and not 300-7", 90),
+    }[suite]
+    done = child(["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE.parent / suite), "-k", chosen], interpreted=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = int(done.stdout.rsplit(" passed", 1)[0].split()[-1])
-    assert passed > {"block_sparse_attention": 170, "block_mean": 90}[contract]
+    assert passed > fewest
     assert "skipped" not in done.stdout.splitlines()[-1]
 
 

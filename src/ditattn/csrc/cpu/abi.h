@@ -25,11 +25,12 @@ struct DitattnAttention {
   const int32_t *indices, *counts;            // kept key blocks, ascending, and how many of them; null: every block
   int64_t indices_stride[3], counts_stride[3];  // batch, head, query block; 0 where shared
   const int32_t* key_lengths;                 // [B], or null
-  const int64_t* order;                       // [S]: token i of the blocks is token order[i] of the tensors; null: token i. Needs S = T
+  const int64_t* order;                       // [S] or [G, S]: token i of the blocks is token order[i] of the tensors; null: token i. Needs S = T
   int32_t batch, heads, key_heads, query_length, key_length, head_dim;
   int32_t dtype, compute_bf16, causal, num_threads;
   float scale;
   const DitattnHost* host;                    // or null
+  int64_t order_stride;                       // from one key head's order to the next; 0 where all share one
 };
 
 struct DitattnBlockMean {
@@ -39,4 +40,5 @@ struct DitattnBlockMean {
   const int64_t* order;                       // as above
   int32_t batch, length, heads, head_dim, block_size, dtype, num_threads;
   const DitattnHost* host;
+  int64_t order_stride, order_group;          // as above, and how many heads share each order
 };

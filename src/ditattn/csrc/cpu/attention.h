@@ -72,12 +72,15 @@ template <class Kernel> class Attention {
  private:
   static int blocks(int tokens) { return (tokens + BLOCK - 1) / BLOCK; }
 
-  Rows rows(const DitattnTensor& t, int64_t b, int64_t h, int64_t token) const {
+  // Rows of head h from `token` on, in the order of key head g.
+  Rows rows(const DitattnTensor& t, int64_t b, int64_t h, int64_t g, int64_t token) const {
     const int size = size_of(a_.dtype);
     const int64_t first = a_.order ? 0 : token;
     char* data = (char*)t.data + (b * t.batch_stride + first * t.token_stride + h * t.head_stride) * size;
-    return {data, t.token_stride * size, a_.dtype, a_.order ? a_.order + token : nullptr};
+    return {data, t.token_stride * size, a_.dtype, a_.order ? a_.order + g * a_.order_stride + token : nullptr};
   }
+
+  int key_head_of(int h) const { return h / (a_.heads / a_.key_heads); }
 
   int key_length(int b) const { return a_.key_lengths ? std::min(a_.key_lengths[b], a_.key_length) : a_.key_length; }
 
@@ -90,10 +93,10 @@ template <class Kernel> class Attention {
     const int b = key_head / a_.key_heads, g = key_head % a_.key_heads, left = key_length(b) - block * BLOCK;
     if (left <= 0) return;
     const int kv = std::min(BLOCK, left), stored = std::min(BLOCK, a_.key_length - block * BLOCK);
-    Kernel::pack_value(rows(a_.value, b, g, (int64_t)block * BLOCK), kv, values_ + (key_head * key_blocks_ + block) * Kernel::VALUE_BYTES);
+    Kernel::pack_value(rows(a_.value, b, g, g, (int64_t)block * BLOCK), kv, values_ + (key_head * key_blocks_ + block) * Kernel::VALUE_BYTES);
     // a short last block is always packed, so that kernels may read whole blocks
     if (!in_place_ || stored < BLOCK)
-      Kernel::pack_key(rows(a_.key, b, g, (int64_t)block * BLOCK), kv, keys_ + (key_head * key_slots_ + (in_place_ ? 0 : block)) * Kernel::KEY_BYTES);
+      Kernel::pack_key(rows(a_.key, b, g, g, (int64_t)block * BLOCK), kv, keys_ + (key_head * key_slots_ + (in_place_ ? 0 : block)) * Kernel::KEY_BYTES);
   }
 
   // Within a head the long rows come first: the last units of the call are short, and no thread waits long for another.
@@ -110,7 +113,7 @@ template <class Kernel> class Attention {
   }
 
   int list_visits(int b, int h, int row, Visit* visits) const {
-    const int64_t key_head = (int64_t)b * a_.key_heads + h / (a_.heads / a_.key_heads);
+    const int64_t g = key_head_of(h), key_head = (int64_t)b * a_.key_heads + g;
     const int32_t* kept = a_.indices ? a_.indices + b * a_.indices_stride[0] + h * a_.indices_stride[1] + row * a_.indices_stride[2] : nullptr;
     const int length = key_length(b), total = count(b, h, row);
     int found = 0;
@@ -118,7 +121,7 @@ template <class Kernel> class Attention {
       const int block = kept ? kept[i] : i, kv = std::min(BLOCK, length - block * BLOCK);
       if (kv <= 0 || (a_.causal && block > row)) break;  // blocks ascend
       const bool direct = in_place_ && a_.key_length - block * BLOCK >= BLOCK;
-      const Rows own = rows(a_.key, b, key_head % a_.key_heads, (int64_t)block * BLOCK);
+      const Rows own = rows(a_.key, b, g, g, (int64_t)block * BLOCK);
       const char* packed = keys_ + (key_head * key_slots_ + (in_place_ ? 0 : block)) * Kernel::KEY_BYTES;
       const char* value = values_ + (key_head * key_blocks_ + block) * Kernel::VALUE_BYTES;
       visits[found++] = {direct ? own.data : packed, direct ? own.stride : Kernel::KEY_STRIDE, value, kv, a_.causal && block == row};
@@ -130,8 +133,8 @@ template <class Kernel> class Attention {
     const int64_t bh = w / query_blocks_;
     const int b = bh / a_.heads, h = bh % a_.heads, row = schedule_[w];
     Unit unit;
-    unit.query = rows(a_.query, b, h, (int64_t)row * BLOCK);
-    unit.out = rows(a_.out, b, h, (int64_t)row * BLOCK);
+    unit.query = rows(a_.query, b, h, key_head_of(h), (int64_t)row * BLOCK);
+    unit.out = rows(a_.out, b, h, key_head_of(h), (int64_t)row * BLOCK);
     unit.lse = a_.lse ? a_.lse + bh * a_.query_length + (a_.order ? 0 : (int64_t)row * BLOCK) : nullptr;
     unit.rows = std::min(BLOCK, a_.query_length - row * BLOCK);
     unit.negate = a_.scale < 0;

@@ -20,7 +20,8 @@ int block_mean(const DitattnBlockMean& a) {
   const int blocks = (a.length + a.block_size - 1) / a.block_size, size = size_of(a.dtype);
   const int64_t width = (int64_t)a.heads * a.head_dim;
   // where all heads of a token lie side by side, a token is one row
-  const bool dense_heads = a.input.head_stride == a.head_dim || a.heads == 1;
+  const bool own_orders = a.order && a.order_stride;
+  const bool dense_heads = !own_orders && (a.input.head_stride == a.head_dim || a.heads == 1);
   Team team(a.host);
   team.run(a.num_threads, (int64_t)a.batch * blocks, [&](auto next) {
     for (int64_t w; (w = next()) >= 0;) {
@@ -30,7 +31,8 @@ int block_mean(const DitattnBlockMean& a) {
       std::fill(out, out + width, 0.f);
       const char* base = (const char*)a.input.data + b * a.input.batch_stride * size;
       for (int h = 0; h < (dense_heads ? 1 : a.heads); h++) for (int t = 0; t < tokens; t++) {
-        const int64_t token = a.order ? a.order[first + t] : first + t;
+        const int64_t* order = own_orders ? a.order + h / a.order_group * a.order_stride : a.order;
+        const int64_t token = order ? order[first + t] : first + t;
         add_row(out + (int64_t)h * a.head_dim, base + (token * a.input.token_stride + h * a.input.head_stride) * size, a.dtype,
                 dense_heads ? (int)width : a.head_dim);
       }

@@ -19,11 +19,15 @@ bool valid_plan(const int32_t* indices, const int32_t* counts, int64_t rows, int
   return true;
 }
 
-bool is_permutation(const int64_t* order, int64_t length) {
-  std::vector<bool> seen(length);
-  for (int64_t i = 0; i < length; i++) {
-    if (order[i] < 0 || order[i] >= length || seen[order[i]]) return false;
-    seen[order[i]] = true;
+// Each of `rows` rows, dense, is a permutation of 0 .. length - 1.
+bool are_permutations(const int64_t* order, int64_t rows, int64_t length) {
+  std::vector<bool> seen;
+  for (int64_t row = 0; row < rows; row++, order += length) {
+    seen.assign(length, false);
+    for (int64_t i = 0; i < length; i++) {
+      if (order[i] < 0 || order[i] >= length || seen[order[i]]) return false;
+      seen[order[i]] = true;
+    }
   }
   return true;
 }

@@ -63,9 +63,9 @@ EXPORT int ditattn_check_plan(const int32_t* indices, const int32_t* counts, int
   return valid_plan(indices, counts, rows, columns, blocks) ? DITATTN_OK : DITATTN_BAD_ARGUMENT;
 }
 
-// DITATTN_OK, or DITATTN_BAD_ARGUMENT where the numbers are no permutation of 0 .. length - 1.
-EXPORT int ditattn_check_order(const int64_t* order, int64_t length) {
-  return guarded([&] { return is_permutation(order, length) ? DITATTN_OK : DITATTN_BAD_ARGUMENT; });
+// DITATTN_OK, or DITATTN_BAD_ARGUMENT where one of the rows is no permutation of 0 .. length - 1.
+EXPORT int ditattn_check_order(const int64_t* order, int64_t rows, int64_t length) {
+  return guarded([&] { return are_permutations(order, rows, length) ? DITATTN_OK : DITATTN_BAD_ARGUMENT; });
 }
 
 // Asks the operating system for what this object needs (AMX tiles); 0 or DITATTN_NOT_PERMITTED.

@@ -11,7 +11,7 @@ from ditattn.ops.contract import joined, split
 from ditattn.ops.table import PORTABLE, CallFacts, Implementation, Names, choose, load, names_of
 from ditattn.packages import TRITON
 from ditattn.plan.block_plan import BLOCK_SIZE, num_blocks
-from ditattn.plan.token_order import TokenOrder
+from ditattn.plan.token_order import TokenOrder, reordered
 
 __all__ = ["TABLE", "block_mean"]
 
@@ -23,6 +23,7 @@ TABLE: tuple[Implementation, ...] = (
         packages=(TRITON,),
         probe="ditattn.ops.triton_targets:why_not_cuda",
         orders_tokens=True,
+        orders_heads=True,
     ),
     # the same kernel on CPU tensors in triton's interpreter: for checking, never for running
     Implementation(
@@ -33,8 +34,16 @@ TABLE: tuple[Implementation, ...] = (
         probe="ditattn.ops.triton_targets:why_not_interpreted",
         automatic=False,
         orders_tokens=True,
+        orders_heads=True,
     ),
-    Implementation("cpu", "ditattn.ops.block_mean.cpu:run", devices=("cpu",), probe="ditattn.ops.cpu_library:problem", orders_tokens=True),
+    Implementation(
+        "cpu",
+        "ditattn.ops.block_mean.cpu:run",
+        devices=("cpu",),
+        probe="ditattn.ops.cpu_library:problem",
+        orders_tokens=True,
+        orders_heads=True,
+    ),
     Implementation("torch", "ditattn.ops.block_mean.pure_torch:run", dtypes=PORTABLE),
     Implementation("reference", "ditattn.ops.block_mean.reference:run", dtypes=PORTABLE, automatic=False),
 )
@@ -46,7 +55,8 @@ def block_mean(x: Tensor, block_size: int = BLOCK_SIZE, *, order: TokenOrder | N
     Args:
         x: `[B, S, H, D]`, any strides.
         block_size: tokens per block.
-        order: blocks are made of the tokens in this order; None leaves them where they are.
+        order: blocks are made of the tokens in this order; None leaves them where they are. Where there are G orders, H is a multiple of G
+            and each serves a group of heads.
         implementation: a name from `TABLE`, or several in order of preference; None takes the first possible one.
 
     Returns:
@@ -62,6 +72,7 @@ def block_mean(x: Tensor, block_size: int = BLOCK_SIZE, *, order: TokenOrder | N
     if order is not None:
         check_instance("order", order, TokenOrder, "ditattn.plan.token_order.token_order makes one")
         order.check_length(x.shape[1])
+        order.check_heads(x.shape[2])
         order.check_device(x.device)
     names = names_of(implementation)
     # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
@@ -78,10 +89,10 @@ def _op(x: Tensor, block_size: int, implementations: str, order: Tensor | None =
     out: Tensor
     if order is None:
         out = run(x, block_size)
-    elif row.orders_tokens:
+    elif row.takes_order(order):
         out = run(x, block_size, order=order)
     else:
-        out = run(x.index_select(1, order), block_size)
+        out = run(reordered(x, order), block_size)
     return out.contiguous()
 
 

@@ -30,6 +30,7 @@ def run(x: Tensor, block_size: int, order: Tensor | None = None) -> Tensor:
             out,
             None if order is None else order.contiguous(),
             *x.stride(),
+            *((length, heads // order.shape[0]) if order is not None and order.ndim == 2 else (0, 1)),
             length,
             rows,
             heads,
@@ -51,6 +52,8 @@ def mean_kernel(
     stride_s,
     stride_h,
     stride_d,
+    order_stride,
+    order_group,
     length,
     num_rows,
     num_heads,
@@ -59,7 +62,7 @@ def mean_kernel(
     STEP: tl.constexpr,
     PADDED_DIM: tl.constexpr,
 ):
-    """One block of one head. Strides are in elements; `order` dense int64 `[S]` or None."""
+    """One block of one head. Strides are in elements; `order` dense int64, `[S]` or one row for each `order_group` heads, or None."""
     h, m, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dims = tl.arange(0, PADDED_DIM)
     base = x + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
@@ -71,7 +74,7 @@ def mean_kernel(
         tokens = first + start + tl.arange(0, STEP)
         places = tokens.to(tl.int64)
         if order is not None:
-            places = tl.load(order + tokens, mask=tokens < last, other=0)
+            places = tl.load(order + (h // order_group) * order_stride + tokens, mask=tokens < last, other=0)
         pointers = base + places[:, None] * stride_s + dims[None, :] * stride_d
         part = tl.load(pointers, mask=(tokens < last)[:, None] & (dims < head_dim)[None, :], other=0.0)
         total += tl.sum(part.to(tl.float32), 0)

@@ -5,21 +5,25 @@ Forward only. The custom op `ditattn::block_sparse_attention` has a fake, so tha
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ditattn.arguments import check_flag, check_instance, check_tensors
 from ditattn.errors import UnsupportedCall
+from ditattn.ops.block_sparse_attention.tail_merge import merged
 from ditattn.ops.calls import SparseCall
 from ditattn.ops.contract import check_qkv, checked_scale, joined, split, without_autocast
+from ditattn.ops.pooled_tail import PooledTail
 from ditattn.ops.table import HALF, KERNEL_HEAD_DIMS, PORTABLE, Implementation, Names, choose_to_run, load, names_of
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON, Package
 from ditattn.plan.block_plan import BlockPlan
-from ditattn.plan.token_order import TokenOrder
+from ditattn.plan.token_order import TokenOrder, reordered
 
-__all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse", "check_plan", "compute"]
+__all__ = ["TABLE", "block_sparse_attention", "block_sparse_attention_with_lse", "check_plan", "check_tail", "compute"]
 
-_MOST = frozenset({"causal", "key_lengths", "lse", "gqa", "unequal_lengths"})
+_MOST = frozenset({"causal", "key_lengths", "lse", "tail", "gqa", "unequal_lengths"})
 _FLEX_HONOURS = frozenset({"gqa", "unequal_lengths"})
 _EVERYTHING = _MOST | {"other_block_size"}
 _MASKED = _MOST - {"causal"}
@@ -79,6 +83,7 @@ TABLE: tuple[Implementation, ...] = (
         honours=_MOST,
         probe="ditattn.ops.cpu_library:problem",
         orders_tokens=True,
+        orders_heads=True,
     ),
     Implementation(
         "cpu_fast_fp32",
@@ -91,13 +96,14 @@ TABLE: tuple[Implementation, ...] = (
         automatic=False,
         computes_in="bfloat16",
         orders_tokens=True,
+        orders_heads=True,
     ),
     Implementation("torch", "ditattn.ops.block_sparse_attention.pure_torch:run", dtypes=PORTABLE, honours=_EVERYTHING, slow_on=("npu",)),
     Implementation(
         "flex",
         "ditattn.ops.block_sparse_attention.flex:run",
         devices=("cuda",),
-        honours=_FLEX_HONOURS | {"lse"},
+        honours=_FLEX_HONOURS | {"lse", "tail"},
         packages=(TRITON,),
         probe="ditattn.ops.triton_targets:why_not_cuda",
         automatic=False,
@@ -110,7 +116,14 @@ TABLE: tuple[Implementation, ...] = (
         probe="ditattn.ops.block_sparse_attention.flex:why_not_compiled",
         automatic=False,
     ),
-    Implementation("reference", "ditattn.ops.block_sparse_attention.reference:run", dtypes=PORTABLE, honours=_EVERYTHING, automatic=False),
+    Implementation(
+        "reference",
+        "ditattn.ops.block_sparse_attention.reference:run",
+        dtypes=PORTABLE,
+        honours=_EVERYTHING,
+        automatic=False,
+        fuses_tail=True,
+    ),
 )
 
 
@@ -124,6 +137,7 @@ def block_sparse_attention(
     causal: bool = False,
     key_lengths: Tensor | None = None,
     order: TokenOrder | None = None,
+    tail: PooledTail | None = None,
     implementation: Names = None,
 ) -> Tensor:
     """Exact attention over the kept blocks of `plan`.
@@ -136,18 +150,20 @@ def block_sparse_attention(
         causal: within the kept blocks query i sees keys 0..i.
         key_lengths: int32 or int64 `[B]` on the tensors' device; only that many leading keys of each batch element are real.
         order: the order of the tokens that the plan and `key_lengths` speak of, where it is not that of the tensors: query, key, value and
-            the result stay as they are, and the implementation reads and writes them in this order, or copies them. Needs S = T.
+            the result stay as they are, and the implementation reads and writes them in this order, or copies them. Needs S = T. With an
+            order per key head, block numbers of the plan are those of each head's own order.
+        tail: means that stand in for the blocks that the plan drops, in the plan's order (`PooledTail.of`). Its values are trusted.
         implementation: a name from `TABLE`, or several in order of preference; None takes the first possible one.
 
     Returns:
         `[B, S, H, D]`, contiguous, in the query's dtype. Rows that see no key are zero.
 
     Raises:
-        UnsupportedCall: tensors, plan and order do not fit together, the call is causal in another order, the scale is not finite, or no
-            implementation takes the call.
+        UnsupportedCall: tensors, plan, order and tail do not fit together, the call is causal in another order or with a tail, the scale is
+            not finite, or no implementation takes the call.
         BackendUnavailable: the named implementation cannot run here.
     """
-    return _call(query, key, value, plan, scale, causal, key_lengths, order, False, implementation)[0]
+    return _call(query, key, value, plan, scale, causal, key_lengths, order, tail, False, implementation)[0]
 
 
 def block_sparse_attention_with_lse(
@@ -160,10 +176,14 @@ def block_sparse_attention_with_lse(
     causal: bool = False,
     key_lengths: Tensor | None = None,
     order: TokenOrder | None = None,
+    tail: PooledTail | None = None,
     implementation: Names = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `block_sparse_attention`; also the natural log-sum-exp of the scaled scores, fp32 `[B, H, S]`, -inf where no key is seen."""
-    return _call(query, key, value, plan, scale, causal, key_lengths, order, True, implementation)
+    """As `block_sparse_attention`; also the natural log-sum-exp of the scaled scores, fp32 `[B, H, S]`, -inf where no key is seen.
+
+    With a tail its terms are in the sum.
+    """
+    return _call(query, key, value, plan, scale, causal, key_lengths, order, tail, True, implementation)
 
 
 def _call(
@@ -175,6 +195,7 @@ def _call(
     causal: bool,
     key_lengths: Tensor | None,
     order: TokenOrder | None,
+    tail: PooledTail | None,
     return_lse: bool,
     implementation: Names,
 ) -> tuple[Tensor, Tensor]:
@@ -185,28 +206,42 @@ def _call(
         check_instance("order", order, TokenOrder, "ditattn.plan.token_order.token_order makes one")
     check_qkv(query, key, value, key_lengths)
     check_plan(query, key, plan)
+    if tail is not None:
+        check_tail(key, plan, tail, causal)
     forward, inverse = _ordering(query, key, causal, order)
     scale = checked_scale(scale, query.shape[3])
     names = names_of(implementation)
     # a graph that is being traced keeps the choice open: the op takes it, once, when it first runs
     if not torch.compiler.is_compiling():
-        call = SparseCall(query, key, value, plan, scale, causal, key_lengths, return_lse, forward, inverse)
+        call = SparseCall(query, key, value, plan, scale, causal, key_lengths, return_lse, forward, inverse, tail)
         names = (choose_to_run(TABLE, call.facts(), names).name,)
     listed = (plan.indices, plan.counts, plan.block_size)
-    out, lse = _op(query, key, value, *listed, scale, causal, key_lengths, return_lse, joined(names), forward, inverse)
+    means = () if tail is None else (tail.key, tail.value, tail.counts)
+    out, lse = _op(query, key, value, *listed, scale, causal, key_lengths, return_lse, joined(names), forward, inverse, *means)
     return out, lse
 
 
 def compute(call: SparseCall, row: Implementation) -> tuple[Tensor, Tensor | None]:
     """The call by a chosen row, unchecked and without an op around it: for code that torch sees as one operation already."""
-    run = load(row)
+    merges = call.tail is not None and not row.fuses_tail
     with without_autocast(call.query.device):
-        if call.inverse is None or row.orders_tokens:
-            out, lse = run(call)
+        # the tail speaks of the plan's order: where the op merges it, the rows stand in that order
+        if call.order is None or call.inverse is None or (row.takes_order(call.order) and not merges):
+            out, lse = _attended(call, row, merges)
         else:
-            out, lse = run(call.ordered())
-            out, lse = out.index_select(1, call.inverse), (lse.index_select(2, call.inverse) if call.return_lse else None)
-    return out.contiguous(), lse if call.return_lse else None
+            out, lse = _attended(call.ordered(), row, merges)
+            out = reordered(out, call.inverse)
+            lse = None if lse is None else reordered(lse.transpose(1, 2), call.inverse).transpose(1, 2)
+    return out.contiguous(), lse.contiguous() if lse is not None and call.return_lse else None
+
+
+def _attended(call: SparseCall, row: Implementation, merges: bool) -> tuple[Tensor, Tensor | None]:
+    run = load(row)
+    if not merges:
+        out, lse = run(call)
+        return out, lse if call.return_lse else None
+    out, lse = run(replace(call, tail=None, return_lse=True))
+    return merged(call, out, lse)
 
 
 def _ordering(query: Tensor, key: Tensor, causal: bool, order: TokenOrder | None) -> tuple[Tensor | None, Tensor | None]:
@@ -216,6 +251,7 @@ def _ordering(query: Tensor, key: Tensor, causal: bool, order: TokenOrder | None
         raise UnsupportedCall("a causal call takes no token order: the tokens before a token would not be its past")
     order.check_length(query.shape[1])
     order.check_length(key.shape[1])
+    order.check_key_heads(key.shape[2])
     order.check_device(query.device)
     return order.forward, order.inverse
 
@@ -236,6 +272,13 @@ def check_plan(query: Tensor, key: Tensor, plan: BlockPlan) -> None:
         raise UnsupportedCall(f"the plan is on {plan.indices.device}, the query on {query.device}")
 
 
+def check_tail(key: Tensor, plan: BlockPlan, tail: PooledTail, causal: bool) -> None:
+    """Raise UnsupportedCall unless the tail is one for such a call. Its values are not read."""
+    if causal:
+        raise UnsupportedCall("a causal call takes no tail: the mean of a block would tell a query of tokens after it")
+    tail.check(key, plan)
+
+
 @torch.library.custom_op("ditattn::block_sparse_attention", mutates_args=())
 def _op(
     query: Tensor,
@@ -251,9 +294,15 @@ def _op(
     implementations: str,
     order: Tensor | None = None,
     inverse: Tensor | None = None,
+    tail_key: Tensor | None = None,
+    tail_value: Tensor | None = None,
+    tail_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     plan = BlockPlan(indices, counts, query.shape[1], key.shape[1], block_size)
-    call = SparseCall(query, key, value, plan, scale, causal, key_lengths, return_lse, order, inverse)
+    tail = None
+    if tail_key is not None and tail_value is not None and tail_counts is not None:
+        tail = PooledTail(tail_key, tail_value, tail_counts)
+    call = SparseCall(query, key, value, plan, scale, causal, key_lengths, return_lse, order, inverse, tail)
     out, lse = compute(call, choose_to_run(TABLE, call.facts(), split(implementations)))
     return out, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
@@ -273,6 +322,9 @@ def _(
     implementations: str,
     order: Tensor | None = None,
     inverse: Tensor | None = None,
+    tail_key: Tensor | None = None,
+    tail_value: Tensor | None = None,
+    tail_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = query.shape
     lse_shape = (batch, heads, length) if return_lse else (0,)

@@ -19,9 +19,19 @@ def run(call: SparseCall) -> tuple[Tensor, Tensor | None]:
     k, v = (x.to(dtype).transpose(1, 2).repeat_interleave(group, dim=1) for x in (key, call.value))
     scores = (call.scale * (q @ k.transpose(-1, -2))).masked_fill(~_token_mask(call), -torch.inf)
     lse = scores.logsumexp(-1)
-    # exp(score - lse) is softmax; a row without keys has lse -inf and must give zeros, not NaN
-    weights = torch.where(lse.isneginf().unsqueeze(-1), 0.0, (scores - lse.unsqueeze(-1)).exp())
-    return (weights @ v).transpose(1, 2).to(query.dtype), lse.float()
+    if call.tail is None:
+        return (_softmax(scores, lse) @ v).transpose(1, 2).to(query.dtype), lse.float()
+    means, values = (x.to(dtype).transpose(1, 2).repeat_interleave(group, dim=1) for x in (call.tail.key, call.tail.real_value()))
+    bias = call.tail.bias(call.plan).repeat_interleave(call.plan.block_size, -2)[:, :, : query.shape[1]]
+    tail_scores = torch.where(bias.isneginf(), bias, call.scale * (q @ means.transpose(-1, -2)) + bias)
+    lse = torch.logaddexp(lse, tail_scores.logsumexp(-1))
+    out = _softmax(scores, lse) @ v + _softmax(tail_scores, lse) @ values
+    return out.transpose(1, 2).to(query.dtype), lse.float()
+
+
+def _softmax(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(score - lse); a row without keys has lse -inf and must give zeros, not NaN."""
+    return torch.where(lse.isneginf().unsqueeze(-1), 0.0, (scores - lse.unsqueeze(-1)).exp())
 
 
 def _token_mask(call: SparseCall) -> Tensor:
