@@ -17,12 +17,17 @@ def test_names() -> None:
         "laser_attn",
         "block_sparse_attn",
         "rain_fusion_attn",
+        "permuted_sparse_attn",
     ]
 
 
-def test_only_two_are_sparse() -> None:
+def test_which_are_sparse() -> None:
     """The original marks Laser as sparse by mistake."""
-    assert [backend.name for backend in AttentionBackendEnum if backend.is_sparse] == ["BLOCK_SPARSE_ATTN", "RAIN_FUSION_ATTN"]
+    assert [backend.name for backend in AttentionBackendEnum if backend.is_sparse] == [
+        "BLOCK_SPARSE_ATTN",
+        "RAIN_FUSION_ATTN",
+        "PERMUTED_SPARSE_ATTN",
+    ]
 
 
 def test_parse() -> None:

@@ -122,7 +122,7 @@ def test_the_estimate_of_block_sparse_attn_is_listed_with_what_does_it_elsewhere
 def test_the_table_for_people_loses_no_row_and_no_reason(ditattn, listing):
     done = ditattn("backends")
     assert done.status == 0
-    assert "dense: torch_sdpa, fa, laser_attn\nsparse: block_sparse_attn, rain_fusion_attn\n" in done.out
+    assert "dense: torch_sdpa, fa, laser_attn\nsparse: block_sparse_attn, rain_fusion_attn, permuted_sparse_attn\n" in done.out
     lines = [line.split(maxsplit=3) for line in done.out.splitlines() if line.split(maxsplit=1)[:1] and line[0] != "("]
     notes = dict(line.split(") ", 1) for line in done.out.splitlines() if line.startswith("("))
     for row in listing["backends"]:
@@ -143,3 +143,7 @@ def test_one_device(ditattn):
     assert wrong.status == 2
     assert len(wrong.error_lines) == 1
     assert "cpu, cuda, npu" in wrong.err
+
+
+def test_one_backend_is_recommended(listing):
+    assert {row["backend"] for row in listing["backends"] if row["recommended"]} == {"permuted_sparse_attn"}

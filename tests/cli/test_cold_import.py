@@ -112,7 +112,7 @@ def test_help_names_the_backends_of_other_packages_without_importing_them(tmp_pa
     (folder / "entry_points.txt").write_text("[ditattn.backends]\nnearest_attn = nowhere:NearestAttentionBackend\n")
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     for verb in ("generate", "compare"):
-        assert "rain_fusion_attn, nearest_attn" in help_of(verb, PYTHONPATH=path)
+        assert "permuted_sparse_attn, nearest_attn" in help_of(verb, PYTHONPATH=path)
         assert "nearest_attn" not in help_of(verb)
 
 

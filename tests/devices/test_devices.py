@@ -73,7 +73,7 @@ def test_errors_say_what_was_asked_found_and_would_work() -> None:
         backend_on(Invented(), "laser_attn", 64, torch.float32)
     assert str(error.value) == (
         "attention backend 'laser_attn' was asked for on invented: package 'no_such_package_here' is missing (magic): pip install magic. "
-        "Possible there: torch_sdpa, block_sparse_attn, rain_fusion_attn"
+        "Possible there: torch_sdpa, block_sparse_attn, rain_fusion_attn, permuted_sparse_attn"
     )
     with pytest.raises(BackendUnavailable, match="takes bfloat16, not float32"):
         backend_on(Invented(), "fa", 64, torch.float32)

@@ -71,7 +71,8 @@ def test_device_table() -> None:
         assert (cells[4] == "no") is ("no FlashAttention" in (load_backend(backend).why_not(find_device("meta")) or ""))
         assert short[2:5] == cells[1:4]
         assert short[0].startswith(f"[`{backend}`]")
-        assert short[1] == ("sparse" if load_backend(backend).is_sparse else "dense")
+        kind = "sparse" if load_backend(backend).is_sparse else "dense"
+        assert short[1] == (f"{kind}, **recommended**" if load_backend(backend).recommended else kind)
 
 
 def test_names_in_the_guide_exist() -> None:

@@ -75,12 +75,14 @@ class CallRecord:
         plan: the plan that ran; None if it ran densely.
         reused: the plan was made by an earlier call.
         not_reused: why the call made a plan of its own although the configuration lets plans serve longer; None where it need not be said.
+        token_orders: heads of the layer by the order that was chosen for them; None where none was chosen since the last record.
     """
 
     reason: str | None
     plan: BlockPlan | None = None
     reused: bool = False
     not_reused: str | None = None
+    token_orders: Mapping[str, int] | None = None
 
 
 class AttentionImpl(ABC):
@@ -171,6 +173,7 @@ class AttentionBackend(ABC):
         dtypes: by device type, where it does not take fp32, bf16 and fp16 alike.
         packages: by device type, what it needs beyond torch and the device's own packages.
         any_of: by device type, packages of which it needs one.
+        recommended: what a user without a reason to take another one should take.
         is_sparse, head_sizes: follow from `impl_cls`: it may drop key blocks; possible head sizes, empty means any.
     """
 
@@ -186,6 +189,7 @@ class AttentionBackend(ABC):
     any_of: ClassVar[Mapping[str, tuple[Package, ...]]] = {}
     is_sparse: ClassVar[bool] = False
     head_sizes: ClassVar[tuple[int, ...]] = ()
+    recommended: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

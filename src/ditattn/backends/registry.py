@@ -51,6 +51,7 @@ BACKENDS: Mapping[str, str] = {
     "laser_attn": "ditattn.backends.laser_attn:LaserAttentionBackend",
     "block_sparse_attn": "ditattn.backends.block_sparse_attn:BlockSparseAttentionBackend",
     "rain_fusion_attn": "ditattn.backends.rain_fusion_attn:RainFusionAttentionBackend",
+    "permuted_sparse_attn": "ditattn.backends.permuted_sparse_attn:PermutedSparseAttentionBackend",
 }
 
 DEFAULT_BACKEND = "torch_sdpa"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ from ditattn.errors import ConfigError
 from ditattn.ops import block_sparse_attention as sparse_op
 from ditattn.ops.calls import Chosen, SparseCall
 from ditattn.ops.contract import checked_scale
+from ditattn.ops.pooled_tail import PooledTail
 from ditattn.ops.table import KERNEL_HEAD_DIMS, Implementation, choose, choose_to_run
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 from ditattn.plan.reuse import Evaluation, PlanMemory, ReusePolicy
@@ -206,28 +206,43 @@ class SparseAttentionImpl(AttentionImpl):
         if reason is not None:
             self._note(CallRecord(reason))
             return self._dense(query, key, value, attn_metadata.key_lengths)
-        order, protected = self._tokens(attn_metadata, query.device)
-        self._check_order(attn_metadata)
-        record = self._planned(query, key, attn_metadata, order, protected)
-        assert record.plan is not None
-        out = self._sparse(query, key, value, record.plan, attn_metadata.key_lengths, order)
+        out, record = self._attend(query, key, value, attn_metadata)
         self._note(record)
         return out
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata) -> tuple[Tensor, CallRecord]:
+        """A call that runs sparse: order, plan, kernel."""
+        order, protected = self._tokens(metadata, query.device)
+        self._check_order(metadata)
+        record = self._planned(query, key, metadata, lambda: self.plan(query, key, metadata, order, protected))
+        assert record.plan is not None
+        return self._sparse(query, key, value, record.plan, metadata.key_lengths, order), record
 
     def rows(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> dict[str, Implementation]:
         call = self._dense_call(query, key, value, attn_metadata.key_lengths)
         # the facts of a sparse call that returns no log-sum-exp; whether the choice deserves a warning shows when one runs
         return {"block_sparse_attention": choose(sparse_op.TABLE, call.facts()), "dense_attention": self._dense_rows.row(call)}
 
-    def _sparse(self, query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, key_lengths: Tensor | None, order: TokenOrder) -> Tensor:
+    def _sparse(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: BlockPlan,
+        key_lengths: Tensor | None,
+        order: TokenOrder,
+        tail: PooledTail | None = None,
+    ) -> Tensor:
         if not self.inside_op:
             return sparse_op.block_sparse_attention(
-                query, key, value, plan, scale=self.softmax_scale, causal=self.causal, key_lengths=key_lengths, order=order
+                query, key, value, plan, scale=self.softmax_scale, causal=self.causal, key_lengths=key_lengths, order=order, tail=tail
             )
         scale = checked_scale(self.softmax_scale, self.head_size)
-        call = SparseCall(query, key, value, plan, scale, self.causal, key_lengths, False, order.forward, order.inverse)
+        call = SparseCall(query, key, value, plan, scale, self.causal, key_lengths, False, order.forward, order.inverse, tail)
         row = self._sparse_rows.row(call)
         sparse_op.check_plan(query, key, plan)
+        if tail is not None:
+            sparse_op.check_tail(key, plan, tail, self.causal)
         return sparse_op.compute(call, row)[0]
 
     def _tokens(self, metadata: SparseAttentionMetadata, device: torch.device) -> tuple[TokenOrder, Tensor]:
@@ -241,27 +256,30 @@ class SparseAttentionImpl(AttentionImpl):
             self._known_tokens = ((facts, whole_first_frame), order, order.protected_blocks(BLOCK_SIZE, whole_first_frame, device))
         return self._known_tokens[1:]
 
-    def _planned(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata, order: TokenOrder, protected: Tensor) -> CallRecord:
+    def _planned(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata, plan: Callable[[], BlockPlan]) -> CallRecord:
         """The call with its plan: a kept one where the metadata lets one serve, else a new one."""
         step, policy = metadata.current_timestep, metadata.reuse
         if not policy.reuses:
-            return CallRecord(None, self.plan(query, key, metadata, order, protected))
+            return CallRecord(None, plan())
         unknown_padding = metadata.key_lengths is not None and metadata.known_key_lengths is None
         if step is None or unknown_padding:
             # asking the device whether two steps or branches pad alike would wait for it in every layer
             why = NotReused.STEP_UNKNOWN if step is None else NotReused.UNKNOWN_PADDING
-            return CallRecord(None, self.plan(query, key, metadata, order, protected), not_reused=why)
+            return CallRecord(None, plan(), not_reused=why)
         facts = _plan_facts(query, key, metadata)
         kept = self._plans.find(step, metadata.evaluation, facts, policy)
         if kept is not None:
             return CallRecord(None, kept, reused=True)
-        plan = self.plan(query, key, metadata, order, protected)
-        self._plans.keep(plan, step, metadata.evaluation, facts, policy)
-        return CallRecord(None, plan)
+        made = plan()
+        self._plans.keep(made, step, metadata.evaluation, facts, policy)
+        return CallRecord(None, made)
 
-    @abstractmethod
     def plan(self, query: Tensor, key: Tensor, attn_metadata: SparseAttentionMetadata, order: TokenOrder, protected: Tensor) -> BlockPlan:
-        """Which blocks of `order` to keep; query and key are in the model's order. `protected` is bool `[N]`."""
+        """Which blocks of `order` to keep; query and key are in the model's order. `protected` is bool `[N]`.
+
+        Every method writes this one, or `_attend` where it needs more than queries and keys in one order.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say which blocks to keep")
 
     def why_dense(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> str | None:
         """The reason why this call runs densely, one of `Reason`; None if it runs sparse."""

@@ -30,6 +30,7 @@ class Row:
     Attributes:
         device, backend, operation, implementation: names.
         sparse: the backend may drop key blocks.
+        recommended: what to take without a reason for another one.
         automatic: it may be taken without being asked for by name.
         available: it can run here.
         serves: it is what runs when the backend is named.
@@ -41,6 +42,7 @@ class Row:
     device: str
     backend: str
     sparse: bool
+    recommended: bool
     operation: str
     implementation: str
     automatic: bool
@@ -100,6 +102,7 @@ def _rows(device: Device, backend: type[AttentionBackend]) -> Iterator[Row]:
                 device=device_type,
                 backend=backend.name,
                 sparse=backend.is_sparse,
+                recommended=backend.recommended,
                 operation=operation,
                 implementation=implementation.name,
                 automatic=implementation.automatic,
@@ -117,6 +120,7 @@ def _own_kernel(device: Device, backend: type[AttentionBackend], refused: str | 
         device=device.device_type,
         backend=backend.name,
         sparse=backend.is_sparse,
+        recommended=backend.recommended,
         operation="attention",
         implementation=backend.name,
         automatic=True,

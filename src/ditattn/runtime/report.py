@@ -52,6 +52,7 @@ class ComponentLog:
         step_sources: forwards by where the step index came from.
         steps: indices of the steps that ran.
         schedule_steps: steps of the schedule; None if unknown.
+        token_orders: heads of all layers by the order that was chosen for them, summed over runs.
         implementations: by op.
         stopwatch: time in attention.
     """
@@ -67,6 +68,7 @@ class ComponentLog:
     step_sources: Counter[str] = field(default_factory=Counter)
     steps: set[int] = field(default_factory=set)
     schedule_steps: int | None = None
+    token_orders: Counter[str] = field(default_factory=Counter)
     implementations: dict[str, set[str]] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
@@ -78,6 +80,7 @@ class ComponentLog:
         self.reused += record.reused
         if record.not_reused is not None:
             self.not_reused[record.not_reused] += 1
+        self.token_orders.update(record.token_orders or {})
 
     def note_step(self, index: int | None, num_steps: int | None, source: str) -> None:
         """A forward began in this step."""
@@ -109,6 +112,7 @@ class ComponentLog:
             step_sources=dict(self.step_sources.most_common()),
             steps_run=len(self.steps),
             schedule_steps=self.schedule_steps,
+            token_orders=dict(self.token_orders.most_common()),
             implementations={op: ", ".join(sorted(names)) for op, names in self.implementations.items()},
             attention_ms=self.stopwatch.total_ms(),
         )
@@ -148,6 +152,7 @@ class ComponentReport:
         step_sources: forwards by where the step index came from.
         steps_run: different steps that ran: fewer than `schedule_steps` where a run begins in the middle (image to image).
         schedule_steps: steps of the schedule of the last forward; None if unknown.
+        token_orders: where heads choose an order of the tokens, how many chose which ("frames x rows x columns"), over all layers and runs.
         implementations: which implementation of each op served; several, separated by commas, where calls differ in what they need.
         attention_ms: time in attention, order and selection included.
     """
@@ -167,6 +172,7 @@ class ComponentReport:
     step_sources: dict[str, int]
     steps_run: int
     schedule_steps: int | None
+    token_orders: dict[str, int]
     implementations: dict[str, str]
     attention_ms: float
 
@@ -175,7 +181,7 @@ class ComponentReport:
         parts = []
         if self.sparse:
             asked = f"asked sparsity {self.config.get('sparsity')}"
-            parts.append(f"{self.sparse} sparse at density {self.sparse_density:.3f} ({asked}{self._reuse()})")
+            parts.append(f"{self.sparse} sparse at density {self.sparse_density:.3f} ({asked}{self._reuse()}{self._orders()})")
         if self.dense:
             parts.append(f"{self.dense} dense ({_counted(self.dense_reasons)})")
         ran = " / ".join(parts) or self._no_calls()
@@ -188,6 +194,9 @@ class ComponentReport:
         if self.schedule_steps is None or not 0 < self.steps_run < self.schedule_steps:
             return ""
         return f"; {self.steps_run} of the schedule's {self.schedule_steps} steps ran"
+
+    def _orders(self) -> str:
+        return f"; token orders of the heads: {_counted(self.token_orders)}" if self.token_orders else ""
 
     def _reuse(self) -> str:
         reused = f"; {self.reused_plans} with a reused plan" if self.reused_plans else ""

@@ -1,0 +1,187 @@
+"""Selection by the error that a mean would make: blocks are computed where their mean is a bad stand-in (the rule of permuted_sparse_attn).
+
+Dropped blocks are not left out: each is replaced by its mean key and mean value (`ops.pooled_tail`). What that costs a query is estimated
+from the means of sub-blocks of 16 tokens, for the values as well as for the scores, and the blocks with the largest costs of a whole layer
+are the ones that are computed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ditattn.ops.block_mean import block_mean
+from ditattn.ops.contract import without_autocast
+from ditattn.plan.block_plan import BLOCK_SIZE, num_blocks
+from ditattn.plan.token_order import TokenOrder
+
+__all__ = ["SubBlocks", "estimate", "pick", "sub_blocks"]
+
+SUB_TOKENS = 16
+PER_BLOCK = BLOCK_SIZE // SUB_TOKENS
+# queries of a block are looked at in this many groups
+QUERY_GROUPS = 2
+# 64 MiB of fp32 weights at a time
+CHUNK_WEIGHTS = 16 * 2**20
+
+
+class SubBlocks(NamedTuple):
+    """Means of 16 consecutive tokens of an order.
+
+    Attributes:
+        means: fp32 `[B, H, N * 8, D]`; zero where there is no token.
+        counts: fp32 `[B or 1, N * 8]`, real tokens behind each mean.
+        variances: of every element over those tokens, like `means`; None where nobody needs them.
+    """
+
+    means: Tensor
+    counts: Tensor
+    variances: Tensor | None = None
+
+    def at(self, blocks: Tensor) -> SubBlocks:
+        """Those of some blocks, int64 `[R]`."""
+        means = self.means.unflatten(2, (-1, PER_BLOCK))[:, :, blocks].flatten(2, 3)
+        return SubBlocks(means, self.counts.unflatten(-1, (-1, PER_BLOCK))[:, blocks].flatten(1, 2))
+
+    def of_blocks(self) -> tuple[Tensor, Tensor]:
+        """Means of the blocks, fp32 `[B, H, N, D]`, and their counts `[B or 1, N]`."""
+        counts = self.counts.unflatten(-1, (-1, PER_BLOCK))
+        total = counts.sum(-1)
+        shares = counts / total.clamp(min=1).unsqueeze(-1)
+        return (self.means.unflatten(2, (-1, PER_BLOCK)) * shares[:, None, :, :, None]).sum(3), total
+
+
+def sub_blocks(x: Tensor, order: TokenOrder, key_lengths: Tensor | None = None, *, variances: bool = False) -> SubBlocks:
+    """Sub-block means of `[B, S, H, D]` in `order`; tokens from `key_lengths` `[B]` on, in that order, count for nothing."""
+    found = _sub_means(x, order, key_lengths)
+    if not variances:
+        return found
+    squares = _sub_means(x.float().square(), order, key_lengths).means
+    return found._replace(variances=(squares - found.means.square()).clamp(min=0))
+
+
+def _sub_means(x: Tensor, order: TokenOrder, key_lengths: Tensor | None) -> SubBlocks:
+    length = x.shape[1]
+    total = num_blocks(length) * PER_BLOCK
+    starts = torch.arange(total, device=x.device) * SUB_TOKENS
+    stored = (length - starts).clamp(0, SUB_TOKENS).float()
+    if key_lengths is None:
+        means, counts = block_mean(x, SUB_TOKENS, order=order), stored.unsqueeze(0)
+    else:
+        counts = (key_lengths.unsqueeze(1) - starts).clamp(0, SUB_TOKENS).float()
+        place = torch.arange(length, device=x.device)
+        if order.inverse is not None:
+            place = order.inverse
+        real = (place < key_lengths.view(-1, *[1] * place.ndim)).view(x.shape[0], -1, length).transpose(1, 2)
+        # a mean over what is stored, put right to one over what is real
+        means = block_mean(x.masked_fill(~real.unsqueeze(-1), 0), SUB_TOKENS, order=order)
+        means = means * (stored / counts.clamp(min=1))[:, : means.shape[1], None, None]
+    return SubBlocks(pad(means, (0, 0, 0, 0, 0, total - means.shape[1])).transpose(1, 2), counts)
+
+
+def estimate(query: SubBlocks, key: SubBlocks, value: SubBlocks, scale: float) -> Tensor:
+    """What it costs each query block to have a key block replaced by its mean: squared error of the output, fp32 `[B, H, M, N]`.
+
+    For query q, a block with sub-block means k_b, v_b of n_b tokens, means k, v of its n tokens, Z the sum of all weights, o the output:
+    || sum_b w_b (v_b - o) - w (v - o) ||^2 / Z^2, where w = n exp(scale q.k) and w_b = n_b exp(scale q.k_b + scale^2 q^2.var_b / 2), which
+    is what n_b tokens weigh on average whose keys have the sub-block's variances var_b.
+
+    Args:
+        query: of H heads, their means pooled to `QUERY_GROUPS` groups a block.
+        key: of G heads, H a multiple of G, with its variances.
+        value: of G heads.
+        scale: factor on the scores.
+    """
+    assert key.variances is not None
+    batch, heads = query.means.shape[:2]
+    queries = _grouped(query)
+    group = heads // key.means.shape[1]
+    key_means, key_counts = key.of_blocks()
+    value_means, _ = value.of_blocks()
+    costs = []
+    with without_autocast(queries.device):
+        for b in range(batch):
+            row = min(b, key.counts.shape[0] - 1)
+            logs = key.counts[row].log(), key_counts[row].log()
+            step = max(1, CHUNK_WEIGHTS // (queries.shape[2] * key.means.shape[2]))
+            for start in range(0, heads, step):
+                chosen = torch.arange(start, min(start + step, heads), device=queries.device)
+                theirs = chosen // group
+                parts = (
+                    key.means[b, theirs],
+                    key.variances[b, theirs],
+                    value.means[b, theirs],
+                    key_means[b, theirs],
+                    value_means[b, theirs],
+                )
+                costs.append(_costs(queries[b, chosen], *parts, *logs, scale))
+    return torch.cat(costs).unflatten(0, (batch, heads))
+
+
+def _grouped(query: SubBlocks) -> Tensor:
+    """`[B, H, M * QUERY_GROUPS, D]`; groups of a short last block that hold no token repeat the block's mean."""
+    size = PER_BLOCK // QUERY_GROUPS
+    means, counts = query.means.unflatten(2, (-1, size)), query.counts.unflatten(-1, (-1, size))
+    total = counts.sum(-1)
+    groups = (means * (counts / total.clamp(min=1).unsqueeze(-1))[:, None, :, :, None]).sum(3)
+    blocks = query.of_blocks()[0].repeat_interleave(QUERY_GROUPS, dim=2)
+    return torch.where((total > 0)[:, None, :, None], groups, blocks)
+
+
+def _costs(
+    q: Tensor, k: Tensor, k_var: Tensor, v: Tensor, k_mean: Tensor, v_mean: Tensor, log_sub: Tensor, log_block: Tensor, scale: float
+) -> Tensor:
+    """Heads side by side: q `[H, A, D]`, k, k_var and v `[H, N * 8, D]`, block means `[H, N, D]` -> `[H, M, N]`."""
+    fine = scale * (q @ k.mT) + scale * scale / 2 * (q.square() @ k_var.mT) + log_sub
+    coarse = scale * (q @ k_mean.mT) + log_block
+    top = torch.maximum(fine.amax(-1, keepdim=True), coarse.amax(-1, keepdim=True))
+    fine, coarse = (fine - top).exp(), (coarse - top).exp()
+    total = fine.sum(-1, keepdim=True)
+    fine, coarse = fine / total, coarse / total
+    out = fine @ v
+    # the values of a block around its mean: the error is sum_b w_b (v_b - v) + (sum_b w_b - w) (v - o)
+    around = v.unflatten(1, (-1, PER_BLOCK)) - v_mean.unsqueeze(2)
+    gram = around @ around.mT
+    weights = fine.unflatten(2, (-1, PER_BLOCK))
+    excess = weights.sum(-1) - coarse
+    spread = torch.einsum("hanb,hnbc,hanc->han", weights, gram, weights)
+    to_mean = (around * v_mean.unsqueeze(2)).sum(-1).unsqueeze(1) - (out @ around.flatten(1, 2).mT).unflatten(2, (-1, PER_BLOCK))
+    distance = (v_mean.square().sum(-1).unsqueeze(1) - 2 * (out @ v_mean.mT) + out.square().sum(-1, keepdim=True)).clamp(min=0)
+    cost = spread + 2 * excess * (weights * to_mean).sum(-1) + excess.square() * distance
+    return cost.clamp(min=0).unflatten(1, (-1, QUERY_GROUPS)).mean(2)
+
+
+def pick(costs: Tensor, sparsity: float, columns: Tensor, rows: Tensor, valid: Tensor, least: int) -> Tensor:
+    """bool `[B, H, M, N]`: the blocks with the largest costs of all heads and rows together.
+
+    Args:
+        costs: `[B, H, M, N]`. NaN is kept, so that it reaches the output as in dense attention.
+        sparsity: dropped share of each batch element's H * M' * N blocks, M' rows being those that are not whole. Forced ones count.
+        columns, rows: bool `[N]` and `[M]`: key blocks that every row keeps, query blocks that keep everything.
+        valid: bool `[B or 1, N]`: key blocks that hold a real token.
+        least: so many of the best blocks of every row are kept, whatever other rows need.
+    """
+    heads, _, num_columns = costs.shape[1:]
+    real = valid[:, None, None, :]
+    ranked = costs.nan_to_num(nan=torch.inf).masked_fill(~real, -1.0)
+    must = (columns | rows.unsqueeze(-1)).expand_as(ranked)
+    best = ranked.masked_fill(must, torch.inf).topk(min(least + int(columns.sum()), num_columns), dim=-1).indices
+    must = (must | torch.zeros_like(must).scatter(-1, best, True)) & real
+    shared = ~rows
+    budget = round(heads * int(shared.sum()) * num_columns * (1 - sparsity))
+    open_rows = ranked[:, :, shared].masked_fill(must[:, :, shared], torch.inf)
+    mask = must.clone()
+    mask[:, :, shared] = _largest(open_rows.flatten(1), budget, must[:, :, shared].flatten(1)).view_as(open_rows)
+    return mask & real
+
+
+def _largest(costs: Tensor, budget: int, must: Tensor) -> Tensor:
+    """bool `[B, L]`: the `budget` largest, the first ones among equals, and all that must be kept even if they are more."""
+    keep = min(max(budget, 1), costs.shape[1])
+    smallest = costs.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = costs > smallest, costs == smallest
+    room = keep - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1) <= room)) | must
