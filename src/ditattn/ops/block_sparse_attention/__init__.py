@@ -12,7 +12,7 @@ from ditattn.arguments import check_flag, check_instance, check_tensors
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.calls import SparseCall
 from ditattn.ops.contract import check_qkv, checked_scale, joined, split, without_autocast
-from ditattn.ops.table import HALF, KERNEL_HEAD_DIMS, PORTABLE, Implementation, Names, choose_to_run, load, names_of
+from ditattn.ops.table import HALF, KERNEL_HEAD_DIMS, WIDE_FLOATS, Implementation, Names, choose_to_run, load, names_of
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON, Package
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
@@ -92,7 +92,7 @@ TABLE: tuple[Implementation, ...] = (
         computes_in="bfloat16",
         orders_tokens=True,
     ),
-    Implementation("torch", "ditattn.ops.block_sparse_attention.pure_torch:run", dtypes=PORTABLE, honours=_EVERYTHING, slow_on=("npu",)),
+    Implementation("torch", "ditattn.ops.block_sparse_attention.pure_torch:run", dtypes=WIDE_FLOATS, honours=_EVERYTHING, slow_on=("npu",)),
     Implementation(
         "flex",
         "ditattn.ops.block_sparse_attention.flex:run",
@@ -110,7 +110,9 @@ TABLE: tuple[Implementation, ...] = (
         probe="ditattn.ops.block_sparse_attention.flex:why_not_compiled",
         automatic=False,
     ),
-    Implementation("reference", "ditattn.ops.block_sparse_attention.reference:run", dtypes=PORTABLE, honours=_EVERYTHING, automatic=False),
+    Implementation(
+        "reference", "ditattn.ops.block_sparse_attention.reference:run", dtypes=WIDE_FLOATS, honours=_EVERYTHING, automatic=False
+    ),
 )
 
 
