@@ -30,7 +30,7 @@ Names = str | Sequence[str] | None
 HALF = ("bfloat16", "float16")
 FLOATS = ("float32", *HALF)
 # what torch multiplies, the portable implementations take too
-PORTABLE = (*FLOATS, "float64")
+WIDE_FLOATS = (*FLOATS, "float64")
 # what every attention kernel of this package and of the Ascend packages, padded where need be, can be asked for
 KERNEL_HEAD_DIMS = (32, 64, 96, 128)
 

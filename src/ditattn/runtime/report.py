@@ -141,7 +141,7 @@ class ComponentReport:
 
     Attributes:
         backend, config: what was asked.
-        model: class of the transformer; "MyWan, served as WanTransformer3DModel" where it is a subclass of a known one.
+        model: class of the transformer; "Mine, served as Known" where it is a subclass of a known one.
         calls, sparse, dense: numbers of self-attention calls.
         reused_plans: sparse calls whose plan an earlier call had made (`plan_refresh_steps`, `share_plan_between_branches`).
         not_reused_reasons: sparse calls that could have reused a plan by those settings and had to make one, by reason.

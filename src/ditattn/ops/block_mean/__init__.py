@@ -8,7 +8,7 @@ from torch import Tensor
 from ditattn.arguments import check_count, check_instance, check_tensors
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.contract import joined, split
-from ditattn.ops.table import PORTABLE, CallFacts, Implementation, Names, choose, load, names_of
+from ditattn.ops.table import WIDE_FLOATS, CallFacts, Implementation, Names, choose, load, names_of
 from ditattn.packages import TRITON
 from ditattn.plan.block_plan import BLOCK_SIZE, num_blocks
 from ditattn.plan.token_order import TokenOrder, reordered
@@ -44,8 +44,8 @@ TABLE: tuple[Implementation, ...] = (
         orders_tokens=True,
         orders_heads=True,
     ),
-    Implementation("torch", "ditattn.ops.block_mean.pure_torch:run", dtypes=PORTABLE),
-    Implementation("reference", "ditattn.ops.block_mean.reference:run", dtypes=PORTABLE, automatic=False),
+    Implementation("torch", "ditattn.ops.block_mean.pure_torch:run", dtypes=WIDE_FLOATS),
+    Implementation("reference", "ditattn.ops.block_mean.reference:run", dtypes=WIDE_FLOATS, automatic=False),
 )
 
 

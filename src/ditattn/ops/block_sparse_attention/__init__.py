@@ -16,7 +16,7 @@ from ditattn.ops.block_sparse_attention.tail_merge import merged
 from ditattn.ops.calls import SparseCall
 from ditattn.ops.contract import check_qkv, checked_scale, joined, split, without_autocast
 from ditattn.ops.pooled_tail import PooledTail
-from ditattn.ops.table import HALF, KERNEL_HEAD_DIMS, PORTABLE, Implementation, Names, choose_to_run, load, names_of
+from ditattn.ops.table import HALF, KERNEL_HEAD_DIMS, WIDE_FLOATS, Implementation, Names, choose_to_run, load, names_of
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON, Package
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder, reordered
@@ -98,7 +98,7 @@ TABLE: tuple[Implementation, ...] = (
         orders_tokens=True,
         orders_heads=True,
     ),
-    Implementation("torch", "ditattn.ops.block_sparse_attention.pure_torch:run", dtypes=PORTABLE, honours=_EVERYTHING, slow_on=("npu",)),
+    Implementation("torch", "ditattn.ops.block_sparse_attention.pure_torch:run", dtypes=WIDE_FLOATS, honours=_EVERYTHING, slow_on=("npu",)),
     Implementation(
         "flex",
         "ditattn.ops.block_sparse_attention.flex:run",
@@ -119,7 +119,7 @@ TABLE: tuple[Implementation, ...] = (
     Implementation(
         "reference",
         "ditattn.ops.block_sparse_attention.reference:run",
-        dtypes=PORTABLE,
+        dtypes=WIDE_FLOATS,
         honours=_EVERYTHING,
         automatic=False,
         fuses_tail=True,

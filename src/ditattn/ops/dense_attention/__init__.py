@@ -13,7 +13,7 @@ from torch import Tensor
 from ditattn.arguments import check_flag, check_tensors
 from ditattn.ops.calls import DenseCall
 from ditattn.ops.contract import check_mask, check_qkv, checked_scale, joined, split, without_autocast
-from ditattn.ops.table import FLOATS, HALF, KERNEL_HEAD_DIMS, PORTABLE, Implementation, Names, choose, load, names_of
+from ditattn.ops.table import FLOATS, HALF, KERNEL_HEAD_DIMS, WIDE_FLOATS, Implementation, Names, choose, load, names_of
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, Package
 
 __all__ = ["LASER_NAMES", "TABLE", "compute", "dense_attention"]
@@ -82,7 +82,7 @@ TABLE: tuple[Implementation, ...] = (
         automatic=False,
         computes_in="bfloat16",
     ),
-    Implementation("torch", "ditattn.ops.dense_attention.pure_torch:run", dtypes=PORTABLE, honours=_SDPA_HONOURS),
+    Implementation("torch", "ditattn.ops.dense_attention.pure_torch:run", dtypes=WIDE_FLOATS, honours=_SDPA_HONOURS),
     _flash("cpu", FLOATS),
     _flash("cuda", HALF),
     Implementation(
@@ -97,7 +97,7 @@ TABLE: tuple[Implementation, ...] = (
     _laser("laser_sgl_kernel_npu", "ditattn.ops.dense_attention.ascend:LASER_SGL_KERNEL_NPU", SGL_KERNEL_NPU),
     _laser("laser_attentions", "ditattn.ops.dense_attention.ascend:LASER_ATTENTIONS", ATTENTIONS),
     _laser("laser_mindiesd", "ditattn.ops.dense_attention.ascend:LASER_MINDIESD", MINDIESD),
-    Implementation("reference", "ditattn.ops.dense_attention.reference:run", dtypes=PORTABLE, honours=_SDPA_HONOURS, automatic=False),
+    Implementation("reference", "ditattn.ops.dense_attention.reference:run", dtypes=WIDE_FLOATS, honours=_SDPA_HONOURS, automatic=False),
 )
 
 
