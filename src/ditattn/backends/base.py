@@ -23,6 +23,7 @@ from ditattn.ops.contract import checked_scale
 from ditattn.ops.table import Implementation, choose
 from ditattn.packages import Package
 from ditattn.plan.block_plan import BlockPlan
+from ditattn.plan.token_order import TokenOrder
 
 __all__ = [
     "AttentionBackend",
@@ -73,6 +74,7 @@ class CallRecord:
     Attributes:
         reason: why it ran densely; None if it ran sparse.
         plan: the plan that ran; None if it ran densely.
+        order: the order of the tokens that the plan speaks of; None is the model's own.
         reused: the plan was made by an earlier call.
         not_reused: why the call made a plan of its own although the configuration lets plans serve longer; None where it need not be said.
         token_orders: heads of the layer by the order that was chosen for them; None where none was chosen since the last record.
@@ -80,6 +82,7 @@ class CallRecord:
 
     reason: str | None
     plan: BlockPlan | None = None
+    order: TokenOrder | None = None
     reused: bool = False
     not_reused: str | None = None
     token_orders: Mapping[str, int] | None = None

@@ -131,7 +131,7 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         tail = means.tail() if metadata.tail else None
         out = self._sparse(query, key, value, record.plan, metadata.key_lengths, order, tail)
         chosen, self._not_reported = self._not_reported, None
-        return out, replace(record, token_orders=chosen)
+        return out, replace(record, order=order, token_orders=chosen)
 
     def _plan(self, means: _Means, metadata: SparseAttentionMetadata, order: TokenOrder) -> BlockPlan:
         costs = tail_error.estimate(means.query, means.key, means.value, self.softmax_scale)

@@ -216,7 +216,7 @@ class SparseAttentionImpl(AttentionImpl):
         self._check_order(metadata)
         record = self._planned(query, key, metadata, lambda: self.plan(query, key, metadata, order, protected))
         assert record.plan is not None
-        return self._sparse(query, key, value, record.plan, metadata.key_lengths, order), record
+        return self._sparse(query, key, value, record.plan, metadata.key_lengths, order), replace(record, order=order)
 
     def rows(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> dict[str, Implementation]:
         call = self._dense_call(query, key, value, attn_metadata.key_lengths)

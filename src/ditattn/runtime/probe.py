@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ditattn.backends.base import AttentionImpl, AttentionMetadata, CallRecord
-from ditattn.backends.sparse import SparseAttentionMetadata
 from ditattn.plan.block_plan import BlockPlan
-from ditattn.plan.token_order import token_order
+from ditattn.plan.token_order import TokenOrder
 from ditattn.runtime.metadata import build_attn_metadata, evaluated
 from ditattn.runtime.stage import Forward, ServedModel
 
@@ -136,14 +135,14 @@ class SparseProbe:
         impl = self._impl_of(number, model, call)
         self._record = None
         out, sparse_ms = _timed(impl, call.query, call.key, call.value, metadata)
-        plan = self._seen_plan()
-        if plan is None:
+        record = self._seen()
+        if record is None or record.plan is None:
             cell.add(sparse_ms, *torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))
             return
-        assert isinstance(metadata, SparseAttentionMetadata)
         dense = call.dense.double()
         error = (out.double() - dense).square().sum() / dense.square().sum().clamp_min(SMALLEST)
-        cell.add(sparse_ms, error, dropped_mass(call.query, call.key, plan, metadata, call.impl.softmax_scale), plan.density_tensor())
+        mass = dropped_mass(call.query, call.key, record.plan, record.order, call.impl.softmax_scale, metadata.key_lengths)
+        cell.add(sparse_ms, error, mass, record.plan.density_tensor())
 
     def _metadata_of(self, number: int, model: ServedModel, call: _Call) -> AttentionMetadata:
         """Built once per step, as for a run of the setting."""
@@ -174,27 +173,32 @@ class SparseProbe:
     def _observe(self, record: CallRecord) -> None:
         self._record = record
 
-    def _seen_plan(self) -> BlockPlan | None:
-        """The plan of the last tried call; None if it ran densely."""
-        return None if self._record is None else self._record.plan
+    def _seen(self) -> CallRecord | None:
+        """What the last tried call recorded."""
+        return self._record
 
 
-def dropped_mass(query: Tensor, key: Tensor, plan: BlockPlan, metadata: SparseAttentionMetadata, scale: float) -> Tensor:
+def dropped_mass(
+    query: Tensor, key: Tensor, plan: BlockPlan, order: TokenOrder | None, scale: float, key_lengths: Tensor | None = None
+) -> Tensor:
     """Share of the softmax mass that lies in blocks which `plan` drops: a float64 scalar on the device.
+
+    A method that lets means stand in for what it drops loses less than this share.
 
     Args:
         query: `[B, S, H, D]` in the model's order.
         key: `[B, T, G, D]`, H a multiple of G, in the model's order.
-        plan: in the order that `metadata` names.
-        metadata: of the call, with a known grid.
+        plan: in `order`.
+        order: of the tokens; None is the model's own.
         scale: factor on the scores.
+        key_lengths: integer `[B]`, real keys of each batch element in that order.
 
     The mean over batch, heads and MASS_ROWS evenly spaced query rows, in fp32.
     """
-    assert metadata.latent_shape is not None
-    order = token_order(metadata.token_order, metadata.latent_shape, metadata.num_prefix_tokens, metadata.num_suffix_tokens, query.device)
     rows = torch.linspace(0, query.shape[1] - 1, min(MASS_ROWS, query.shape[1]), device=query.device).round().long()
-    query, key = order.apply(query)[:, rows], order.apply(key)
+    if order is not None:
+        query, key = order.apply(query), order.apply(key)
+    query = query[:, rows]
     dropped = ~plan.to_mask()[:, :, rows // plan.block_size]
     sums = [
         _dropped_of_head(
@@ -203,7 +207,7 @@ def dropped_mass(query: Tensor, key: Tensor, plan: BlockPlan, metadata: SparseAt
             dropped[element % dropped.shape[0], head % dropped.shape[1]],
             plan.block_size,
             scale,
-            None if metadata.key_lengths is None else metadata.key_lengths[element],
+            None if key_lengths is None else key_lengths[element],
         )
         for element in range(query.shape[0])
         for head in range(query.shape[2])
