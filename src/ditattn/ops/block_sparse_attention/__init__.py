@@ -83,6 +83,7 @@ TABLE: tuple[Implementation, ...] = (
         probe="ditattn.ops.cpu_library:problem",
         orders_tokens=True,
         orders_heads=True,
+        fuses_tail=True,
     ),
     Implementation(
         "cpu_fast_fp32",
@@ -96,6 +97,7 @@ TABLE: tuple[Implementation, ...] = (
         computes_in="bfloat16",
         orders_tokens=True,
         orders_heads=True,
+        fuses_tail=True,
     ),
     Implementation("torch", "ditattn.ops.block_sparse_attention.pure_torch:run", honours=_EVERYTHING, slow_on=("npu",)),
     Implementation(
