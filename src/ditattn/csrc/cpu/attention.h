@@ -134,17 +134,22 @@ template <class Kernel> class Attention {
     }
   }
 
-  // Within a head the long rows come first: the last units of the call are short, and no thread waits long for another.
+  // Long rows come first, in classes of a factor of two over all heads: the last units of the call are short, and no thread waits long for
+  // another. Within a class the rows of a head stay together and meet their keys in the caches, again the long ones first.
   void schedule_rows() {
-    const int64_t heads = (int64_t)a_.batch * a_.heads;
-    schedule_.resize(heads * query_blocks_);
-    for (int64_t bh = 0; bh < heads; bh++) {
-      const auto first = schedule_.begin() + bh * query_blocks_;
-      for (int i = 0; i < query_blocks_; i++) first[i] = i;
-      const int b = bh / a_.heads, h = bh % a_.heads;
-      auto work = [&](int row) { return a_.causal ? std::min(row + 1, count(b, h, row)) : count(b, h, row); };
-      std::stable_sort(first, first + query_blocks_, [&](int x, int y) { return work(x) > work(y); });
+    struct Entry { int64_t unit, head; int length; };
+    std::vector<Entry> entries;
+    entries.reserve((int64_t)a_.batch * a_.heads * query_blocks_);
+    for (int b = 0; b < a_.batch; b++) for (int h = 0; h < a_.heads; h++) for (int row = 0; row < query_blocks_; row++) {
+      const int kept = count(b, h, row);
+      entries.push_back({(int64_t)entries.size(), (int64_t)b * a_.heads + h, a_.causal ? std::min(row + 1, kept) : kept});
     }
+    auto length_class = [](int length) { return length ? 32 - __builtin_clz(length) : 0; };
+    std::stable_sort(entries.begin(), entries.end(), [&](const Entry& x, const Entry& y) {
+      const int cx = length_class(x.length), cy = length_class(y.length);
+      return cx != cy ? cx > cy : x.head != y.head ? x.head < y.head : x.length > y.length;
+    });
+    for (const Entry& entry : entries) schedule_.push_back(entry.unit);
   }
 
   int list_visits(int b, int h, int row, Visit* visits) const {
@@ -181,8 +186,8 @@ template <class Kernel> class Attention {
   }
 
   void attend(int64_t w, Visit* visits, float* bias, char* scratch) {
-    const int64_t bh = w / query_blocks_;
-    const int b = bh / a_.heads, h = bh % a_.heads, row = schedule_[w];
+    const int64_t bh = schedule_[w] / query_blocks_;
+    const int b = bh / a_.heads, h = bh % a_.heads, row = schedule_[w] % query_blocks_;
     Unit unit;
     unit.query = rows(a_.query, b, h, key_head_of(h), (int64_t)row * BLOCK);
     unit.out = rows(a_.out, b, h, key_head_of(h), (int64_t)row * BLOCK);
@@ -211,7 +216,7 @@ template <class Kernel> class Attention {
   // Packed blocks per head. Of keys: all of them, or the short last one, then those of means. Of values: all of them, then those of means.
   const int64_t own_slots_, key_slots_, value_slots_;
   char *keys_ = nullptr, *values_ = nullptr;
-  std::vector<int32_t> schedule_;
+  std::vector<int64_t> schedule_;  // (batch, head, query block) as one number, in the order of work
   std::vector<float> biases_;  // [B or 1, tail_blocks_, 128]
 };
 
