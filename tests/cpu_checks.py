@@ -10,7 +10,7 @@ import sys
 import torch
 
 import judge
-from cases import SPARSE_CASES, Case, build
+from cases import SPARSE_CASES, TAIL_CASES, Case, build
 from ditattn.ops import cpu_library
 from ditattn.ops.block_mean import block_mean
 from ditattn.ops.block_sparse_attention import block_sparse_attention
@@ -26,12 +26,13 @@ def check_case(case: Case, dtype: torch.dtype) -> None:
     if problem.plan is None:
         judge.check_output(dense_attention(*tensors, **problem.options, implementation="cpu"), problem)
     else:
-        judge.check_output(block_sparse_attention(*tensors, problem.plan, **problem.options, implementation="cpu"), problem)
+        out = block_sparse_attention(*tensors, problem.plan, tail=problem.tail, **problem.options, implementation="cpu")
+        judge.check_output(out, problem)
 
 
 def check_cases() -> int:
     """Every case of the op that the kernel takes, each in one dtype in turn (the contract tests take all for the chosen variant)."""
-    cases = [case for case in SPARSE_CASES if case.dim in KERNEL_HEAD_DIMS and case.block_size == 128]
+    cases = [case for case in (*SPARSE_CASES, *TAIL_CASES) if case.dim in KERNEL_HEAD_DIMS and case.block_size == 128]
     for number, case in enumerate(cases):
         check_case(case, DTYPES[number % len(DTYPES)])
     return len(cases)

@@ -53,6 +53,15 @@ static double error_of(const DitattnAttention& a) {
         for (int d = 0; d < a.head_dim; d++) sum[d] += weight * element(a.value, a.dtype, key, g, d);
       }
     }
+    for (int n = 0; a.tail_key.data && n < (a.key_length + BLOCK - 1) / BLOCK; n++) {
+      const int32_t* kept = a.indices + h * a.indices_stride[1] + row * a.indices_stride[2];
+      if (a.tail_counts[n] == 0 || std::find(kept, kept + total, n) != kept + total) continue;
+      double score = 0;
+      for (int d = 0; d < a.head_dim; d++) score += element(a.query, a.dtype, query, h, d) * element(a.tail_key, DITATTN_F32, n, g, d);
+      const double weight = a.tail_counts[n] * std::exp(score * a.scale);
+      weights += weight;
+      for (int d = 0; d < a.head_dim; d++) sum[d] += weight * element(a.tail_value, DITATTN_F32, n, g, d);
+    }
     for (int d = 0; d < a.head_dim; d++)
       worst = std::max(worst, std::fabs(element(a.out, a.dtype, query, h, d) - (weights ? sum[d] / weights : 0)) / 2);
   }
@@ -74,8 +83,8 @@ static std::vector<int64_t> shuffled(int tokens, int orders) {
 static bool compare = false;
 static int compared = 0;
 
-// `orders`: none, one for all heads, or one for each of as many key heads.
-static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool causal, int orders) {
+// `orders`: none, one for all heads, or one for each of as many key heads. `tail`: with means of the key blocks.
+static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool causal, int orders, bool tail) {
   const int key_heads = std::max(orders, 1), heads = 2 * key_heads, rows = (queries + 127) / 128, blocks = (keys + 127) / 128;
   auto q = tensor((size_t)queries * heads * dim, dtype), k = tensor((size_t)keys * key_heads * dim, dtype), v = tensor((size_t)keys * key_heads * dim, dtype);
   auto out = tensor((size_t)queries * heads * dim, dtype);
@@ -102,11 +111,18 @@ static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool c
   }
   if (sparse && ditattn_check_plan(indices.data(), counts.data(), heads * rows, blocks, blocks) != DITATTN_OK) return 1;
   if (ditattn_check_order(order.data(), queries) != DITATTN_OK) return 1;
+  auto mean_keys = tensor((size_t)blocks * key_heads * dim, DITATTN_F32), mean_values = tensor((size_t)blocks * key_heads * dim, DITATTN_F32);
+  std::vector<float> tokens(blocks);
+  for (int n = 0; n < blocks; n++) tokens[n] = n % 5 == 4 ? 0 : 1 + n % 128;
+  if (tail) {
+    a.tail_key = of(mean_keys, blocks, key_heads, dim), a.tail_value = of(mean_values, blocks, key_heads, dim);
+    a.tail_counts = tokens.data();
+  }
   if (ditattn_attention(&a) != DITATTN_OK) return 1;
   if (!compare || (int64_t)queries * keys * dim > 65 * 254 * 64) return 0;
   compared++;
   const double allowed = a.compute_bf16 || dtype == DITATTN_BF16 ? 2e-2 : dtype == DITATTN_F16 ? 2e-3 : 2e-6, error = error_of(a);
-  if (error > allowed) printf("D %d dtype %d S %d T %d sparse %d causal %d orders %d: error %g\n", dim, dtype, queries, keys, sparse, causal, orders, error);
+  if (error > allowed) printf("D %d dtype %d S %d T %d sparse %d causal %d orders %d tail %d: error %g\n", dim, dtype, queries, keys, sparse, causal, orders, tail, error);
   return error > allowed;
 }
 
@@ -130,10 +146,11 @@ int main(int argc, char**) {
   if (ditattn_init()) return 2;
   int runs = 0, bad = 0;
   for (int dtype : {0, 1, 2}) {
-    for (int dim : {32, 64, 96, 128}) for (int queries : {1, 63, 65, 129, 190}) for (int keys : {1, 2, 3, 33, 127, 128, 129, 254})
-      for (int mode = 0; mode < 4; mode++, runs++) bad += attend(dim, dtype, queries, keys, mode & 1, mode & 2, 0);
-    for (int dim : {32, 64, 96, 128}) for (int tokens : {1, 65, 129, 254}) for (int sparse : {0, 1}) for (int orders : {1, 2})
-      runs++, bad += attend(dim, dtype, tokens, tokens, sparse, false, orders);
+    for (int dim : {32, 64, 96, 128}) for (int queries : {1, 63, 65, 129, 190}) for (int keys : {1, 2, 3, 33, 127, 128, 129, 200, 254})
+      for (int mode = 0; mode < 5; mode++, runs++) bad += attend(dim, dtype, queries, keys, mode == 4 || mode & 1, mode & 2, 0, mode == 4);
+    for (int dim : {32, 64, 96, 128}) for (int tokens : {1, 65, 129, 254}) for (int sparse : {0, 1, 2}) for (int orders : {1, 2})
+      runs++, bad += attend(dim, dtype, tokens, tokens, sparse, false, orders, sparse == 2);
+    for (int keys : {127 * 128 + 5, 129 * 128}) runs++, bad += attend(32, dtype, 66, keys, true, false, 0, true);
     for (int dim : {1, 5, 31, 128}) for (int tokens : {1, 127, 128, 300}) for (int orders : {0, 1, 3}) runs++, bad += mean(dim, dtype, tokens, orders);
   }
   printf("%d runs, %d compared, %d bad\n", runs, compared, bad);

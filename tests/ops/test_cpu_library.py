@@ -30,6 +30,7 @@ from ditattn.ops.dense_attention import TABLE as DENSE_TABLE
 from ditattn.ops.dense_attention import dense_attention
 from ditattn.ops.table import CallFacts, choose, explain
 from ditattn.plan.block_plan import BlockPlan, num_blocks
+from ditattn.plan.token_order import TokenOrder
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "src/ditattn/csrc/cpu"
@@ -193,8 +194,9 @@ def test_negative_and_zero_scales() -> None:
 # --- threads and processes --------------------------------------------------------------------------------------------------------------
 
 
-def _call(problem: object) -> torch.Tensor:
-    return block_sparse_attention(problem.query, problem.key, problem.value, problem.plan, implementation="cpu")
+def _call(problem: object, order: TokenOrder | None = None) -> torch.Tensor:
+    tensors = (problem.query, problem.key, problem.value)
+    return block_sparse_attention(*tensors, problem.plan, order=order, tail=problem.tail, implementation="cpu")
 
 
 @needs_kernel
@@ -206,6 +208,31 @@ def test_same_bits_whatever_the_number_of_threads(dtype: torch.dtype) -> None:
         torch.set_num_threads(threads)
         results.append(_call(problem))
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", cpu_checks.DTYPES)
+def test_same_bits_with_a_tail_and_orders_whatever_the_number_of_threads(dtype: torch.dtype) -> None:
+    problem = build(Case("threads", heads=4, key_heads=2, plan="uneven", query_length=700, key_length=700, tail=True), dtype)
+    forward = torch.stack([torch.randperm(700), torch.randperm(700)])
+    order = TokenOrder(forward, forward.argsort(-1), (0, 1), (0, 700), 700)
+    results = []
+    for threads in (1, 2, 5, 1):
+        torch.set_num_threads(threads)
+        results.append(_call(problem, order))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@needs_kernel
+def test_a_tail_and_a_scale_that_are_too_far_apart_are_refused() -> None:
+    p = build(Case("small scale", plan="uneven", tail=True), torch.float32)
+    with pytest.raises(UnsupportedCall, match="takes scales from 1e-30 on and zero, not 1e-31"):
+        block_sparse_attention(p.query, p.key, p.value, p.plan, tail=p.tail, scale=1e-31, implementation="cpu")
+    out, expected = (
+        block_sparse_attention(p.query, p.key, p.value, p.plan, tail=p.tail, scale=1e-29, implementation=name)
+        for name in ("cpu", "reference")
+    )
+    assert judge.relative_error(out, expected.double()) < 1e-6
 
 
 @needs_kernel

@@ -11,9 +11,13 @@ from ditattn.errors import UnsupportedCall
 from ditattn.ops import cpu_library
 from ditattn.ops.calls import DenseCall, SparseCall
 from ditattn.ops.cpu_library import Library, Tensor4
+from ditattn.ops.pooled_tail import PooledTail
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 
 __all__ = ["attention", "block_mean"]
+
+# the kernel divides log n by the scale, and the quotient must be finite
+SMALLEST_TAIL_SCALE = 1e-30
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -65,6 +69,8 @@ def attention(call: DenseCall | SparseCall, *, fast_fp32: bool = False) -> tuple
         _set_plan(structure, sparse.plan, batch, heads)
         order = _permutation(sparse.order, length, key.shape[2])
         structure.order, structure.order_stride = _head_rows(order)
+        tail = None if sparse.tail is None else _dense_tail(sparse.tail, scale)
+        _set_tail(structure, tail)
     _run(library.functions.ditattn_attention, structure)
     return out, lse
 
@@ -137,6 +143,20 @@ def _head_rows(order: Tensor | None) -> tuple[int | None, int]:
 
 def _tensor(x: Tensor) -> Tensor4:
     return Tensor4(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+
+
+def _dense_tail(tail: PooledTail, scale: float) -> PooledTail:
+    """The tail as the kernel reads it: rows dense, counts in fp32, nothing but zeros as values of empty blocks."""
+    if abs(scale) < SMALLEST_TAIL_SCALE:
+        raise UnsupportedCall(f"with a tail the CPU kernel takes scales from {SMALLEST_TAIL_SCALE:.0e} on and zero, not {scale:.0e}")
+    return PooledTail(_dense_rows(tail.key), _dense_rows(tail.real_value()), tail.counts.float().contiguous())
+
+
+def _set_tail(structure: cpu_library.Attention, tail: PooledTail | None) -> None:
+    if tail is None:
+        return
+    structure.tail_key, structure.tail_value, structure.tail_counts = _tensor(tail.key), _tensor(tail.value), tail.counts.data_ptr()
+    structure.tail_counts_stride = tail.counts.shape[1] if tail.counts.shape[0] > 1 else 0
 
 
 def _is_valid(plan: BlockPlan, batch: int, heads: int) -> bool:

@@ -62,6 +62,9 @@ class Attention(ctypes.Structure):
         ("scale", c_float),
         ("host", POINTER(Host)),
         ("order_stride", c_int64),
+        *((name, Tensor4) for name in ("tail_key", "tail_value")),
+        ("tail_counts", c_void_p),
+        ("tail_counts_stride", c_int64),
     )
 
 

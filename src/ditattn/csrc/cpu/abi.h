@@ -31,6 +31,10 @@ struct DitattnAttention {
   float scale;
   const DitattnHost* host;                    // or null
   int64_t order_stride;                       // from one key head's order to the next; 0 where all share one
+  // Means of the key blocks, fp32 [B, N, G, D], which stand in for the blocks that a row drops; null: none. They need a plan and exclude causal.
+  DitattnTensor tail_key, tail_value;
+  const float* tail_counts;                   // [B, N]: real tokens of each key block
+  int64_t tail_counts_stride;                 // batch; 0 where shared
 };
 
 struct DitattnBlockMean {

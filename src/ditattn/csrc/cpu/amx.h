@@ -201,8 +201,15 @@ template <int D> struct AmxKernel {
     }
   }
 
-  // One panel against a few visits. Only a row's last visit can be short or diagonal, so the keys of all lie gapless in S and P.
-  // `fetch`: as many whole visits follow; their keys and values, which come from far, are fetched during this work.
+  // How many visits from n on a panel takes in at once. A short one is the last of them, so that the keys of all lie gapless in S and P.
+  static int together(const Unit& unit, int n) {
+    int number = 1;
+    while (number < VISITS && n + number < unit.num_visits && unit.visits[n + number - 1].kv == BLOCK) number++;
+    return number;
+  }
+
+  // One panel against a few visits, of which only the last can be short or diagonal.
+  // `fetch`: as many visits follow; their keys and values, which come from far, are fetched during this work.
   static void attend_some(Scratch& t, Panel& panel, const Visit* visits, int num_visits, bool first, bool fetch, float scale_log2e,
                           int first_lane) {
     alignas(64) float best[PQ], alpha[PQ];
@@ -212,7 +219,8 @@ template <int D> struct AmxKernel {
       const int own = (visit->kv + 31) / 32;
       float* S = t.S + 2 * steps * NV * TILE;
       scores(*visit, panel.Q, S, own, fetch ? visit[num_visits].key : nullptr);
-      if (visit->diagonal || visit->kv < own * 32) mask_scores(S, TILES_OF_PANEL, visit->kv, visit->diagonal, first_lane, own * 32);
+      if (visit->bias) add_bias(S, TILES_OF_PANEL, visit->bias, own * 32);
+      else if (visit->diagonal || visit->kv < own * 32) mask_scores(S, TILES_OF_PANEL, visit->kv, visit->diagonal, first_lane, own * 32);
       take_maximum(S, best, 2 * own);
       steps += own;
     }
@@ -231,9 +239,12 @@ template <int D> struct AmxKernel {
       pack_query(unit, p * PQ, t.panels[p].Q);
       t.panels[p].softmax.reset();
     }
-    for (int n = 0; n < unit.num_visits; n += VISITS) for (int p = 0; p < panels; p++)
-      attend_some(t, t.panels[p], unit.visits + n, std::min(VISITS, unit.num_visits - n), n == 0,
-                  p == 0 && n + 2 * VISITS <= unit.num_visits, unit.scale * LOG2E, p * PQ);
+    for (int n = 0, number; n < unit.num_visits; n += number) {
+      number = together(unit, n);
+      const bool fetch = number == VISITS && n + 2 * VISITS <= unit.num_visits;
+      for (int p = 0; p < panels; p++)
+        attend_some(t, t.panels[p], unit.visits + n, number, n == 0, p == 0 && fetch, unit.scale * LOG2E, p * PQ);
+    }
     for (int p = 0; p < panels; p++) write_panel<D>(t.panels[p].O, TILES_OF_PANEL, t.panels[p].softmax, unit, p * PQ);
   }
 };

@@ -46,7 +46,8 @@ template <class F> int guarded(F f) {
 EXPORT int ditattn_attention(DitattnAttention* a) {
   if (a->struct_bytes != (int64_t)sizeof *a || a->batch < 1 || a->heads < 1 || a->key_heads < 1 || a->heads % a->key_heads ||
       a->query_length < 1 || a->key_length < 1 || a->num_threads < 1 || a->dtype < DITATTN_F32 || a->dtype > DITATTN_F16 ||
-      !std::isfinite(a->scale) || (a->indices == nullptr) != (a->counts == nullptr))
+      !std::isfinite(a->scale) || (a->indices == nullptr) != (a->counts == nullptr) ||
+      (a->tail_key.data && (!a->tail_value.data || !a->tail_counts || !a->counts || a->causal || a->scale == 0)))
     return DITATTN_BAD_ARGUMENT;
   return guarded([&] { return dispatch(*a); });
 }

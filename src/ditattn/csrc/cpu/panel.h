@@ -51,6 +51,14 @@ inline __attribute__((noinline)) void mask_scores(float* S, Layout layout, int k
   }
 }
 
+// Adds each key's bias to its scores. A hidden key's score becomes -infinity whatever it was: it may be NaN.
+inline __attribute__((noinline)) void add_bias(float* S, Layout layout, const float* bias, int rows) {
+  for (int r = 0; r < rows; r++) for (int j = 0; j < NV; j++) {
+    vf* s = (vf*)(S + at(layout, r, j));
+    *s = bias[r] == -INFINITY ? splat(-INFINITY) : *s + splat(bias[r]);
+  }
+}
+
 // Each lane's maximum over `rows` keys, where the scores were masked after they were computed.
 inline __attribute__((noinline)) void find_maximum(const float* S, float* block_max, int rows) {
   for (int j = 0; j < NV; j++) {
@@ -129,8 +137,9 @@ template <class K> struct Panels {
         auto& panel = t.panels[p];
         alignas(64) float block_max[PQ], alpha[PQ];
         scores(visit, panel.Q, t.S, block_max, rows);
-        if (visit.diagonal || visit.kv < rows) {
-          mask_scores(t.S, ROWS_OF_PANEL, visit.kv, visit.diagonal, p * PQ, rows);
+        if (visit.diagonal || visit.kv < rows || visit.bias) {
+          if (visit.bias) add_bias(t.S, ROWS_OF_PANEL, visit.bias, rows);
+          else mask_scores(t.S, ROWS_OF_PANEL, visit.kv, visit.diagonal, p * PQ, rows);
           find_maximum(t.S, block_max, rows);
         }
         panel.softmax.grow(block_max, alpha, scale_log2e);

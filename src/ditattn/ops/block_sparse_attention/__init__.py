@@ -84,6 +84,7 @@ TABLE: tuple[Implementation, ...] = (
         probe="ditattn.ops.cpu_library:problem",
         orders_tokens=True,
         orders_heads=True,
+        fuses_tail=True,
     ),
     Implementation(
         "cpu_fast_fp32",
@@ -97,6 +98,7 @@ TABLE: tuple[Implementation, ...] = (
         computes_in="bfloat16",
         orders_tokens=True,
         orders_heads=True,
+        fuses_tail=True,
     ),
     Implementation("torch", "ditattn.ops.block_sparse_attention.pure_torch:run", dtypes=WIDE_FLOATS, honours=_EVERYTHING, slow_on=("npu",)),
     Implementation(
