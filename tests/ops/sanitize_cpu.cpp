@@ -110,7 +110,7 @@ static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool c
     a.indices_stride[1] = rows * blocks, a.indices_stride[2] = blocks, a.counts_stride[1] = rows, a.counts_stride[2] = 1;
   }
   if (sparse && ditattn_check_plan(indices.data(), counts.data(), heads * rows, blocks, blocks) != DITATTN_OK) return 1;
-  if (ditattn_check_order(order.data(), queries) != DITATTN_OK) return 1;
+  if (orders && ditattn_check_order(order.data(), orders, queries) != DITATTN_OK) return 1;
   auto mean_keys = tensor((size_t)blocks * key_heads * dim, DITATTN_F32), mean_values = tensor((size_t)blocks * key_heads * dim, DITATTN_F32);
   std::vector<float> tokens(blocks);
   for (int n = 0; n < blocks; n++) tokens[n] = n % 5 == 4 ? 0 : 1 + n % 128;
