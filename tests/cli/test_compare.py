@@ -203,6 +203,16 @@ def test_table_and_cache(ditattn, made, options, monkeypatch):
     assert "torch_sdpa (reference)" in ditattn(*again, "--seed", 2, "--num-inference-steps", 3).err
 
 
+def test_every_clip_is_written_where_it_is_asked_for(ditattn, options, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    more = ["--prompt", "a circle", "--seed", 1, "--seed", 2, "--no-probe", "--attention-backend-config", "sparsity=0.5,min_tokens=0"]
+    done = ditattn(*options, *more, "--output-path", tmp_path, "--output-file-name", "x", "--save-videos")
+    assert done.status == 0, done.err
+    videos = sorted(path.name for path in tmp_path.glob("*.mp4"))
+    assert videos == [f"x-{name}-{n}.mp4" for name in ("rain_fusion_attn-sparsity=0.5-min_tokens=0", "torch_sdpa") for n in (1, 2)]
+    assert all(name in done.out for name in videos)
+
+
 def test_an_image_pipeline(ditattn, flux_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     done = ditattn(

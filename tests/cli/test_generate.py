@@ -206,3 +206,13 @@ def test_versions_hold_the_packages_with_kernels_that_are_here(monkeypatch):
     monkeypatch.setattr(run_record, "version", version)
     assert run_record.versions()["torch_npu"] == "1.0"
     assert "mindiesd" not in run_record.versions()
+
+
+def test_a_dtype_that_this_cpu_multiplies_slowly_is_warned_of_once(ditattn, small, monkeypatch):
+    rates = {"torch.float32": 113.0, "torch.bfloat16": 1.2}
+    monkeypatch.setattr("ditattn.devices.cpu._product_rate", lambda dtype: rates[str(dtype)])
+    done = ditattn(*small, "--dtype", "bfloat16", "--prompt", "a blue circle")
+    assert done.status == 0, done.err
+    assert done.err.count("--dtype bfloat16: torch multiplies bfloat16 matrices 94 times slower than float32") == 1
+    rates["torch.bfloat16"] = 113.0
+    assert "times slower" not in ditattn(*small, "--dtype", "bfloat16").err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -14,7 +15,7 @@ import typer
 
 from ditattn.backends.setting import Setting
 from ditattn.cli.job import load, playing_rate, prepare
-from ditattn.cli.output import DraftFiles, check_plain_name, default_name, write_media
+from ditattn.cli.output import DraftFiles, check_plain_name, default_name, numbered, write_media
 from ditattn.cli.references import check_metrics, dense_references, origin
 from ditattn.cli.settings import CompareSettings
 from ditattn.cli.terminal import print_rich, say, set_up_messages
@@ -58,9 +59,11 @@ def run(settings: CompareSettings, *, debug: bool = False) -> None:
     comparison = compare(references, attention, clips, repeats=settings.repeats, probe=settings.probe, progress=say)
     fps = playing_rate(job, pipe)
     record = comparison_record(comparison, {**_made(comparison, fps), **origin(job, references)})
-    page, numbers = _write(comparison, record, Path(settings.output_path), name, fps)
+    folder = Path(settings.output_path)
+    videos = _clip_files(comparison, record, folder, name) if settings.save_videos else {}
+    page, numbers = _write(comparison, record, folder, name, fps, videos)
     _print_table(record)
-    typer.echo(f"wrote {page} and {numbers.name}")
+    typer.echo(f"wrote {page} and {', '.join(path.name for path in (numbers, *videos))}")
 
 
 def _parse_attention(settings: CompareSettings) -> list[Setting]:
@@ -90,8 +93,23 @@ def _made(comparison: Comparison, fps: int) -> dict[str, Any]:
     }
 
 
-def _write(comparison: Comparison, record: Mapping[str, Any], folder: Path, name: str, fps: int) -> tuple[Path, Path]:
-    """Page and numbers: both or none."""
+def _clip_files(comparison: Comparison, record: Mapping[str, Any], folder: Path, name: str) -> dict[Path, np.ndarray[Any, Any]]:
+    """A file for every clip of the reference and of every setting, named after the setting; several clips are numbered."""
+    names = ["torch_sdpa", *(setting["name"] for setting in record["settings"])]
+    files = {}
+    for setting, clips in zip(names, [comparison.reference, *comparison.measured], strict=True):
+        words = re.sub(r"[^\w.=-]+", "-", setting)
+        for number, clip in enumerate(clips):
+            frames = clip.runs[0].frames
+            path = folder / f"{name}-{words}{'.mp4' if len(frames) > 1 else '.png'}"
+            files[numbered(path, number, len(clips))] = frames
+    return files
+
+
+def _write(
+    comparison: Comparison, record: Mapping[str, Any], folder: Path, name: str, fps: int, videos: Mapping[Path, np.ndarray[Any, Any]]
+) -> tuple[Path, Path]:
+    """Page, numbers and videos: all or none."""
 
     def encode(frames: np.ndarray[Any, Any]) -> bytes:
         with tempfile.TemporaryDirectory(prefix="ditattn-") as place:
@@ -103,6 +121,8 @@ def _write(comparison: Comparison, record: Mapping[str, Any], folder: Path, name
         files.draft(page).write_text(render_page(comparison, record, encode), encoding="utf-8")
         text = json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False)
         files.draft(numbers).write_text(text + "\n", encoding="utf-8")
+        for path, frames in videos.items():
+            write_media(files.draft(path), frames, fps)
         files.commit()
     return page, numbers
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from ditattn.devices import DEVICES, find_device
+from ditattn.devices.cpu import slow_dtype
 from ditattn.errors import BackendUnavailable, ConfigError
 
 __all__ = ["choose_device", "choose_dtype", "why_no_device"]
+
+logger = logging.getLogger("ditattn")
 
 DTYPES = {
     "float32": torch.float32,
@@ -50,7 +55,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The named dtype; without a name bfloat16, on the CPU float32.
+    """The named dtype; without a name bfloat16, on the CPU float32. Warns where this CPU has no instructions for the named one.
 
     Raises:
         ConfigError: no such dtype.
@@ -59,4 +64,7 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if name not in DTYPES:
         raise ConfigError(f"--dtype {name} is none of float32, bfloat16, float16")
-    return DTYPES[name]
+    dtype = DTYPES[name]
+    if device.type == "cpu" and dtype is not torch.float32 and (reason := slow_dtype(dtype)):
+        logger.warning("--dtype %s: %s", name, reason)
+    return dtype

@@ -247,6 +247,7 @@ class CompareSettings(CallSettings):
     output_file_name: Annotated[
         str | None, Option(OUTPUT, "Of the page (.html) and the numbers (.json).", "prompt, time and a hash", metavar="NAME")
     ] = None
+    save_videos: Annotated[bool, Option(OUTPUT, "Also write every clip of every setting, as .mp4 or .png beside the page.")] = False
     repeats: Annotated[Count, Option(MACHINE, "Runs per clip and setting; times are medians.")] = 1
     probe: Annotated[bool, Option(MACHINE, "Do not measure dropped softmax mass, which costs a dense run more.")] = True
     reference_cache: Annotated[bool, Option(MACHINE, "Make the dense references anew, and keep none.")] = True
