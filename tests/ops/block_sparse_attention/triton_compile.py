@@ -1,4 +1,4 @@
-"""Compile the kernel for one architecture without a GPU; prints JSON, one row per head size, plain and with every option.
+"""Compile the kernel for one architecture without a GPU; prints JSON, one row per head size and set of options.
 
 python tests/ops/block_sparse_attention/triton_compile.py 90
 """
@@ -22,10 +22,21 @@ from ditattn.ops.block_sparse_attention.triton import attend_kernel
 
 MATRIX_INSTRUCTION = {9: "wgmma.mma_async", 10: "tcgen05.mma"}
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async.bulk.tensor", "cp.async.cg")
-POINTERS = {"lse": "*fp32", "indices": "*i32", "counts": "*i32", "starts": "*i32", "key_lengths": "*i64"}
+POINTERS = {
+    "lse": "*fp32",
+    "indices": "*i32",
+    "counts": "*i32",
+    "starts": "*i32",
+    "key_lengths": "*i64",
+    "tail_dropped": "*u8",
+    "tail_log_counts": "*fp32",
+}
+TAIL = ("tail_key", "tail_value", "tail_dropped", "tail_log_counts")
+# a causal call takes no tail
+OPTIONS: dict[str, tuple[str, ...]] = {"plain": (), "causal": ("causal", "lengths"), "tail": ("lengths", "tail")}
 
 
-def source(arch: int, head_dim: int, every_option: bool, dtype: str = "bf16") -> ASTSource:
+def source(arch: int, head_dim: int, options: tuple[str, ...], dtype: str = "bf16") -> ASTSource:
     """The kernel with the types and constants of a call."""
     tiles = tiles_for((arch // 10, arch % 10), head_dim)
     padded = triton.next_power_of_2(head_dim)
@@ -34,12 +45,14 @@ def source(arch: int, head_dim: int, every_option: bool, dtype: str = "bf16") ->
         "PADDED_DIM": padded,
         "BLOCK": 128,
         "STEP": tiles.keys,
-        "CAUSAL": every_option,
+        "CAUSAL": "causal" in options,
         "DESCRIPTORS": tiles.descriptors,
         "NEGATIVE": False,
     }
-    if not every_option:
+    if "lengths" not in options:
         constants |= {"lse": None, "key_lengths": None}
+    if "tail" not in options:
+        constants |= dict.fromkeys(TAIL)
     if not tiles.descriptors:
         constants |= {"key_descriptor": None, "value_descriptor": None}
     signature, aligned = {}, {}
@@ -50,7 +63,7 @@ def source(arch: int, head_dim: int, every_option: bool, dtype: str = "bf16") ->
             signature[name] = f"tensordesc<{dtype}[1, {tiles.keys}, 1, {padded}]>"
         elif name == "scale_log2":
             signature[name] = "fp32"
-        elif name in ("query", "key", "value", "out") or name in POINTERS:
+        elif name in ("query", "key", "value", "out") or name in POINTERS or name in TAIL:
             signature[name] = POINTERS.get(name, f"*{dtype}")
             aligned[(number,)] = [["tt.divisibility", 16]]
         else:
@@ -72,14 +85,14 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found["REG"]), "stack_bytes": int(found["STACK"]), "local_bytes": int(found["LOCAL"])}
 
 
-def row(arch: int, head_dim: int, every_option: bool) -> dict[str, object]:
+def row(arch: int, head_dim: int, options: str) -> dict[str, object]:
     tiles = tiles_for((arch // 10, arch % 10), head_dim)
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    compiled = compile_kernel(source(arch, head_dim, every_option), target=GPUTarget("cuda", arch, 32), options=options)
+    launch = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    compiled = compile_kernel(source(arch, head_dim, OPTIONS[options]), target=GPUTarget("cuda", arch, 32), options=launch)
     return {
         "arch": arch,
         "head_dim": head_dim,
-        "every_option": every_option,
+        "options": options,
         "shared_bytes": compiled.metadata.shared,
         "matrix_instruction": MATRIX_INSTRUCTION.get(arch // 10, "mma.sync"),
         "ptx_instructions": [name for name in INSTRUCTIONS if name in compiled.asm["ptx"]],
@@ -89,7 +102,7 @@ def row(arch: int, head_dim: int, every_option: bool) -> dict[str, object]:
 
 def main() -> None:
     arch = int(sys.argv[1])
-    print(json.dumps([row(arch, head_dim, every_option) for head_dim in (32, 64, 96, 128) for every_option in (False, True)]))
+    print(json.dumps([row(arch, head_dim, options) for head_dim in (32, 64, 96, 128) for options in OPTIONS]))
 
 
 if __name__ == "__main__":

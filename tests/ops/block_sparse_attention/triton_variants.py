@@ -18,6 +18,7 @@ CASES = (
     Case("head size 96, key lengths", plan="uneven", batch=2, dim=96, heads=1, key_heads=1, key_lengths=(200, 300)),
     Case("causal", plan="full", causal=True, heads=1, key_heads=1),
     Case("transposed, negative scale", plan="random", layout="transposed", scale=-0.1),
+    Case("tail of more means than a step", plan="uneven", tail=True, heads=1, key_heads=1, dim=32, query_length=130, key_length=70 * 128),
 )
 
 
@@ -28,7 +29,7 @@ def main() -> None:
             problem = build(case, torch.float16)
             tensors = [x.clone() if tiles.descriptors else x for x in (problem.query, problem.key, problem.value)]
             scale = case.dim**-0.5 if case.scale is None else case.scale
-            out, lse = launch(SparseCall(*tensors, problem.plan, scale, case.causal, problem.key_lengths, True), tiles)
+            out, lse = launch(SparseCall(*tensors, problem.plan, scale, case.causal, problem.key_lengths, True, tail=problem.tail), tiles)
             judge.check_output(out, problem)
             judge.check_lse(lse, problem)
             names.append(f"{case}, {tiles}")

@@ -54,6 +54,7 @@ TABLE: tuple[Implementation, ...] = (
         honours=_MOST,
         packages=(TRITON,),
         probe="ditattn.ops.triton_targets:why_not_cuda",
+        fuses_tail=True,
     ),
     # the same kernel on CPU tensors in triton's interpreter: for checking, never for running
     Implementation(
@@ -66,6 +67,7 @@ TABLE: tuple[Implementation, ...] = (
         packages=(TRITON,),
         probe="ditattn.ops.triton_targets:why_not_interpreted",
         automatic=False,
+        fuses_tail=True,
     ),
     # true masks per batch element and head first, then index lists, then masks with counts
     _on_ascend("mask_torch_npu", "ditattn.ops.block_sparse_attention.ascend:MASK_TORCH_NPU", _MASKED),

@@ -68,12 +68,14 @@ def launch(call: SparseCall, tiles: Tiles) -> tuple[Tensor, Tensor | None]:
             start_order(plan.counts, batch, heads, call.causal),
             # the kernel counts in elements: expanded lengths and columns of a table have other strides
             None if call.key_lengths is None else call.key_lengths.contiguous(),
+            *_tail_arguments(call),
             *query.stride()[:3],
             *key.stride()[:3],
             *value.stride()[:3],
             plan.indices.shape[1] * rows if plan.indices.shape[0] > 1 else 0,
             rows if plan.indices.shape[1] > 1 else 0,
             plan.indices.shape[3],
+            1 if call.tail is not None and call.tail.counts.shape[0] > 1 else 0,
             length,
             key.shape[1],
             heads,
@@ -90,6 +92,15 @@ def launch(call: SparseCall, tiles: Tiles) -> tuple[Tensor, Tensor | None]:
             num_stages=tiles.num_stages,
         )
     return out, lse
+
+
+def _tail_arguments(call: SparseCall) -> tuple[Tensor | None, ...]:
+    """Means in the query's dtype, which blocks each row drops, and binary logarithms of the counts; all dense."""
+    if call.tail is None:
+        return (None,) * 4
+    dropped = (~call.plan.to_mask()).contiguous().view(torch.uint8)
+    key, value = (x.to(call.query.dtype).contiguous() for x in (call.tail.key, call.tail.value))
+    return key, value, dropped, (call.tail.log_counts() * LOG2_E).contiguous()
 
 
 def start_order(counts: Tensor, batch: int, heads: int, causal: bool) -> Tensor:
@@ -134,6 +145,10 @@ def attend_kernel(
     counts,
     starts,
     key_lengths,
+    tail_key,
+    tail_value,
+    tail_dropped,
+    tail_log_counts,
     query_stride_b,
     query_stride_s,
     query_stride_h,
@@ -146,6 +161,7 @@ def attend_kernel(
     plan_rows_b,
     plan_rows_h,
     row_width,
+    tail_rows_b,
     num_queries,
     num_keys,
     num_heads,
@@ -159,7 +175,10 @@ def attend_kernel(
     DESCRIPTORS: tl.constexpr,
     NEGATIVE: tl.constexpr,
 ):
-    """One query block. Strides are in elements; `plan_rows_b` and `plan_rows_h` are 0 where batch or heads share the plan."""
+    """One query block. Strides are in elements; `plan_rows_b` and `plan_rows_h` are 0 where batch or heads share the plan.
+
+    Of a tail: means `[B, N, G, D]`, bytes `[plan's rows, N]` that are 1 where the block is dropped, log2 of the counts `[B or 1, N]`.
+    """
     PARTS: tl.constexpr = BLOCK // STEP
     num_rows = tl.cdiv(num_queries, BLOCK)
     tile = tl.load(starts + tl.program_id(0))
@@ -224,6 +243,23 @@ def attend_kernel(
         acc, total, peak = _attend(acc, total, peak, q, k, v, seen, scale_log2, NEGATIVE)
 
     blind = count <= 0
+    if tail_key is not None:
+        # found by compiling: with other numbers some architecture spills registers
+        MEANS: tl.constexpr = 32 if DESCRIPTORS else (64 if HEAD_DIM <= 32 else 16)
+        num_means = tl.cdiv(num_keys, BLOCK)
+        num_groups = num_heads // group
+        mean_base = (b.to(tl.int64) * num_means * num_groups + g) * HEAD_DIM
+        for first in tl.range(0, num_means, MEANS, num_stages=1):
+            means = first + tl.arange(0, MEANS)
+            log_counts = tl.load(tail_log_counts + b * tail_rows_b * num_means + means, mask=means < num_means, other=-float("inf"))
+            dropped = tl.load(tail_dropped + plan_row * num_means + means, mask=means < num_means, other=0)
+            heard = (dropped != 0) & (log_counts > -float("inf"))
+            places = means[:, None] * (num_groups * HEAD_DIM) + dims[None, :]
+            mask = heard[:, None] & dim_mask
+            k = tl.load(tail_key + mean_base + places, mask=mask, other=0.0)
+            v = tl.load(tail_value + mean_base + places, mask=mask, other=0.0)
+            acc, total, peak = _attend(acc, total, peak, q, k, v, heard[None, :], scale_log2, NEGATIVE, log_counts)
+            blind = blind & (tl.max(heard.to(tl.int32), 0) == 0)
     total = tl.where(blind, 1.0, total)
     acc = acc / total[:, None]
     out_base = out + (b.to(tl.int64) * num_queries * num_heads + h) * HEAD_DIM
@@ -235,11 +271,17 @@ def attend_kernel(
 
 
 @triton.jit
-def _attend(acc, total, peak, q, k, v, seen, scale_log2, NEGATIVE: tl.constexpr):
-    """One step of the online softmax. `peak` is the largest scaled score so far, in powers of two."""
+def _attend(acc, total, peak, q, k, v, seen, scale_log2, NEGATIVE: tl.constexpr, bias=None):
+    """One step of the online softmax. `peak` is the largest scaled score so far, in powers of two.
+
+    `bias`: per key, in powers of two, added to the scaled scores; keys that are not `seen` may have any.
+    """
     scores = tl.dot(q, k.T)
     if NEGATIVE:
         scores = -scores
+    if bias is not None:
+        scores = scores * scale_log2 + bias[None, :]
+        scale_log2 = 1.0
     if seen is not None:
         scores = tl.where(seen, scores, -float("inf"))
     higher = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
