@@ -34,7 +34,7 @@ def even_counts(blocks: int) -> Tensor:
 
 
 def geometric_counts(blocks: int, steepness: float = 1.0) -> Tensor:
-    """int64 `[1, H, M]`: geometrically distributed, 1 to `blocks`, with the sum of `even_counts`; the last head weighs `steepness` first ones."""
+    """int64 `[1, H, M]`: geometrically distributed, with the sum of `even_counts`; the last head weighs `steepness` times the first."""
     weights = steepness ** torch.linspace(0, 1, HEADS).view(1, HEADS, 1)
     drawn = torch.empty(1, HEADS, blocks).exponential_() * weights
     total = int(even_counts(blocks).sum())
