@@ -17,11 +17,12 @@ from ascend_calls import BLOCK_SPARSE, CASES, STORED, pairs, run, run_ordered, s
 from cases import Case, build
 from ditattn.errors import BackendUnavailable
 from ditattn.ops.ascend import Operator
-from ditattn.ops.block_sparse_attention import TABLE, ascend, ascend_layout, block_sparse_attention
+from ditattn.ops.block_sparse_attention import TABLE, ascend, ascend_layout, block_sparse_attention, compute
 from ditattn.ops.block_sparse_attention.ascend_operands import counted_inputs, index_inputs, mask_inputs
 from ditattn.ops.calls import SparseCall
 from ditattn.ops.table import CallFacts, Implementation
 from ditattn.plan.block_plan import BlockPlan
+from ditattn.plan.token_order import TokenOrder
 
 
 @pytest.fixture
@@ -80,6 +81,21 @@ def test_log_sum_exp_in_another_order(case: Case, operators: Callable[[str], Non
     out, lse = run_ordered("MASK_MINDIESD", problem, "tokens first", return_lse=True)
     judge.check_output(out, problem)
     judge.check_lse(lse, problem)
+
+
+@pytest.mark.parametrize("name", ["mask_torch_npu", "mask_mindiesd"])
+def test_the_op_serves_an_order_per_head_and_a_tail(name: str, operators: Callable[[str], None]) -> None:
+    """It gathers for the operator, whose rows take one order for all heads, and merges the tail into the result."""
+    operators("A2")
+    p = build(Case("tail", plan="uneven", tail=True, batch=2, heads=4, key_lengths=(300, 129)), torch.bfloat16)
+    forward = torch.stack([torch.randperm(300), torch.randperm(300)])
+    order = TokenOrder(forward, forward.argsort(-1), (0, 1), (0, 300), 300)
+    tensors = (order.undo(x) for x in (p.query, p.key, p.value))
+    call = SparseCall(*tensors, p.plan, 64**-0.5, False, p.key_lengths, True, order.forward, order.inverse, p.tail)
+    out, lse = compute(call, next(row for row in TABLE if row.name == name))
+    assert lse is not None
+    judge.check_output(order.apply(out).contiguous(), p)
+    judge.check_lse(order.apply(lse.transpose(1, 2)).transpose(1, 2), p)
 
 
 class Copies(TorchDispatchMode):

@@ -212,6 +212,14 @@ def test_a_row_honours_a_tail_where_it_can_return_the_log_sum_exp() -> None:
     assert listed.mismatch(CallFacts("npu", torch.bfloat16, 64, frozenset({"tail"}))) == "does not honour tail"
 
 
+def test_calls_with_and_without_a_tail_are_of_different_kinds() -> None:
+    """A layer keeps the row that it chose for a kind of call."""
+    p = build(PLAIN, torch.float32)
+    plain = SparseCall(p.query, p.key, p.value, p.plan, 0.1)
+    assert replace(plain, tail=p.tail).kind() != plain.kind()
+    assert replace(plain, tail=p.tail).facts().needs - plain.facts().needs == {"tail"}
+
+
 @pytest.mark.parametrize(("name", "dtype", "device"), NAMES)
 def test_opcheck_and_fake(name: str, dtype: torch.dtype, device: str) -> None:
     p = build(replace(PLAIN, query_length=140, key_length=140), dtype, device)
