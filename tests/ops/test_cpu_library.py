@@ -174,14 +174,24 @@ def test_the_quick_look_at_a_plan_finds_what_the_check_finds(data: st.DataObject
 
 
 @needs_kernel
-@pytest.mark.parametrize("order", [[], [0], [1, 0, 2], [0, 0], [0, 2], [-1, 0], [2**40, 0]], ids=str)
+@pytest.mark.parametrize("order", [[0], [1, 0, 2], [0, 0], [0, 2], [-1, 0], [2**40, 0]], ids=str)
 def test_a_token_order_is_followed_only_if_it_is_a_permutation(order: list[int]) -> None:
     tensor = torch.tensor(order, dtype=torch.int64)
     if sorted(order) == list(range(len(order))):
-        assert torch.equal(cpu_call._permutation(tensor, len(order)), tensor)
+        assert torch.equal(cpu_call._permutation(tensor, len(order), 1), tensor)
         return
     with pytest.raises(UnsupportedCall, match=rf"no permutation of 0 \.\. {len(order) - 1}"):
-        cpu_call._permutation(tensor, len(order))
+        cpu_call._permutation(tensor, len(order), 1)
+
+
+@needs_kernel
+def test_every_heads_order_is_looked_at() -> None:
+    good = torch.tensor([[0, 1, 2], [2, 0, 1]])
+    assert torch.equal(cpu_call._permutation(good, 3, 4), good)
+    with pytest.raises(UnsupportedCall, match="no permutation"):
+        cpu_call._permutation(torch.tensor([[0, 1, 2], [2, 0, 2]]), 3, 4)
+    with pytest.raises(UnsupportedCall, match="key heads that divide 3"):
+        cpu_call._permutation(good, 3, 3)
 
 
 @needs_kernel
