@@ -11,13 +11,13 @@ from torch import Tensor
 import judge
 import oracle
 from ditattn.backends.base import AttentionBackend, AttentionImpl, CallRecord
-from ditattn.plan.reuse import Evaluation
+from ditattn.plan.reuse import ForwardId
 from ditattn.plan.token_order import token_order
 from sparse_calls import SPARSE_BACKENDS, draw
 
 GRID = (6, 16, 16)
 LENGTH = 6 * 16 * 16
-COND, UNCOND = Evaluation(0, "cond"), Evaluation(0, "uncond")
+COND, UNCOND = ForwardId(0, "cond"), ForwardId(0, "uncond")
 backends = pytest.mark.parametrize("backend", SPARSE_BACKENDS, ids=lambda b: b.name)
 
 
@@ -36,8 +36,8 @@ class Layer:
 
         monkeypatch.setattr(self.impl, "plan", counting)
 
-    def __call__(self, qkv: list[Tensor], step: int | None, evaluation: Evaluation = COND, **changes: Any) -> tuple[Tensor, CallRecord]:
-        facts = {**self.settings, "raw_latent_shape": (1, 4, *GRID), "current_timestep": step, "evaluation": evaluation, **changes}
+    def __call__(self, qkv: list[Tensor], step: int | None, forward_id: ForwardId = COND, **changes: Any) -> tuple[Tensor, CallRecord]:
+        facts = {**self.settings, "raw_latent_shape": (1, 4, *GRID), "current_timestep": step, "forward_id": forward_id, **changes}
         metadata = self.backend.get_builder_cls()().build(**facts)
         out = self.impl.forward(*qkv, metadata)
         return out, self.records[-1]
@@ -72,8 +72,8 @@ def test_the_same_tokens_give_the_same_output_with_and_without_reuse(
     qkv = inputs()
     fresh, reusing = Layer(backend, monkeypatch), Layer(backend, monkeypatch, plan_refresh_steps=3, share_plan_between_branches=True)
     for step in range(3):
-        for evaluation in (COND, UNCOND):
-            assert torch.equal(fresh(qkv, step, evaluation)[0], reusing(qkv, step, evaluation)[0])
+        for forward_id in (COND, UNCOND):
+            assert torch.equal(fresh(qkv, step, forward_id)[0], reusing(qkv, step, forward_id)[0])
     assert (fresh.made, reusing.made) == (6, 1)
 
 
@@ -82,7 +82,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "order": {"token_order": "raster"},
     "first frame": {"first_frame_sink": False},
     "grid of as many tokens": {"raw_latent_shape": (1, 4, 6, 8, 32)},
-    "run": {"evaluation": Evaluation(1, "cond")},
+    "run": {"forward_id": ForwardId(1, "cond")},
     "prefix": {"raw_latent_shape": (1, 4, 5, 16, 16), "num_prefix_tokens": 256},
     "suffix": {"raw_latent_shape": (1, 4, 5, 16, 16), "num_suffix_tokens": 256},
 }
@@ -120,8 +120,8 @@ def test_padding_that_the_host_does_not_know_and_unknown_steps_make_a_plan_and_s
     lengths = torch.tensor([LENGTH - 9])
     for step in (0, 1):
         assert layer(inputs(), step, key_lengths=lengths)[1].not_reused == "key lengths known to the device only"
-    for evaluation in (COND, UNCOND):
-        assert layer(inputs(), None, evaluation)[1].not_reused == "step unknown"
+    for forward_id in (COND, UNCOND):
+        assert layer(inputs(), None, forward_id)[1].not_reused == "step unknown"
     assert layer.made == 4
     # a padded call leaves nothing behind for a whole one
     assert not layer(inputs(), 2)[1].reused

@@ -5,25 +5,25 @@ from __future__ import annotations
 import pytest
 
 from ditattn.plan.block_plan import BlockPlan
-from ditattn.plan.reuse import MAX_UNNAMED, Evaluation, PlanMemory, ReusePolicy
+from ditattn.plan.reuse import MAX_UNNAMED, ForwardId, PlanMemory, ReusePolicy
 
-COND, UNCOND = Evaluation(0, "cond"), Evaluation(0, "uncond")
-FIRST, SECOND = Evaluation(0, None, 0), Evaluation(0, None, 1)
+COND, UNCOND = ForwardId(0, "cond"), ForwardId(0, "uncond")
+FIRST, SECOND = ForwardId(0, None, 0), ForwardId(0, None, 1)
 
 
-def made_in(calls: list[tuple[int, Evaluation]], policy: ReusePolicy) -> list[bool]:
+def made_in(calls: list[tuple[int, ForwardId]], policy: ReusePolicy) -> list[bool]:
     """For every call in turn: whether it had to make a plan."""
     memory, made = PlanMemory(), []
-    for step, evaluation in calls:
-        plan = memory.find(step, evaluation, "same", policy)
+    for step, forward_id in calls:
+        plan = memory.find(step, forward_id, "same", policy)
         made.append(plan is None)
         if plan is None:
-            memory.keep(BlockPlan.full(256, 256), step, evaluation, "same", policy)
+            memory.keep(BlockPlan.full(256, 256), step, forward_id, "same", policy)
     return made
 
 
-def steps_of(*evaluations: Evaluation, steps: int) -> list[tuple[int, Evaluation]]:
-    return [(step, evaluation) for step in range(steps) for evaluation in evaluations]
+def steps_of(*forwards: ForwardId, steps: int) -> list[tuple[int, ForwardId]]:
+    return [(step, forward_id) for step in range(steps) for forward_id in forwards]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def steps_of(*evaluations: Evaluation, steps: int) -> list[tuple[int, Evaluation
         (steps_of(COND, UNCOND, steps=4), ReusePolicy(2, True), [True, False, False, False] * 2),
         # a branch that joins later never takes the other one's plan
         ([(0, COND), (1, COND), (1, UNCOND), (2, UNCOND)], ReusePolicy(4), [True, False, True, False]),
-        # the second evaluation of a step (Heun, a call that is repeated) has tokens of its own
+        # the second forward_id of a step (Heun, a call that is repeated) has tokens of its own
         ([(3, COND), (3, COND), (4, COND)], ReusePolicy(4), [True, True, False]),
         ([(3, COND), (3, UNCOND), (3, COND), (3, UNCOND)], ReusePolicy(1, True), [True, False, True, False]),
         # a step that goes back
@@ -44,18 +44,18 @@ def steps_of(*evaluations: Evaluation, steps: int) -> list[tuple[int, Evaluation
         ([(3, COND), (5, COND), (4, COND)], ReusePolicy(4), [True, False, True]),
         ([(3, COND), (5, COND), (4, UNCOND)], ReusePolicy(4, True), [True, False, True]),
         # another run, at a step that would fit
-        ([(0, COND), (1, Evaluation(1, "cond"))], ReusePolicy(4), [True, True]),
-        ([(1, COND), (1, Evaluation(1, "uncond"))], ReusePolicy(4, True), [True, True]),
+        ([(0, COND), (1, ForwardId(1, "cond"))], ReusePolicy(4), [True, True]),
+        ([(1, COND), (1, ForwardId(1, "uncond"))], ReusePolicy(4, True), [True, True]),
         # nobody names the branches: the place in the step tells them apart
         (steps_of(FIRST, SECOND, steps=3), ReusePolicy(3), [True, True, False, False, False, False]),
         (steps_of(FIRST, SECOND, steps=3)[2:], ReusePolicy(1, True), [True, False] * 2),
         # ... up to four of them
-        ([(2, Evaluation(0, None, number)) for number in range(6)], ReusePolicy(1, True), [True, False, False, False, True, True]),
+        ([(2, ForwardId(0, None, number)) for number in range(6)], ReusePolicy(1, True), [True, False, False, False, True, True]),
         # ... but a second forward at step 0 may be the first one of another run
         (steps_of(FIRST, SECOND, steps=1), ReusePolicy(1, True), [True, True]),
     ],
 )
-def test_which_calls_make_a_plan(calls: list[tuple[int, Evaluation]], policy: ReusePolicy, expected: list[bool]) -> None:
+def test_which_calls_make_a_plan(calls: list[tuple[int, ForwardId]], policy: ReusePolicy, expected: list[bool]) -> None:
     assert made_in(calls, policy) == expected
 
 
@@ -71,7 +71,7 @@ def test_without_reuse_nothing_is_kept_and_one_timestep_for_ever_does_not_fill_t
     memory.keep(BlockPlan.full(256, 256), 0, COND, "same", ReusePolicy())
     assert not memory._kept
     for number in range(50):
-        memory.keep(BlockPlan.full(256, 256), 0, Evaluation(0, None, number), "same", ReusePolicy(2))
+        memory.keep(BlockPlan.full(256, 256), 0, ForwardId(0, None, number), "same", ReusePolicy(2))
     assert len(memory._kept) == MAX_UNNAMED
     memory.forget()
     assert not memory._kept

@@ -20,7 +20,7 @@ from ditattn.ops.contract import checked_scale
 from ditattn.ops.pooled_tail import PooledTail
 from ditattn.ops.table import KERNEL_HEAD_DIMS, Implementation, choose, choose_to_run
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
-from ditattn.plan.reuse import Evaluation, PlanMemory, ReusePolicy
+from ditattn.plan.reuse import ForwardId, PlanMemory, ReusePolicy
 from ditattn.plan.token_order import TokenOrder, token_order
 
 __all__ = [
@@ -75,7 +75,7 @@ class SparseAttentionMetadata(AttentionMetadata):
         latent_shape: token grid (F, Y, X) of the video, after patchify; None if unknown.
         num_prefix_tokens, num_suffix_tokens: text or condition tokens before and after the video tokens. In token order "tile" only
             suffix tokens may be padding; that is checked where the host knows the key lengths.
-        evaluation: run and branch of the forward; looked at only where plans are reused.
+        forward_id: run and branch of the forward; looked at only where plans are reused.
     """
 
     config: SparseAttentionConfig
@@ -83,7 +83,7 @@ class SparseAttentionMetadata(AttentionMetadata):
     latent_shape: tuple[int, int, int] | None = None
     num_prefix_tokens: int = 0
     num_suffix_tokens: int = 0
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    forward_id: ForwardId = field(default_factory=ForwardId)
 
     def __getattr__(self, key: str) -> Any:
         """A key of the configuration; kept, so that the layers that share this step find it as quickly as a field."""
@@ -267,11 +267,11 @@ class SparseAttentionImpl(AttentionImpl):
             why = NotReused.STEP_UNKNOWN if step is None else NotReused.UNKNOWN_PADDING
             return CallRecord(None, plan(), not_reused=why)
         facts = _plan_facts(query, key, metadata)
-        kept = self._plans.find(step, metadata.evaluation, facts, policy)
+        kept = self._plans.find(step, metadata.forward_id, facts, policy)
         if kept is not None:
             return CallRecord(None, kept, reused=True)
         made = plan()
-        self._plans.keep(made, step, metadata.evaluation, facts, policy)
+        self._plans.keep(made, step, metadata.forward_id, facts, policy)
         return CallRecord(None, made)
 
     def plan(self, query: Tensor, key: Tensor, attn_metadata: SparseAttentionMetadata, order: TokenOrder, protected: Tensor) -> BlockPlan:
@@ -314,7 +314,7 @@ class SparseAttentionBackend(AttentionBackend):
 
 def _plan_facts(query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> object:
     """What a plan depends on besides the values of its tokens; the metadata brings the fields that a backend adds."""
-    timeless = replace(metadata, current_timestep=None, key_lengths=None, evaluation=Evaluation())
+    timeless = replace(metadata, current_timestep=None, key_lengths=None, forward_id=ForwardId())
     return (timeless, query.shape, key.shape, query.dtype, query.device)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ditattn.plan.block_plan import BlockPlan
 
-__all__ = ["Evaluation", "PlanMemory", "ReusePolicy"]
+__all__ = ["ForwardId", "PlanMemory", "ReusePolicy"]
 
 # unnamed forwards of one step that count as branches: a model that is called at one timestep for ever must not fill the memory, and no plan
 # fits all that it is given
@@ -15,7 +15,7 @@ MAX_UNNAMED = 4
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class ForwardId:
     """Which forward of the denoiser a call belongs to, beside its step.
 
     Attributes:
@@ -64,38 +64,38 @@ class PlanMemory:
     def __init__(self) -> None:
         self._kept: dict[Hashable, _Kept] = {}
 
-    def find(self, step: int, evaluation: Evaluation, facts: object, policy: ReusePolicy) -> BlockPlan | None:
+    def find(self, step: int, forward_id: ForwardId, facts: object, policy: ReusePolicy) -> BlockPlan | None:
         """The plan that serves a call, or None if the call must make one.
 
         Args:
             step: of the call, 0 first.
-            evaluation: the forward it belongs to.
+            forward_id: the forward it belongs to.
             facts: all else that a plan depends on (shapes, grid, settings, device); compared for equality.
             policy: as in `keep`.
         """
-        branch = (evaluation.branch, evaluation.number)
-        kept = self._kept.get(_place(evaluation, policy)) if evaluation.number < MAX_UNNAMED else None
-        if kept is None or kept.run != evaluation.run or not 0 <= step - kept.made_at < policy.refresh_steps or kept.facts != facts:
+        branch = (forward_id.branch, forward_id.number)
+        kept = self._kept.get(_place(forward_id, policy)) if forward_id.number < MAX_UNNAMED else None
+        if kept is None or kept.run != forward_id.run or not 0 <= step - kept.made_at < policy.refresh_steps or kept.facts != facts:
             return None
         if max(kept.served.values()) > step or kept.served.get(branch, -1) >= step:
-            # a step that goes back, or a branch that was served in this step already: another evaluation, with tokens of its own
+            # a step that goes back, or a branch that was served in this step already: another forward, with tokens of its own
             return None
-        if branch not in kept.served and evaluation.branch is None and step == 0:
+        if branch not in kept.served and forward_id.branch is None and step == 0:
             # may as well be the first step of another run whose beginning nobody announced
             return None
         kept.served[branch] = step
         return kept.plan
 
-    def keep(self, plan: BlockPlan, step: int, evaluation: Evaluation, facts: object, policy: ReusePolicy) -> None:
+    def keep(self, plan: BlockPlan, step: int, forward_id: ForwardId, facts: object, policy: ReusePolicy) -> None:
         """Remember a plan that a call made."""
-        if policy.reuses and evaluation.number < MAX_UNNAMED:
-            branch = (evaluation.branch, evaluation.number)
-            self._kept[_place(evaluation, policy)] = _Kept(plan, facts, evaluation.run, step, {branch: step})
+        if policy.reuses and forward_id.number < MAX_UNNAMED:
+            branch = (forward_id.branch, forward_id.number)
+            self._kept[_place(forward_id, policy)] = _Kept(plan, facts, forward_id.run, step, {branch: step})
 
     def forget(self) -> None:
         """Release every plan."""
         self._kept.clear()
 
 
-def _place(evaluation: Evaluation, policy: ReusePolicy) -> Hashable:
-    return None if policy.share_between_branches else (evaluation.branch, evaluation.number)
+def _place(forward_id: ForwardId, policy: ReusePolicy) -> Hashable:
+    return None if policy.share_between_branches else (forward_id.branch, forward_id.number)

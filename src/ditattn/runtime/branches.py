@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ditattn.plan.reuse import Evaluation
+from ditattn.plan.reuse import ForwardId
 
-__all__ = ["EvaluationCounter"]
+__all__ = ["ForwardCounter"]
 
 
-class EvaluationCounter:
+class ForwardCounter:
     """One per pipeline, beside its StepClock."""
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class EvaluationCounter:
         """True if `step` was left already: the forward belongs to another run, whose beginning nobody announced."""
         return step is not None and self._last_step is not None and step < self._last_step
 
-    def read(self, model: str, step: int | None, branch: str | None) -> Evaluation:
+    def read(self, model: str, step: int | None, branch: str | None) -> ForwardId:
         """The forward of `model` that begins now.
 
         Args:
@@ -36,7 +36,7 @@ class EvaluationCounter:
         if step != self._last_step:
             self._last_step, self._unnamed = step, {}
         if branch is not None:
-            return Evaluation(self._run, branch)
+            return ForwardId(self._run, branch)
         number = self._unnamed.get(model, 0)
         self._unnamed[model] = number + 1
-        return Evaluation(self._run, None, number)
+        return ForwardId(self._run, None, number)

@@ -9,10 +9,10 @@ from ditattn.backends.config import AttentionConfig, SparseAttentionConfig, pars
 from ditattn.backends.sparse import SparseAttentionMetadata
 from ditattn.errors import ConfigError
 from ditattn.models import TokenLayout
-from ditattn.plan.reuse import Evaluation
+from ditattn.plan.reuse import ForwardId
 from ditattn.runtime.step import Step
 
-__all__ = ["build_attn_metadata", "check_layers", "evaluated"]
+__all__ = ["build_attn_metadata", "check_layers", "for_forward"]
 
 
 def build_attn_metadata(
@@ -32,10 +32,10 @@ def build_attn_metadata(
     )
 
 
-def evaluated(metadata: AttentionMetadata, evaluation: Evaluation) -> AttentionMetadata:
+def for_forward(metadata: AttentionMetadata, forward_id: ForwardId) -> AttentionMetadata:
     """The metadata of a step as one forward of it needs it: where plans are reused, with its run and branch."""
     if isinstance(metadata, SparseAttentionMetadata) and metadata.reuse.reuses:
-        return replace(metadata, evaluation=evaluation)
+        return replace(metadata, forward_id=forward_id)
     return metadata
 
 

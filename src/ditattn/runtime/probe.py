@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ditattn.backends.base import AttentionImpl, AttentionMetadata, CallRecord
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
-from ditattn.runtime.metadata import build_attn_metadata, evaluated
+from ditattn.runtime.metadata import build_attn_metadata, for_forward
 from ditattn.runtime.stage import Forward, ServedModel
 
 __all__ = ["CellReading", "SparseProbe", "dropped_mass"]
@@ -150,7 +150,7 @@ class SparseProbe:
         cached = self._metadata.get((number, model.name))
         if cached is None or cached[0] != key:
             cached = self._metadata[number, model.name] = (key, build_attn_metadata(model.builder, model.config, *key))
-        metadata, seen = evaluated(cached[1], call.forward.evaluation), call.metadata
+        metadata, seen = for_forward(cached[1], call.forward.id), call.metadata
         return replace(metadata, key_lengths=seen.key_lengths, known_key_lengths=seen.known_key_lengths)
 
     def _impl_of(self, number: int, model: ServedModel, call: _Call) -> AttentionImpl:

@@ -24,12 +24,12 @@ from ditattn.ops import dense_attention as dense_op
 from ditattn.ops.calls import DenseCall
 from ditattn.ops.contract import check_qkv, checked_scale
 from ditattn.ops.table import choose
-from ditattn.plan.reuse import Evaluation
+from ditattn.plan.reuse import ForwardId
 from ditattn.runtime.autocast import autocast_as_sdpa
-from ditattn.runtime.branches import EvaluationCounter
+from ditattn.runtime.branches import ForwardCounter
 from ditattn.runtime.foreign_modes import native_sdpa, why_native
 from ditattn.runtime.key_padding import MaskReader, broadcastable
-from ditattn.runtime.metadata import build_attn_metadata, evaluated
+from ditattn.runtime.metadata import build_attn_metadata, for_forward
 from ditattn.runtime.report import AttentionReport, ComponentLog
 from ditattn.runtime.step import Step, StepClock
 
@@ -84,7 +84,7 @@ class Forward:
     stage: DenoisingStage
     model: ServedModel
     step: Step
-    evaluation: Evaluation
+    id: ForwardId
     layout: TokenLayout | None
     metadata: AttentionMetadata
     layer: int | None = None
@@ -136,7 +136,7 @@ class DenoisingStage:
         self.not_served: dict[str, str] = {}
         self.probe: Probe | None = None
         self._metadata: dict[str, tuple[tuple[Any, ...], AttentionMetadata]] = {}
-        self._evaluations = EvaluationCounter()
+        self._forwards = ForwardCounter()
 
     def enter(
         self, model: ServedModel, arguments: Mapping[str, Any], cache_context: Any = None, branch: str | None = None, driver: Any = None
@@ -153,12 +153,12 @@ class DenoisingStage:
             self._end_run()
         step = self.clock.read(cache_context, branch, arguments.get("timestep"), driver)
         model.log.note_step(step.index, step.num_steps, step.source)
-        if self._evaluations.goes_back(step.index):
+        if self._forwards.goes_back(step.index):
             self._forget_plans()
-        evaluation = self._evaluations.read(model.name, step.index, branch)
+        forward_id = self._forwards.read(model.name, step.index, branch)
         layout = _layout(model, arguments)
-        metadata = evaluated(self._build_attn_metadata(model, step, layout), evaluation)
-        forward = Forward(self, model, step, evaluation, layout, metadata)
+        metadata = for_forward(self._build_attn_metadata(model, step, layout), forward_id)
+        forward = Forward(self, model, step, forward_id, layout, metadata)
         _local.stack = [*others, forward]
         return forward
 
@@ -183,7 +183,7 @@ class DenoisingStage:
         self._forget_plans()
 
     def _forget_plans(self) -> None:
-        self._evaluations.end_run()
+        self._forwards.end_run()
         for model in self.models:
             for impl in model.impls.values():
                 impl.end_run()

@@ -67,7 +67,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
 
     def counting(self: Any, query: Tensor, key: Tensor, metadata: Any, *rest: Any) -> BlockPlan:
         forward = running()
-        found.counts[metadata.current_timestep, forward.evaluation.branch if forward else None] += 1
+        found.counts[metadata.current_timestep, forward.id.branch if forward else None] += 1
         plan = make(self, query, key, metadata, *rest)
         found.plans.append(weakref.ref(plan.indices))
         return plan
