@@ -11,10 +11,12 @@ from torch import Tensor
 import judge
 import oracle
 from ditattn.backends import permuted_sparse_attn as backend
+from ditattn.backends import sparse
 from ditattn.backends.base import CallRecord
 from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionBackend, PermutedSparseAttentionConfig
 from ditattn.errors import ConfigError, UnsupportedCall
 from ditattn.ops.pooled_tail import PooledTail
+from ditattn.ops.table import CallFacts, choose
 from ditattn.plan.bricks import brick_order
 from sparse_calls import call, draw
 
@@ -199,3 +201,21 @@ def test_causal_is_refused() -> None:
 def test_keys_are_checked(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PermutedSparseAttentionConfig.from_mapping(keys)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+def test_the_reported_implementation_is_chosen_for_calls_with_the_tail(tail: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some operators take sparse calls but no tail: the report must not name them."""
+    asked: list[CallFacts] = []
+
+    def watched(table: Any, facts: CallFacts, *names: Any) -> Any:
+        asked.append(facts)
+        return choose(table, facts, *names)
+
+    monkeypatch.setattr(sparse, "choose", watched)
+    x = draw(1, 1440, 2, 32)
+    built = PermutedSparseAttentionBackend.get_builder_cls()().build(
+        current_timestep=9, raw_latent_shape=(1, 4, 3, 24, 20), patch_size=1, num_steps=20, tail=tail
+    )
+    Layer(2, 32).impl.rows(x, x, x, built)
+    assert ("tail" in asked[0].needs) is tail

@@ -133,6 +133,9 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         chosen, self._not_reported = self._not_reported, None
         return out, replace(record, order=order, token_orders=chosen)
 
+    def more_needs(self, metadata: SparseAttentionMetadata) -> frozenset[str]:
+        return frozenset({"tail"}) if metadata.tail else frozenset()
+
     def _plan(self, means: _Means, metadata: SparseAttentionMetadata, order: TokenOrder) -> BlockPlan:
         costs = tail_error.estimate(means.query, means.key, means.value, self.softmax_scale)
         columns, rows = _forced(metadata, order, costs.device)

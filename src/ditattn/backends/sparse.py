@@ -220,8 +220,14 @@ class SparseAttentionImpl(AttentionImpl):
 
     def rows(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> dict[str, Implementation]:
         call = self._dense_call(query, key, value, attn_metadata.key_lengths)
+        assert isinstance(attn_metadata, SparseAttentionMetadata)
         # the facts of a sparse call that returns no log-sum-exp; whether the choice deserves a warning shows when one runs
-        return {"block_sparse_attention": choose(sparse_op.TABLE, call.facts()), "dense_attention": self._dense_rows.row(call)}
+        facts = replace(call.facts(), needs=call.facts().needs | self.more_needs(attn_metadata))
+        return {"block_sparse_attention": choose(sparse_op.TABLE, facts), "dense_attention": self._dense_rows.row(call)}
+
+    def more_needs(self, metadata: SparseAttentionMetadata) -> frozenset[str]:
+        """What the method's sparse calls ask of an implementation beside what the tensors tell (`CallFacts.needs`)."""
+        return frozenset()
 
     def _sparse(
         self,
