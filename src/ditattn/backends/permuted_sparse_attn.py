@@ -154,7 +154,7 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         grid = metadata.latent_shape
         bricks = brick_shapes(grid) if metadata.bricks == "auto" else parse_bricks(metadata.bricks)
         tokens = (grid, metadata.num_prefix_tokens, metadata.num_suffix_tokens, query.device)
-        candidates = [brick_order(brick, *tokens) for brick in bricks]
+        candidates = [metadata.as_stored(brick_order(brick, *tokens), query.device) for brick in bricks]
         best = torch.zeros(key.shape[2], dtype=torch.long)
         if len(candidates) > 1:
             errors = [self._error(query, key, value, metadata, order, dense) for order in candidates]
@@ -199,7 +199,7 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
 
 def _facts(query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> object:
     """What the chosen orders are for."""
-    text = (metadata.num_prefix_tokens, metadata.num_suffix_tokens)
+    text = (metadata.num_prefix_tokens, metadata.num_suffix_tokens, metadata.gathered)
     return (metadata.latent_shape, *text, query.shape[2], key.shape[2], query.device)
 
 

@@ -21,6 +21,7 @@ from ditattn.ops.pooled_tail import PooledTail
 from ditattn.ops.table import KERNEL_HEAD_DIMS, Implementation, choose, choose_to_run
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 from ditattn.plan.reuse import ForwardId, PlanMemory, ReusePolicy
+from ditattn.plan.split import GatheredTokens
 from ditattn.plan.token_order import TokenOrder, token_order
 
 __all__ = [
@@ -75,6 +76,7 @@ class SparseAttentionMetadata(AttentionMetadata):
         latent_shape: token grid (F, Y, X) of the video, after patchify; None if unknown.
         num_prefix_tokens, num_suffix_tokens: text or condition tokens before and after the video tokens. In token order "tile" only
             suffix tokens may be padding; that is checked where the host knows the key lengths.
+        gathered: where the tokens stand that several ranks gathered; None where they stand in the model's order.
         forward_id: run and branch of the forward; looked at only where plans are reused.
     """
 
@@ -83,6 +85,7 @@ class SparseAttentionMetadata(AttentionMetadata):
     latent_shape: tuple[int, int, int] | None = None
     num_prefix_tokens: int = 0
     num_suffix_tokens: int = 0
+    gathered: GatheredTokens | None = None
     forward_id: ForwardId = field(default_factory=ForwardId)
 
     def __getattr__(self, key: str) -> Any:
@@ -119,6 +122,10 @@ class SparseAttentionMetadata(AttentionMetadata):
             return None
         frames, rows, columns = self.latent_shape
         return self.num_prefix_tokens + frames * rows * columns + self.num_suffix_tokens
+
+    def as_stored(self, order: TokenOrder, device: torch.device) -> TokenOrder:
+        """An order of the model's tokens as one of the tokens as a call has them."""
+        return order if self.gathered is None else self.gathered.ordered(order, device)
 
 
 def latent_grid(raw_latent_shape: Sequence[int], patch_size: int | Sequence[int]) -> tuple[int, int, int]:
@@ -257,9 +264,10 @@ class SparseAttentionImpl(AttentionImpl):
         assert grid is not None
         facts = (metadata.token_order, grid, metadata.num_prefix_tokens, metadata.num_suffix_tokens, device)
         whole_first_frame = metadata.first_frame_sink and grid[0] > 1
-        if self._known_tokens is None or self._known_tokens[0] != (facts, whole_first_frame):
-            order = token_order(*facts)
-            self._known_tokens = ((facts, whole_first_frame), order, order.protected_blocks(BLOCK_SIZE, whole_first_frame, device))
+        known = (facts, whole_first_frame, metadata.gathered)
+        if self._known_tokens is None or self._known_tokens[0] != known:
+            order = metadata.as_stored(token_order(*facts), device)
+            self._known_tokens = (known, order, order.protected_blocks(BLOCK_SIZE, whole_first_frame, device))
         return self._known_tokens[1:]
 
     def _planned(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata, plan: Callable[[], BlockPlan]) -> CallRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,15 @@ from typing import Any
 
 from ditattn.errors import ConfigError
 
-__all__ = ["DEFAULT_FRAME_RATE", "ModelFamily", "TokenLayout", "one_more_than_a_multiple", "patch_triple", "text_length"]
+__all__ = [
+    "DEFAULT_FRAME_RATE",
+    "ModelFamily",
+    "TokenLayout",
+    "one_more_than_a_multiple",
+    "patch_triple",
+    "prefix_and_rest",
+    "text_length",
+]
 
 DEFAULT_FRAME_RATE = 24
 """Frames per second where nothing else is known."""
@@ -39,6 +48,15 @@ class TokenLayout:
             raise ValueError(f"latents {self.raw_latent_shape} do not make a grid of patches {self.patch_size}")
         if self.num_prefix_tokens < 0 or self.num_suffix_tokens < 0:
             raise ValueError(f"{self.num_prefix_tokens} tokens before and {self.num_suffix_tokens} after the video")
+
+    @property
+    def num_video_tokens(self) -> int:
+        return math.prod(size // p for size, p in zip(self.raw_latent_shape[2:], self.patch_size, strict=True))
+
+
+def prefix_and_rest(layout: TokenLayout) -> tuple[int, ...]:
+    """Streams of a sequence whose text stands in front, or that has none: what stands behind the video is split with it."""
+    return (layout.num_prefix_tokens, layout.num_video_tokens + layout.num_suffix_tokens)
 
 
 def default_frame_rate(pipeline_config: Any) -> int:
@@ -82,6 +100,7 @@ class ModelFamily:
         untrue_notices: what its pipelines log although it is not so, by name of the logger: records that hold the text are dropped.
         dispatches: its processors go through diffusers' attention dispatcher; False means they call torch's SDPA directly.
         supported: names of the backends that make sense for it; None means every one.
+        streams: TokenLayout -> lengths of the streams that context parallelism splits apart, in self-attention's order; None: not known.
         notes: one sentence for the compatibility matrix.
     """
 
@@ -97,6 +116,7 @@ class ModelFamily:
     untrue_notices: Mapping[str, str] = field(default_factory=dict)
     dispatches: bool = True
     supported: frozenset[str] | None = None
+    streams: Callable[[TokenLayout], tuple[int, ...]] | None = None
     notes: str = ""
 
     def is_self_attention(self, path: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ditattn.models.base import ModelFamily, TokenLayout, text_length
+from ditattn.models.base import ModelFamily, TokenLayout, prefix_and_rest, text_length
 
 __all__ = ["FLUX"]
 
@@ -48,5 +48,6 @@ FLUX = ModelFamily(
     transformer_classes=("FluxTransformer2DModel",),
     layout=layout,
     self_attention=r"(transformer_blocks|single_transformer_blocks)\.\d+\.attn",
+    streams=prefix_and_rest,
     notes="text before the image, reference images after it, both protected; an image is one frame, so there is no first-frame rule",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditattn.models.base import ModelFamily, TokenLayout
+from ditattn.models.base import ModelFamily, TokenLayout, prefix_and_rest
 
 __all__ = ["LTX_VIDEO"]
 
@@ -29,4 +29,5 @@ LTX_VIDEO = ModelFamily(
     transformer_classes=("LTXVideoTransformer3DModel",),
     layout=layout,
     self_attention=r"transformer_blocks\.\d+\.attn1",
+    streams=prefix_and_rest,
 )

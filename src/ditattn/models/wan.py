@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditattn.models.base import DEFAULT_FRAME_RATE, ModelFamily, TokenLayout, one_more_than_a_multiple, patch_triple
+from ditattn.models.base import DEFAULT_FRAME_RATE, ModelFamily, TokenLayout, one_more_than_a_multiple, patch_triple, prefix_and_rest
 
 __all__ = ["WAN"]
 
@@ -38,5 +38,6 @@ WAN = ModelFamily(
     frames_to_ask=frames_to_ask,
     full_precision_vaes=frozenset({"AutoencoderKLWan"}),
     untrue_notices={f"diffusers.pipelines.wan.{name}": ROUNDING_NOTICE for name in ("pipeline_wan", "pipeline_wan_i2v")},
+    streams=prefix_and_rest,
     notes="text and image to video; the two transformers of Wan 2.2 share one step count",
 )

@@ -10,15 +10,21 @@ from ditattn.backends.sparse import SparseAttentionMetadata
 from ditattn.errors import ConfigError
 from ditattn.models import TokenLayout
 from ditattn.plan.reuse import ForwardId
+from ditattn.plan.split import GatheredTokens
 from ditattn.runtime.step import Step
 
 __all__ = ["build_attn_metadata", "check_layers", "for_forward"]
 
 
 def build_attn_metadata(
-    builder: AttentionMetadataBuilder, config: AttentionConfig, step: Step, layout: TokenLayout | None
+    builder: AttentionMetadataBuilder,
+    config: AttentionConfig,
+    step: Step,
+    layout: TokenLayout | None,
+    gathered: GatheredTokens | None = None,
 ) -> AttentionMetadata:
-    """The metadata of a step; without a layout the geometry stays unknown."""
+    """The metadata of a step; without a layout the geometry stays unknown. `gathered` tells where tokens stand that ranks share."""
+    split = {} if gathered is None or not gathered.interleaves else {"gathered": gathered}
     if not isinstance(config, SparseAttentionConfig):
         return builder.build(current_timestep=step.index)
     return builder.build(
@@ -29,6 +35,7 @@ def build_attn_metadata(
         num_steps=step.num_steps,
         num_prefix_tokens=0 if layout is None else layout.num_prefix_tokens,
         num_suffix_tokens=0 if layout is None else layout.num_suffix_tokens,
+        **split,
     )
 
 

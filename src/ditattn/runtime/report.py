@@ -55,6 +55,8 @@ class ComponentLog:
         token_orders: heads of all layers by the order that was chosen for them, summed over runs.
         implementations: by op.
         stopwatch: time in attention.
+        communication: time in the exchanges between ranks around it.
+        split: see ComponentReport.
     """
 
     name: str
@@ -71,6 +73,8 @@ class ComponentLog:
     token_orders: Counter[str] = field(default_factory=Counter)
     implementations: dict[str, set[str]] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    communication: Stopwatch = field(default_factory=Stopwatch)
+    split: str = ""
 
     def add(self, step: int | None, layer: int | None, record: CallRecord) -> None:
         """Count one attention call."""
@@ -115,6 +119,8 @@ class ComponentLog:
             token_orders=dict(self.token_orders.most_common()),
             implementations={op: ", ".join(sorted(names)) for op, names in self.implementations.items()},
             attention_ms=self.stopwatch.total_ms(),
+            split=self.split,
+            communication_ms=self.communication.total_ms(),
         )
 
     def overall_densities(self) -> list[tuple[int, int, float]]:
@@ -155,6 +161,8 @@ class ComponentReport:
         token_orders: where heads choose an order of the tokens, how many chose which ("frames x rows x columns"), over all layers and runs.
         implementations: which implementation of each op served; several, separated by commas, where calls differ in what they need.
         attention_ms: time in attention, order and selection included.
+        split: where several ranks share the tokens, which one this is: everything else here is about its part alone. Empty otherwise.
+        communication_ms: time in the exchanges between ranks around attention, waiting for slower ranks included.
     """
 
     backend: str
@@ -175,6 +183,8 @@ class ComponentReport:
     token_orders: dict[str, int]
     implementations: dict[str, str]
     attention_ms: float
+    split: str = ""
+    communication_ms: float = 0.0
 
     def sentence(self) -> str:
         """One line for people."""
@@ -185,7 +195,11 @@ class ComponentReport:
         if self.dense:
             parts.append(f"{self.dense} dense ({_counted(self.dense_reasons)})")
         ran = " / ".join(parts) or self._no_calls()
-        return f"{self.backend}: {ran}{self._part_of_schedule()}{self._served_as()}; {self.attention_ms / 1e3:.2f} s in attention"
+        time = f"{self.attention_ms / 1e3:.2f} s in attention{self._ranks()}"
+        return f"{self.backend}: {ran}{self._part_of_schedule()}{self._served_as()}; {time}"
+
+    def _ranks(self) -> str:
+        return f", {self.communication_ms / 1e3:.2f} s in exchanges; {self.split} alone" if self.split else ""
 
     def _served_as(self) -> str:
         return f"; {self.model}" if "served as" in self.model else ""

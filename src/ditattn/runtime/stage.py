@@ -25,12 +25,14 @@ from ditattn.ops.calls import DenseCall
 from ditattn.ops.contract import check_qkv, checked_scale
 from ditattn.ops.table import choose
 from ditattn.plan.reuse import ForwardId
+from ditattn.plan.split import GatheredTokens
 from ditattn.runtime.autocast import autocast_as_sdpa
 from ditattn.runtime.branches import ForwardCounter
 from ditattn.runtime.foreign_modes import native_sdpa, why_native
-from ditattn.runtime.key_padding import MaskReader, broadcastable
+from ditattn.runtime.key_padding import KeyPadding, MaskReader, broadcastable
 from ditattn.runtime.metadata import build_attn_metadata, for_forward
 from ditattn.runtime.report import AttentionReport, ComponentLog
+from ditattn.runtime.split import SequenceSplit, gathered_tokens
 from ditattn.runtime.step import Step, StepClock
 
 __all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "running"]
@@ -79,7 +81,12 @@ class ServedModel:
 
 @dataclass
 class Forward:
-    """One running forward of a denoiser: what an attention call inside it can know."""
+    """One running forward of a denoiser: what an attention call inside it can know.
+
+    Attributes:
+        split: how its tokens are split between ranks; None if they are not.
+        gathered: where they then stand in a call that has them all; None also where the layout is unknown.
+    """
 
     stage: DenoisingStage
     model: ServedModel
@@ -89,6 +96,8 @@ class Forward:
     metadata: AttentionMetadata
     layer: int | None = None
     num_calls: int = 0
+    split: SequenceSplit | None = None
+    gathered: GatheredTokens | None = None
     records: list[CallRecord] = field(default_factory=list)
     masks: MaskReader = field(default_factory=MaskReader)
 
@@ -139,13 +148,23 @@ class DenoisingStage:
         self._forwards = ForwardCounter()
 
     def enter(
-        self, model: ServedModel, arguments: Mapping[str, Any], cache_context: Any = None, branch: str | None = None, driver: Any = None
+        self,
+        model: ServedModel,
+        arguments: Mapping[str, Any],
+        cache_context: Any = None,
+        branch: str | None = None,
+        driver: Any = None,
+        split: SequenceSplit | None = None,
     ) -> Forward:
         """A forward of `model` begins in this thread.
 
         Args:
             arguments: of the forward, by name.
             cache_context, branch, driver: see `StepClock.read`.
+            split: how the host splits the tokens between ranks.
+
+        Raises:
+            UnsupportedModel, UnsupportedCall: tokens that cannot be split so.
         """
         others = [other for other in getattr(_local, "stack", []) if other.model is not model]
         if len(others) < len(getattr(_local, "stack", [])):
@@ -157,8 +176,10 @@ class DenoisingStage:
             self._forget_plans()
         forward_id = self._forwards.read(model.name, step.index, branch)
         layout = _layout(model, arguments)
-        metadata = for_forward(self._build_attn_metadata(model, step, layout), forward_id)
-        forward = Forward(self, model, step, forward_id, layout, metadata)
+        gathered = gathered_tokens(split, model.family, layout)
+        metadata = for_forward(self._build_attn_metadata(model, step, layout, gathered), forward_id)
+        forward = Forward(self, model, step, forward_id, layout, metadata, split=split, gathered=gathered)
+        model.log.split = "" if split is None else str(split)
         _local.stack = [*others, forward]
         return forward
 
@@ -192,12 +213,14 @@ class DenoisingStage:
         """What ran so far."""
         return AttentionReport({model.name: model.log.report() for model in self.models}, dict(self.not_served))
 
-    def _build_attn_metadata(self, model: ServedModel, step: Step, layout: TokenLayout | None) -> AttentionMetadata:
+    def _build_attn_metadata(
+        self, model: ServedModel, step: Step, layout: TokenLayout | None, gathered: GatheredTokens | None
+    ) -> AttentionMetadata:
         """The metadata of a step, built once and shared by all layers and branches with the same tokens."""
-        key = (step, layout)
+        key = (step, layout, gathered)
         cached = self._metadata.get(model.name)
         if cached is None or cached[0] != key:
-            cached = self._metadata[model.name] = (key, build_attn_metadata(model.builder, model.config, step, layout))
+            cached = self._metadata[model.name] = (key, build_attn_metadata(model.builder, model.config, step, layout, gathered))
         return cached[1]
 
     def attend(
@@ -232,11 +255,15 @@ class DenoisingStage:
         forward.model.log.add(forward.step.index, layer, CallRecord(reason))
 
     def _serve(self, forward: Forward, layer: int | None, call: DenseCall) -> Tensor:
-        query, key, value = call.query, call.key, call.value
+        query, key = call.query, call.key
         metadata = forward.metadata
         reason = NOT_SELF_ATTENTION if layer is None else None
+        if reason is None and query.shape[1] == key.shape[1]:
+            _check_whole(forward, query)
         if call.attn_mask is not None and reason is None:
-            padding, reason = forward.masks.read(call.attn_mask, key)
+            padding, reason = forward.masks.read(_in_model_order(forward, call.attn_mask, key), key)
+            if padding is not None and _interleaves(forward):
+                return self._serve_in_model_order(forward, layer, call, padding)
             metadata = metadata if padding is None else replace(metadata, **padding._asdict())
         strict = self.strict and _is_self_attention(layer, query, key)
         if reason is not None:
@@ -244,6 +271,23 @@ class DenoisingStage:
                 self._refuse(reason, forward)
             forward.records.append(CallRecord(reason))
             return _native(call)
+        return self._run(forward, layer, call, metadata)
+
+    def _serve_in_model_order(self, forward: Forward, layer: int | None, call: DenseCall, padding: KeyPadding) -> Tensor:
+        """Leading keys are leading only in the model's order: a padded call that ranks have gathered is put in that order by copying."""
+        assert forward.gathered is not None
+        metadata = forward.metadata
+        if isinstance(metadata, SparseAttentionMetadata):
+            metadata = replace(metadata, gathered=None)
+        places = forward.gathered.places(call.query.device)
+        q, k, v = (x.index_select(1, places) for x in (call.query, call.key, call.value))
+        out = self._run(forward, layer, replace(call, query=q, key=k, value=v), replace(metadata, **padding._asdict()))
+        return out.index_select(1, forward.gathered.tokens(out.device))
+
+    def _run(self, forward: Forward, layer: int | None, call: DenseCall, metadata: AttentionMetadata) -> Tensor:
+        """By the layer's implementation, which the metadata tells everything else."""
+        query, key, value = call.query, call.key, call.value
+        strict = self.strict and _is_self_attention(layer, query, key)
         impl = self._impl(forward.model, layer, call, metadata)
         if strict and isinstance(impl, SparseAttentionImpl):
             assert isinstance(metadata, SparseAttentionMetadata)
@@ -297,6 +341,29 @@ def _next_layer(forward: Forward, query: Tensor, key: Tensor) -> int | None:
 def _is_self_attention(layer: int | None, query: Tensor, key: Tensor) -> bool:
     """False for cross-attention, also where it is an adapter's own inside a self-attention module: strictness is not about it."""
     return layer is not None and query.shape[1] == key.shape[1]
+
+
+def _interleaves(forward: Forward) -> bool:
+    return forward.gathered is not None and forward.gathered.interleaves
+
+
+def _in_model_order(forward: Forward, mask: Tensor, key: Tensor) -> Tensor:
+    """A mask over gathered keys as one over the model's; others as they are."""
+    if forward.gathered is None or not forward.gathered.interleaves or mask.shape[-1] != key.shape[1]:
+        return mask
+    return mask.index_select(-1, forward.gathered.places(mask.device))
+
+
+def _check_whole(forward: Forward, query: Tensor) -> None:
+    """Raise UnsupportedCall if a call of a split denoiser does not have all tokens: nobody gathered them."""
+    if forward.gathered is None:
+        return
+    whole = sum(forward.gathered.streams)
+    if query.shape[1] != whole:
+        raise UnsupportedCall(
+            f"{forward.model.name} is split between ranks, and a self-attention call has {query.shape[1]} of {whole} tokens: its processor "
+            "does not hand the host's parallel configuration on"
+        )
 
 
 def _observe(record: CallRecord) -> None:

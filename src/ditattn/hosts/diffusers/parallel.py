@@ -1,0 +1,146 @@
+"""Attention of a denoiser that diffusers has split between ranks by `enable_parallelism(config=ContextParallelConfig(...))`.
+
+Under Ulysses diffusers' own exchange brings the whole sequence of some heads here and takes the result back. It stands on private names of
+diffusers, which tests/hosts/diffusers/test_dispatcher.py pins.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any, NoReturn
+
+import torch
+from diffusers.models import attention_dispatch
+from torch import Tensor, nn
+
+from ditattn.errors import UnsupportedCall, UnsupportedModel
+from ditattn.models import ModelFamily, unwrapped
+from ditattn.runtime.split import SequenceSplit
+from ditattn.runtime.stage import attend, running
+
+__all__ = ["attend_in_parallel", "check_split", "enable_context_parallelism", "sequence_split"]
+
+
+def sequence_split(module: nn.Module) -> SequenceSplit | None:
+    """How the denoiser's tokens are split between ranks at present; None if they are not."""
+    config = getattr(getattr(unwrapped(module), "_parallel_config", None), "context_parallel_config", None)
+    if config is None:
+        return None
+    rank = config._ring_local_rank * config.ulysses_degree + config._ulysses_local_rank
+    even = not (config.ulysses_anything or config.ring_anything)
+    return SequenceSplit(config.ulysses_degree, config.ring_degree, rank, even)
+
+
+def enable_context_parallelism(module: Any, cp_plan: Any = None, **degrees: Any) -> None:
+    """`module.enable_parallelism` of diffusers with a `ContextParallelConfig` of these degrees; `cp_plan` is the model's own unless given.
+
+    It divides by the number of accelerators to find this rank's device, also on a machine that has none (seen in 0.42.1): there torch is
+    made to count the CPU as one while it looks.
+    """
+    from diffusers import ContextParallelConfig
+
+    count = torch.accelerator.device_count
+    if not count():
+        torch.accelerator.device_count = lambda: 1
+    try:
+        module.enable_parallelism(config=ContextParallelConfig(**degrees), cp_plan=cp_plan)
+    finally:
+        torch.accelerator.device_count = count
+
+
+def check_split(name: str, module: nn.Module, family: ModelFamily) -> None:
+    """Raise UnsupportedModel if the denoiser is split between ranks in a way that is not served."""
+    split = sequence_split(module)
+    if split is None:
+        if any(getattr(getattr(part, "processor", None), "_parallel_config", None) is not None for part in module.modules()):
+            raise UnsupportedModel(
+                f"{name}: its attention processors are set for context parallelism, it is not: call its enable_parallelism"
+            )
+        return
+    what = f"{name} is split between ranks"
+    if not family.dispatches:
+        raise UnsupportedModel(f"{what}, but its attention processors do not go through diffusers' dispatcher, where ranks exchange tokens")
+    if family.streams is None:
+        raise UnsupportedModel(f"{what}, and how the tokens of {family.name} are split is not known here")
+    if split.ring > 1:
+        raise UnsupportedModel(f"{what} by ring_degree={split.ring}, which is not served yet; ulysses_degree is")
+
+
+def attend_in_parallel(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, dropout_p: float, is_causal: bool, scale: float | None, config: Any
+) -> Tensor:
+    """`attend` for this rank's part of the tokens, `[B, S / ranks, H, D]` in and out.
+
+    Raises:
+        UnsupportedCall: a degree that is not served, heads that the ranks cannot share, fewer key heads than query heads, causal attention.
+    """
+    degrees = config.context_parallel_config
+    _check(query, key, is_causal, degrees)
+    forward = running()
+    if forward is not None and forward.split is None:
+        raise UnsupportedCall(f"{forward.model.name}: an attention processor is set for context parallelism, its denoiser is not")
+    if forward is None or torch.compiler.is_compiling():
+        return _exchanged(query, key, value, attn_mask, dropout_p, scale, config, attend)
+    watch = forward.model.log.communication
+    with ExitStack() as stretch:
+        stretch.enter_context(watch.measure(query.device))
+
+        def attend_between(*call: Any) -> Tensor:
+            stretch.close()
+            out = attend(*call)
+            stretch.enter_context(watch.measure(query.device))
+            return out
+
+        return _exchanged(query, key, value, attn_mask, dropout_p, scale, config, attend_between)
+
+
+def _exchanged(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, dropout_p: float, scale: float | None, config: Any, compute: Any
+) -> Tensor:
+    """diffusers' exchange around `compute`, which gets the whole sequence of this rank's heads."""
+
+    def forward_op(
+        _ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout_p: float, is_causal: bool, scale: float | None, *_: Any, **__: Any
+    ) -> Tensor:
+        out: Tensor = compute(q, k, v, mask, dropout_p, is_causal, scale)
+        return out
+
+    exchanged: Tensor = attention_dispatch._templated_context_parallel_attention(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        False,
+        scale,
+        False,
+        False,
+        forward_op=forward_op,
+        backward_op=_no_backward,
+        _parallel_config=config,
+    )
+    return exchanged
+
+
+def _no_backward(*_: Any, **__: Any) -> NoReturn:
+    raise UnsupportedCall("this package is forward only")
+
+
+def _check(query: Tensor, key: Tensor, is_causal: bool, degrees: Any) -> None:
+    heads, ulysses = query.shape[2], degrees.ulysses_degree
+    if degrees.ring_degree > 1:
+        raise UnsupportedCall(f"ring_degree={degrees.ring_degree} is not served yet; ulysses_degree is")
+    if is_causal:
+        raise UnsupportedCall("causal attention is not served under context parallelism")
+    if key.shape[2] != heads:
+        raise UnsupportedCall(
+            f"{key.shape[2]} key heads for {heads} query heads are not served under context parallelism: they must be as many"
+        )
+    if not degrees.ulysses_anything and heads % ulysses:
+        raise UnsupportedCall(
+            f"ulysses_degree={ulysses} does not divide the {heads} heads: choose a degree that does, or "
+            "ContextParallelConfig(..., ulysses_anything=True), which gives the last rank fewer"
+        )
+    spare = -heads % ulysses
+    if spare and spare >= (heads + spare) // ulysses:
+        raise UnsupportedCall(f"{heads} heads are too few for ulysses_degree={ulysses}: its last rank would have none")

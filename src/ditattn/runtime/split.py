@@ -1,0 +1,59 @@
+"""How a denoiser's tokens are split between ranks, and what that means for one forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ditattn.errors import UnsupportedCall, UnsupportedModel
+from ditattn.models import ModelFamily, TokenLayout
+from ditattn.plan.split import GatheredTokens
+
+__all__ = ["SequenceSplit", "gathered_tokens"]
+
+
+@dataclass(frozen=True)
+class SequenceSplit:
+    """Context parallelism as a host has switched it on for a denoiser.
+
+    Attributes:
+        ulysses: ranks that exchange tokens for heads: each has the whole sequence of its share of the heads.
+        ring: ranks that keep their queries and gather all keys and values.
+        rank: this one, of ulysses * ring; ranks that differ in their Ulysses place only are neighbours.
+        even: every stream must be a multiple of the number of ranks.
+    """
+
+    ulysses: int
+    ring: int
+    rank: int
+    even: bool = True
+
+    @property
+    def ranks(self) -> int:
+        return self.ulysses * self.ring
+
+    def __str__(self) -> str:
+        degrees = [f"{name} {degree}" for name, degree in (("Ulysses", self.ulysses), ("ring", self.ring)) if degree > 1]
+        return f"rank {self.rank} of {self.ranks} ({', '.join(degrees)})"
+
+
+def gathered_tokens(split: SequenceSplit | None, family: ModelFamily, layout: TokenLayout | None) -> GatheredTokens | None:
+    """The order in which gathered tokens arrive; None where the sequence is not split, or its layout unknown.
+
+    Raises:
+        UnsupportedModel: nobody has said which of the family's tokens are split apart.
+        UnsupportedCall: a stream that the ranks cannot share equally although they must.
+    """
+    if split is None:
+        return None
+    if family.streams is None:
+        raise UnsupportedModel(f"{family.name} is not served under context parallelism: how its tokens are split is not known here")
+    if layout is None:
+        return None
+    streams = family.streams(layout)
+    uneven = [length for length in streams if length % split.ranks]
+    if split.even and uneven:
+        raise UnsupportedCall(
+            f"{split.ranks} ranks cannot share {' and '.join(map(str, uneven))} tokens equally: choose a size or a text length that is a "
+            f"multiple of {split.ranks}, or ContextParallelConfig(..., ulysses_anything=True)"
+        )
+    return GatheredTokens(streams, split.ranks)

@@ -1,0 +1,52 @@
+"""Gathered sequences: an order of the model's tokens reads them as it would read the model's own sequence."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ditattn.plan.bricks import brick_order
+from ditattn.plan.split import GatheredTokens
+from ditattn.plan.token_order import TokenOrder, token_order
+
+
+def gathered(x: torch.Tensor, streams: tuple[int, ...], ranks: int) -> torch.Tensor:
+    """What ranks hold behind each other, each a part of every stream."""
+    parts = [stream.tensor_split(ranks, dim=1) for stream in x.split(streams, dim=1)]
+    return torch.cat([part[rank] for rank in range(ranks) for part in parts], dim=1)
+
+
+@given(
+    streams=st.lists(st.integers(0, 40), min_size=1, max_size=4).map(tuple).filter(any),
+    ranks=st.integers(1, 8),
+)
+def test_places_put_a_gathered_sequence_in_the_models_order(streams: tuple[int, ...], ranks: int) -> None:
+    split = GatheredTokens(streams, ranks)
+    x = torch.arange(sum(streams)).view(1, -1)
+    stored = gathered(x, streams, ranks)
+    assert torch.equal(stored[:, split.places()], x)
+    assert torch.equal(x[:, split.tokens()], stored)
+    if not split.interleaves:
+        assert torch.equal(stored, x)
+
+
+@given(grid=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20)), prefix=st.integers(0, 30), ranks=st.integers(2, 5))
+def test_an_order_reads_the_gathered_sequence_as_the_models(grid: tuple[int, int, int], prefix: int, ranks: int) -> None:
+    video = grid[0] * grid[1] * grid[2]
+    split, x = GatheredTokens((prefix, video), ranks), torch.randn(2, prefix + video, 3)
+    stored = gathered(x, split.streams, ranks)
+    for order in (token_order("raster", grid, prefix), token_order("tile", grid, prefix), brick_order((4, 2, 16), grid, prefix)):
+        reading = split.ordered(order)
+        assert torch.equal(reading.apply(stored), order.apply(x))
+        assert torch.equal(reading.undo(reading.apply(stored)), stored)
+        assert (reading.video, reading.first_frame, reading.length) == (order.video, order.first_frame, order.length)
+
+
+def test_orders_per_head_read_the_gathered_sequence_too() -> None:
+    split, x = GatheredTokens((5, 8), 3), torch.randn(1, 13, 4, 2)
+    forward = torch.stack([torch.randperm(13), torch.randperm(13)])
+    order = TokenOrder(forward, forward.argsort(-1), (0, 4), (0, 13), 13)
+    stored = gathered(x, split.streams, 3)
+    assert torch.equal(split.ordered(order).apply(stored), order.apply(x))
+    assert torch.equal(split.ordered(order).undo(order.apply(x)), stored)

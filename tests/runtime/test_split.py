@@ -1,0 +1,104 @@
+"""A denoiser that is split between ranks, seen by one of them: whole sequences whose tokens stand rank by rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ditattn.backends.registry import load_backend
+from ditattn.errors import UnsupportedCall, UnsupportedModel
+from ditattn.models import ModelFamily, TokenLayout
+from ditattn.models.base import prefix_and_rest
+from ditattn.plan.split import GatheredTokens
+from ditattn.runtime.report import ComponentReport
+from ditattn.runtime.split import SequenceSplit
+from ditattn.runtime.stage import DenoisingStage, ServedModel, attend
+from ditattn.runtime.step import StepClock
+
+TEXT, FRAMES, ROWS, COLUMNS = 40, 3, 16, 16
+VIDEO = FRAMES * ROWS * COLUMNS
+ARGUMENTS = {"latents": torch.empty(1, 4, FRAMES, ROWS, COLUMNS), "timestep": 900}
+SPLIT = SequenceSplit(2, 1, 0)
+SPARSE = {"sparsity": 0.5, "skip_first_steps": 0, "min_tokens": 0}
+
+
+def _text_behind(config: Any, arguments: Any) -> TokenLayout:
+    return TokenLayout(tuple(arguments["latents"].shape), (1, 1, 1), num_suffix_tokens=TEXT)
+
+
+FAMILY = ModelFamily("Test", ("TestTransformer",), _text_behind, r"blocks\.\d+\.attn", streams=lambda _: (VIDEO, TEXT))
+
+
+def served(backend: str, split: SequenceSplit | None, *tensors: Tensor, **call: Any) -> tuple[Tensor, ComponentReport]:
+    """One call of a forward that is split so."""
+    cls = load_backend(backend)
+    values = cls.get_config_cls().from_mapping(SPARSE if cls.is_sparse else {})
+    stage = DenoisingStage(StepClock())
+    stage.models.append(ServedModel("transformer", FAMILY, None, cls, values, ["blocks.0.attn"]))
+    forward = stage.enter(stage.models[0], ARGUMENTS, split=split)
+    try:
+        out = attend(*tensors, **call)
+    finally:
+        stage.leave(forward)
+    return out, stage.report().components["transformer"]
+
+
+def qkv() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(1, VIDEO + TEXT, 2, 32, generator=generator) for _ in range(3)]
+
+
+GATHERED = GatheredTokens((VIDEO, TEXT), 2)
+
+
+@pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn", "block_sparse_attn", "permuted_sparse_attn"])
+@pytest.mark.parametrize("padding", [0, 17])
+def test_a_gathered_call_is_the_models(backend: str, padding: int) -> None:
+    tensors, tokens = qkv(), GATHERED.tokens()
+    mask = (torch.arange(VIDEO + TEXT) < VIDEO + TEXT - padding).view(1, 1, 1, -1) if padding else None
+    expected, plain = served(backend, None, *tensors, attn_mask=mask)
+    stored = [x[:, tokens] for x in tensors]
+    out, report = served(backend, SPLIT, *stored, attn_mask=None if mask is None else mask[..., tokens])
+    torch.testing.assert_close(out, expected[:, tokens])
+    assert (report.sparse, report.sparse_density, report.dense_reasons) == (plain.sparse, plain.sparse_density, plain.dense_reasons)
+    assert report.split == "rank 0 of 2 (Ulysses 2)"
+
+
+def test_a_mask_with_gaps_stays_with_its_keys() -> None:
+    tensors, tokens = qkv(), GATHERED.tokens()
+    mask = torch.arange(VIDEO + TEXT).view(1, 1, 1, -1) % 7 > 0
+    q, k, v = (x[:, tokens] for x in tensors)
+    out, report = served("rain_fusion_attn", SPLIT, q, k, v, attn_mask=mask[..., tokens])
+    exact = scaled_dot_product_attention(*(x.transpose(1, 2) for x in tensors), attn_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(out, exact[:, tokens])
+    assert report.dense_reasons == {"mask with gaps": 1}
+
+
+@pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn"])
+def test_a_call_that_nobody_gathered_is_refused(backend: str) -> None:
+    q, k, v = (x[:, : (VIDEO + TEXT) // 2] for x in qkv())
+    with pytest.raises(UnsupportedCall, match=f"{(VIDEO + TEXT) // 2} of {VIDEO + TEXT} tokens"):
+        served(backend, SPLIT, q, k, v)
+
+
+def test_tokens_that_ranks_cannot_share_equally_are_refused_before_the_first_call() -> None:
+    with pytest.raises(UnsupportedCall, match=r"cannot share 40 tokens equally.*ulysses_anything"):
+        served("torch_sdpa", SequenceSplit(3, 1, 0), *qkv())
+    out, _ = served("torch_sdpa", SequenceSplit(3, 1, 0, even=False), *qkv())
+    assert out.isfinite().all()
+
+
+def test_a_family_that_says_nothing_of_its_streams_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "FAMILY", dataclasses.replace(FAMILY, streams=None))
+    with pytest.raises(UnsupportedModel, match="Test is not served under context parallelism"):
+        served("torch_sdpa", SPLIT, *qkv())
+
+
+def test_streams_of_a_text_in_front_and_a_reference_behind() -> None:
+    layout = TokenLayout((1, 4, 1, 30, 44), (1, 1, 1), 10, 256)
+    assert prefix_and_rest(layout) == (10, 30 * 44 + 256)
