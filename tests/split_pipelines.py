@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from diffusers.models._modeling_parallel import ContextParallelInput
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 import ditattn
 import tiny_pipelines
@@ -22,6 +23,7 @@ from ditattn.errors import DitattnError
 from ditattn.hosts.diffusers.dispatcher import dispatched_attention
 from ditattn.hosts.diffusers.parallel import enable_context_parallelism
 from ditattn.plan.block_plan import BlockPlan
+from ditattn.plan.token_order import TokenOrder
 from tiny_pipelines import TinyPipeline
 from tiny_pipelines.footprint import dispatcher_footprint, footprint
 
@@ -36,15 +38,44 @@ FAMILIES: dict[str, Callable[[], TinyPipeline]] = {
 }
 """Of every family with a plan for context parallelism in diffusers."""
 
+RING: dict[str, Callable[[], TinyPipeline]] = {
+    "wan": tiny_pipelines.wan,
+    "wan in whole blocks": lambda: _resized(tiny_pipelines.wan(), height=256, width=256, num_frames=21),
+    "flux": tiny_pipelines.flux,
+    "flux kontext": tiny_pipelines.flux_kontext,
+    "qwen image": tiny_pipelines.qwen_image,
+    "flux of 12 words": lambda: _with_words(tiny_pipelines.flux(), 12),
+}
+"""Those whose cross-attention diffusers can gather on a CPU. Two ranks share 6 x 16 x 16 tokens by whole frames of two blocks each."""
+
 
 class PlanWatch:
-    """Keeps the plan of every call."""
+    """Keeps the plan of every call, the orders, and what a call without a tail is off from exact attention over its own plan."""
 
     def __init__(self) -> None:
         self.masks: list[Tensor] = []
+        self.orders: list[TokenOrder] = []
+        self.errors: list[float] = []
 
-    def look(self, forward: Any, *_: Any) -> None:
-        self.masks += [record.plan.to_mask() for record in forward.records if record.plan is not None]
+    def look(self, forward: Any, _layer: Any, impl: Any, query: Tensor, key: Tensor, value: Tensor, metadata: Any, out: Tensor) -> None:
+        for record in forward.records:
+            if record.plan is not None:
+                self.masks.append(record.plan.to_mask())
+                self.orders.append(record.order)
+                if record.query_order is not None and not getattr(metadata, "tail", False):
+                    self.errors.append(_off(record, query, key, value, out, impl.softmax_scale))
+
+
+def _off(record: CallRecord, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float) -> float:
+    """Largest difference to float64 attention over the tokens of the kept blocks."""
+    assert record.plan is not None
+    assert record.order is not None
+    assert record.query_order is not None
+    keep = record.plan.to_mask().repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, : query.shape[1], : key.shape[1]]
+    q, k, v = record.query_order.apply(query), record.order.apply(key), record.order.apply(value)
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    exact = scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale).transpose(1, 2)
+    return float((record.query_order.apply(out) - exact).abs().max())
 
 
 def build(name: str, heads: int = HEADS) -> TinyPipeline:
@@ -53,7 +84,7 @@ def build(name: str, heads: int = HEADS) -> TinyPipeline:
         # tiny_pipelines.wan is the function
         for module in ("wan", "image", "video"):
             changed.enter_context(mock.patch.object(sys.modules[f"tiny_pipelines.{module}"], "HEADS", heads))
-        return FAMILIES[name]()
+        return {**FAMILIES, **RING}[name]()
 
 
 @cache
@@ -87,6 +118,25 @@ def compare(name: str, backend: str, config: Mapping[str, Any], degrees: Mapping
     of_rank = [mask[:, rank * share : (rank + 1) * share] for mask in plans]
     wrong = [float((mask != other).float().mean()) for mask, other in zip(ours, of_rank, strict=True)]
     return {"error": float((out - expected).abs().max()), "wrong": wrong, "report": report}
+
+
+def compare_ring(name: str, backend: str, config: Mapping[str, Any], degrees: Mapping[str, Any]) -> dict[str, Any]:
+    """A run by each rank's own queries beside one in one piece; where blocks fall together, plan entries that differ from its rows."""
+    expected, plans, _ = run(whole(name), backend, config)
+    watch = PlanWatch()
+    tiny = split(name, tuple(degrees.items()))
+    with ditattn.install(tiny.pipe, backend, **config) as handle:
+        handle.watch(watch)
+        out = tiny.run(1)
+    report = handle.report().components["transformer"]
+    wrong = []
+    if plans and not report.own_blocks and "ulysses_degree" not in degrees:
+        length = watch.orders[0].length
+        place = watch.orders[0].inverse if watch.orders[0].inverse is not None else torch.arange(length)
+        # of one stream, so that nothing interleaves
+        blocks = place[torch.arange(length).tensor_split(dist.get_world_size())[dist.get_rank()]].sort().values[::128] // 128
+        wrong = [float((mask != other[:, :, blocks]).float().mean()) for mask, other in zip(watch.masks, plans, strict=True)]
+    return {"error": float((out - expected).abs().max()), "wrong": wrong, "off": watch.errors, "report": report}
 
 
 def three_heads() -> tuple[str, float, set[int]]:
@@ -124,7 +174,7 @@ def refusals() -> dict[str, str]:
     """What is said to splits that are not served."""
     plan = {"transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)}}
     cog, later = tiny_pipelines.cogvideox(), tiny_pipelines.cogvideox()
-    hunyuan, odd, ring = tiny_pipelines.hunyuan_video(), build("wan"), build("wan")
+    hunyuan, odd = tiny_pipelines.hunyuan_video(), build("wan")
     messages = {}
     _split_by(cog, plan)
     messages["cogvideox before"] = _message(lambda: ditattn.install(cog.pipe, "rain_fusion_attn"))
@@ -132,8 +182,6 @@ def refusals() -> dict[str, str]:
         with ditattn.install(tiny.pipe, "torch_sdpa"):
             _split_by(tiny, plan)
             messages[name] = _message(lambda tiny=tiny: tiny.run(1))
-    enable_context_parallelism(ring.pipe.transformer, ring_degree=2)
-    messages["ring before"] = _message(lambda: ditattn.install(ring.pipe, "rain_fusion_attn"))
     enable_context_parallelism(odd.pipe.transformer, ulysses_degree=2)
     config = odd.pipe.transformer._parallel_config
     for block in odd.pipe.transformer.blocks:
@@ -181,6 +229,17 @@ def _in_head_groups(groups: int) -> Iterator[None]:
 
     with mock.patch.object(PermutedSparseAttentionBackend, "impl_cls", InGroups):
         yield
+
+
+def _with_words(tiny: TinyPipeline, count: int) -> TinyPipeline:
+    for key in ("prompt_embeds", "negative_prompt_embeds"):
+        tiny.arguments[key] = tiny.arguments[key].repeat(1, 2, 1)[:, :count]
+    return tiny
+
+
+def _resized(tiny: TinyPipeline, **size: int) -> TinyPipeline:
+    tiny.arguments |= size
+    return tiny
 
 
 def _without_text_mask(tiny: TinyPipeline) -> TinyPipeline:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditattn.plan.bricks import brick_order
-from ditattn.plan.split import GatheredTokens
+from ditattn.plan.split import GatheredRows, GatheredTokens
 from ditattn.plan.token_order import TokenOrder, token_order
 
 
@@ -50,3 +50,33 @@ def test_orders_per_head_read_the_gathered_sequence_too() -> None:
     stored = gathered(x, split.streams, 3)
     assert torch.equal(split.ordered(order).apply(stored), order.apply(x))
     assert torch.equal(split.ordered(order).undo(order.apply(x)), stored)
+
+
+@given(
+    grid=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20)),
+    prefix=st.integers(0, 30),
+    ranks=st.integers(2, 4),
+    data=st.data(),
+)
+def test_a_ranks_queries_stand_as_they_do_among_all(grid: tuple[int, int, int], prefix: int, ranks: int, data: st.DataObject) -> None:
+    split = GatheredTokens((prefix, grid[0] * grid[1] * grid[2]), ranks)
+    first = data.draw(st.integers(0, ranks - 1))
+    rows = GatheredRows(split, first, data.draw(st.integers(1, ranks - first)))
+    x = torch.arange(sum(split.streams)).view(1, -1)
+    parts = [stream.tensor_split(ranks, dim=1) for stream in x.split(split.streams, dim=1)]
+    own = torch.cat([part[rank] for rank in range(first, first + rows.parts) for part in parts], dim=1)
+    assert torch.equal(rows.tokens(), own[0])
+    assert rows.num_tokens == own.shape[1]
+    for order in (token_order("raster", grid, prefix), token_order("tile", grid, prefix), brick_order((4, 2, 16), grid, prefix)):
+        found, all_in_order = rows.ordered(order), order.apply(x)[0].tolist()
+        among_all = [token for token in all_in_order if token in set(own[0].tolist())]
+        assert found.order.apply(own)[0].tolist() == among_all
+        assert torch.equal(found.order.undo(found.order.apply(own)), own)
+        blocks = [set(among_all[start : start + 128]) for start in range(0, len(among_all), 128)]
+        assert found.own_blocks != all(block in [set(all_in_order[at : at + 128]) for at in range(0, len(x[0]), 128)] for block in blocks)
+        video = range(prefix, len(x[0]))
+        start, stop = found.order.video
+        assert all((token in video) == (start <= place < stop) for place, token in enumerate(among_all))
+        start, stop = found.order.first_frame
+        inside = set(all_in_order[slice(*order.first_frame)])
+        assert all((token in inside) == (start <= place < stop) for place, token in enumerate(among_all))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ditattn.backends.registry import load_backend
-from ditattn.errors import UnsupportedCall, UnsupportedModel
+from ditattn.errors import DenseInStrictMode, UnsupportedCall, UnsupportedModel
 from ditattn.models import ModelFamily, TokenLayout
 from ditattn.models.base import prefix_and_rest
 from ditattn.plan.split import GatheredTokens
@@ -34,11 +34,13 @@ def _text_behind(config: Any, arguments: Any) -> TokenLayout:
 FAMILY = ModelFamily("Test", ("TestTransformer",), _text_behind, r"blocks\.\d+\.attn", streams=lambda _: (VIDEO, TEXT))
 
 
-def served(backend: str, split: SequenceSplit | None, *tensors: Tensor, **call: Any) -> tuple[Tensor, ComponentReport]:
+def served(
+    backend: str, split: SequenceSplit | None, *tensors: Tensor, sparsity: float = 0.5, strict: bool = False, **call: Any
+) -> tuple[Tensor, ComponentReport]:
     """One call of a forward that is split so."""
     cls = load_backend(backend)
-    values = cls.get_config_cls().from_mapping(SPARSE if cls.is_sparse else {})
-    stage = DenoisingStage(StepClock())
+    values = cls.get_config_cls().from_mapping({**SPARSE, "sparsity": sparsity} if cls.is_sparse else {})
+    stage = DenoisingStage(StepClock(), strict)
     stage.models.append(ServedModel("transformer", FAMILY, None, cls, values, ["blocks.0.attn"]))
     forward = stage.enter(stage.models[0], ARGUMENTS, split=split)
     try:
@@ -67,6 +69,34 @@ def test_a_gathered_call_is_the_models(backend: str, padding: int) -> None:
     torch.testing.assert_close(out, expected[:, tokens])
     assert (report.sparse, report.sparse_density, report.dense_reasons) == (plain.sparse, plain.sparse_density, plain.dense_reasons)
     assert report.split == "rank 0 of 2 (Ulysses 2)"
+
+
+@pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn", "block_sparse_attn", "permuted_sparse_attn"])
+@pytest.mark.parametrize("padding", [0, 17])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_ranks_queries_see_everybodys_keys(backend: str, padding: int, rank: int) -> None:
+    tensors, tokens = qkv(), GATHERED.tokens()
+    mask = (torch.arange(VIDEO + TEXT) < VIDEO + TEXT - padding).view(1, 1, 1, -1)
+    exact = scaled_dot_product_attention(*(x.transpose(1, 2) for x in tensors), attn_mask=mask).transpose(1, 2)
+    q, k, v = (x[:, tokens] for x in tensors)
+    part = slice(rank * (VIDEO + TEXT) // 2, (rank + 1) * (VIDEO + TEXT) // 2)
+    # it drops no block, and runs sparse all the same
+    least = 1e-4 if backend == "permuted_sparse_attn" else 0.01
+    masked = {"attn_mask": mask[..., tokens]} if padding else {}
+    out, report = served(backend, SequenceSplit(1, 2, rank), q[:, part], k, v, sparsity=least, **masked)
+    torch.testing.assert_close(out, exact[:, tokens][:, part])
+    assert report.sparse == (backend != "torch_sdpa")
+    assert report.split == f"rank {rank} of 2 (ring 2)"
+
+
+def test_text_and_first_frame_of_a_ranks_queries_stay_whole() -> None:
+    q, k, v = (x[:, GATHERED.tokens()] for x in qkv())
+    half = (VIDEO + TEXT) // 2
+    density = {rank: served("rain_fusion_attn", SequenceSplit(1, 2, rank), q[:, rank * half :][:, :half], k, v)[1] for rank in (0, 1)}
+    # of four rows (404 queries in blocks of 128) rank 0 has the first frame in two or more, and both have text in the last
+    assert density[0].sparse_density is not None
+    assert density[1].sparse_density is not None
+    assert density[0].sparse_density > density[1].sparse_density > 0.5
 
 
 def test_a_mask_with_gaps_stays_with_its_keys() -> None:
@@ -102,3 +132,14 @@ def test_a_family_that_says_nothing_of_its_streams_is_refused(monkeypatch: pytes
 def test_streams_of_a_text_in_front_and_a_reference_behind() -> None:
     layout = TokenLayout((1, 4, 1, 30, 44), (1, 1, 1), 10, 256)
     assert prefix_and_rest(layout) == (10, 30 * 44 + 256)
+
+
+def test_tokens_that_others_have_split_are_counted_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (x[:, : (VIDEO + TEXT) // 2] for x in qkv())
+    assert served("rain_fusion_attn", None, q, k, v)[1].dense_reasons == {"token count does not match the grid": 1}
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    (reason,) = served("rain_fusion_attn", None, q, k, v)[1].dense_reasons
+    assert "split between processes that are not known here" in reason
+    with pytest.raises(DenseInStrictMode, match="split between processes"):
+        served("rain_fusion_attn", None, q, k, v, strict=True)

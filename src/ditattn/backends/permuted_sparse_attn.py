@@ -69,6 +69,33 @@ class PermutedSparseAttentionMetadataBuilder(SparseAttentionMetadataBuilder):
     config_cls = PermutedSparseAttentionConfig
 
 
+@dataclass(frozen=True, eq=False)
+class _Orders:
+    """Of one layer's tokens.
+
+    Attributes:
+        keys: and queries too, where a call has all of them.
+        queries: of a rank's own ones, where it keeps some and has everybody's keys.
+        own_blocks: then they make other blocks than all queries do.
+    """
+
+    keys: TokenOrder
+    queries: TokenOrder
+    own_blocks: bool = False
+
+    @classmethod
+    def of(cls, order: TokenOrder, metadata: SparseAttentionMetadata, device: torch.device) -> _Orders:
+        stored = metadata.as_stored(order, device)
+        if metadata.rows is None:
+            return cls(stored, stored)
+        rows = metadata.rows.ordered(order, device)
+        return cls(stored, rows.order, rows.own_blocks)
+
+    @property
+    def together(self) -> bool:
+        return self.queries is self.keys
+
+
 @dataclass(frozen=True)
 class _Means:
     """Of one call in one order: what selection and tail are made from."""
@@ -78,9 +105,9 @@ class _Means:
     value: SubBlocks
 
     @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor, order: TokenOrder, key_lengths: Tensor | None) -> _Means:
-        keys = sub_blocks(key, order, key_lengths, variances=True)
-        return cls(sub_blocks(query, order), keys, sub_blocks(value, order, key_lengths))
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, orders: _Orders, key_lengths: Tensor | None) -> _Means:
+        keys = sub_blocks(key, orders.keys, key_lengths, variances=True)
+        return cls(sub_blocks(query, orders.queries), keys, sub_blocks(value, orders.keys, key_lengths))
 
     def tail(self) -> PooledTail:
         (key, counts), (value, _) = self.key.of_blocks(), self.value.of_blocks()
@@ -100,7 +127,7 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         if causal:
             raise UnsupportedCall("permuted_sparse_attn does not support causal attention; block_sparse_attn does")
         super().__init__(num_heads, head_size, softmax_scale, causal, *args, **kwargs)
-        self._chosen: tuple[object, TokenOrder] | None = None
+        self._chosen: tuple[object, _Orders] | None = None
         self._not_reported: dict[str, int] | None = None
 
     def end_run(self) -> None:
@@ -122,54 +149,72 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         return num_steps is None or num_steps - first - (metadata.skip_last_steps or 0) >= MEASURED_FROM_STEPS
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata) -> tuple[Tensor, CallRecord]:
-        order = self._known_order(query, key, metadata) or self._choose(query, key, value, metadata, None)
-        means = _Means.of(query, key, value, order, metadata.key_lengths)
-        record = self._planned(query, key, metadata, lambda: self._plan(means, metadata, order))
+        orders = self._known_order(query, key, metadata) or self._choose(query, key, value, metadata, None)
+        means = _Means.of(query, key, value, orders, metadata.key_lengths)
+        record = self._planned(query, key, metadata, lambda: self._plan(means, metadata, orders))
         assert record.plan is not None
         tail = means.tail() if metadata.tail else None
-        out = self._sparse(query, key, value, record.plan, metadata.key_lengths, order, tail)
+        out = self._attend_ordered(query, key, value, record.plan, metadata.key_lengths, orders, tail)
         chosen, self._not_reported = self._not_reported, None
-        return out, replace(record, order=order, token_orders=chosen)
+        queries = None if orders.together else orders.queries
+        return out, replace(record, order=orders.keys, query_order=queries, own_blocks=orders.own_blocks, token_orders=chosen)
+
+    def _attend_ordered(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: BlockPlan,
+        key_lengths: Tensor | None,
+        orders: _Orders,
+        tail: PooledTail | None,
+    ) -> Tensor:
+        if orders.together:
+            return self._sparse(query, key, value, plan, key_lengths, orders.keys, tail)
+        q, k, v = orders.queries.apply(query), orders.keys.apply(key), orders.keys.apply(value)
+        as_they_stand = replace(orders.keys, forward=None, inverse=None)
+        return orders.queries.undo(self._sparse(q, k, v, plan, key_lengths, as_they_stand, tail))
 
     def more_needs(self, metadata: SparseAttentionMetadata) -> frozenset[str]:
         return frozenset({"tail"}) if metadata.tail else frozenset()
 
-    def _plan(self, means: _Means, metadata: SparseAttentionMetadata, order: TokenOrder) -> BlockPlan:
+    def _plan(self, means: _Means, metadata: SparseAttentionMetadata, orders: _Orders) -> BlockPlan:
         costs = tail_error.estimate(means.query, means.key, means.value, self.softmax_scale)
-        columns, rows = _forced(metadata, order, costs.device)
+        columns, rows = _forced(metadata, orders, costs.device)
         valid = means.key.of_blocks()[1] > 0
         mask = tail_error.pick(costs, metadata.sparsity, columns, rows, valid, LEAST_BLOCKS)
-        return BlockPlan.from_mask(mask, order.length, order.length)
+        return BlockPlan.from_mask(mask, orders.queries.length, orders.keys.length)
 
-    def _known_order(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> TokenOrder | None:
+    def _known_order(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> _Orders | None:
         """The orders that were chosen for these tokens in this run."""
         facts = _facts(query, key, metadata)
         return self._chosen[1] if self._chosen is not None and self._chosen[0] == facts else None
 
-    def _choose(self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, dense: Tensor | None) -> TokenOrder:
+    def _choose(self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, dense: Tensor | None) -> _Orders:
         """Choose a brick for each key head: by the error on some query blocks, measured where the dense result is given, else estimated."""
         assert metadata.latent_shape is not None
         grid = metadata.latent_shape
         bricks = brick_shapes(grid) if metadata.bricks == "auto" else parse_bricks(metadata.bricks)
         tokens = (grid, metadata.num_prefix_tokens, metadata.num_suffix_tokens, query.device)
-        candidates = [metadata.as_stored(brick_order(brick, *tokens), query.device) for brick in bricks]
+        candidates = [brick_order(brick, *tokens) for brick in bricks]
         best = torch.zeros(key.shape[2], dtype=torch.long)
         if len(candidates) > 1:
-            errors = [self._error(query, key, value, metadata, order, dense) for order in candidates]
+            orders = (_Orders.of(order, metadata, query.device) for order in candidates)
+            errors = [self._error(query, key, value, metadata, order, dense) for order in orders]
             # heads of a group share an order, since they share keys
             best = torch.stack(errors).unflatten(1, (key.shape[2], -1)).sum(2).argmin(0).cpu()
-        order = _per_head(candidates, best)
-        self._chosen = (_facts(query, key, metadata), order)
+        chosen = _Orders.of(_per_head(candidates, best), metadata, query.device)
+        self._chosen = (_facts(query, key, metadata), chosen)
         self._not_reported = dict(Counter(brick_name(bricks[number]) for number in best.tolist()))
-        return order
+        return chosen
 
     def _error(
-        self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, order: TokenOrder, dense: Tensor | None
+        self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, orders: _Orders, dense: Tensor | None
     ) -> Tensor:
-        """Squared error of every query head in this order on the sample blocks, `[H]`: measured against `dense`, or estimated."""
-        means = _Means.of(query, key, value, order, metadata.key_lengths)
-        blocks = _sample(order, query.device)
-        columns, _ = _forced(metadata, order, query.device)
+        """Squared error of every query head in these orders on the sample blocks, `[H]`: measured against `dense`, or estimated."""
+        means = _Means.of(query, key, value, orders, metadata.key_lengths)
+        blocks = _sample(orders.queries, query.device)
+        columns, _ = _forced(metadata, orders, query.device)
         valid = means.key.of_blocks()[1] > 0
         costs = tail_error.estimate(means.query.at(blocks), means.key, means.value, self.softmax_scale)
         # each row with a budget of its own: what a row would get of a common one depends on the orders of all heads
@@ -179,14 +224,14 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         if dense is None:
             return costs.masked_fill(mask, 0).sum((0, 2, 3))
         places = (blocks.unsqueeze(1) * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=query.device)).flatten()
-        assert order.forward is not None
-        tokens = order.forward[places[places < order.length]]
+        assert orders.queries.forward is not None
+        tokens = orders.queries.forward[places[places < orders.queries.length]]
         rows, exact = query[:, tokens], dense[:, tokens]
         plan = BlockPlan.from_mask(mask, len(tokens), key.shape[1])
         out = sparse_op.block_sparse_attention(
             rows,
-            order.apply(key),
-            order.apply(value),
+            orders.keys.apply(key),
+            orders.keys.apply(value),
             plan,
             scale=self.softmax_scale,
             key_lengths=metadata.key_lengths,
@@ -197,16 +242,16 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
 
 def _facts(query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> object:
     """What the chosen orders are for."""
-    text = (metadata.num_prefix_tokens, metadata.num_suffix_tokens, metadata.gathered)
+    text = (metadata.num_prefix_tokens, metadata.num_suffix_tokens, metadata.gathered, metadata.rows)
     return (metadata.latent_shape, *text, query.shape[2], key.shape[2], query.device)
 
 
-def _forced(metadata: SparseAttentionMetadata, order: TokenOrder, device: torch.device) -> tuple[Tensor, Tensor]:
+def _forced(metadata: SparseAttentionMetadata, orders: _Orders, device: torch.device) -> tuple[Tensor, Tensor]:
     """bool `[N]` twice: key blocks that every query keeps (text, and the first frame), query blocks that keep everything (text)."""
     assert metadata.latent_shape is not None
     first_frame = metadata.first_frame_sink and metadata.latent_shape[0] > 1
-    columns = order.protected_blocks(BLOCK_SIZE, first_frame, device)
-    return columns, order.protected_blocks(BLOCK_SIZE, False, device)
+    columns = orders.keys.protected_blocks(BLOCK_SIZE, first_frame, device)
+    return columns, orders.queries.protected_blocks(BLOCK_SIZE, False, device)
 
 
 def _sample(order: TokenOrder, device: torch.device) -> Tensor:

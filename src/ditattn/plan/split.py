@@ -12,9 +12,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ditattn.plan.block_plan import BLOCK_SIZE
 from ditattn.plan.token_order import TokenOrder
 
-__all__ = ["GatheredTokens"]
+__all__ = ["GatheredRows", "GatheredTokens", "RowOrder"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,71 @@ class GatheredTokens:
         forward = places if order.forward is None else places[order.forward]
         inverse = tokens if order.inverse is None else order.inverse[..., tokens]
         return TokenOrder(forward, inverse, order.first_frame, order.video, order.length)
+
+
+@dataclass(frozen=True, eq=False)
+class RowOrder:
+    """How a rank's queries stand in an order of all tokens.
+
+    Attributes:
+        order: of the rank's own queries, its spans counted in them.
+        own_blocks: blocks of 128 of them are not blocks of all tokens, so that a plan is not the one of one process.
+    """
+
+    order: TokenOrder
+    own_blocks: bool
+
+
+@dataclass(frozen=True)
+class GatheredRows:
+    """The queries of a rank that has everybody's keys: some neighbouring parts of the gathered sequence.
+
+    Attributes:
+        gathered: the whole sequence.
+        first, parts: the parts are `first`, ..., `first + parts - 1` of its ranks.
+    """
+
+    gathered: GatheredTokens
+    first: int
+    parts: int
+
+    def tokens(self) -> Tensor:
+        """int64 `[R]`: query i is the model's token `tokens[i]`."""
+        lengths = [
+            sum(_share(length, rank, self.gathered.ranks) for length in self.gathered.streams) for rank in range(self.gathered.ranks)
+        ]
+        start = sum(lengths[: self.first])
+        return self.gathered.tokens()[start : start + self.num_tokens]
+
+    @property
+    def num_tokens(self) -> int:
+        ranks = range(self.first, self.first + self.parts)
+        return sum(_share(length, rank, self.gathered.ranks) for rank in ranks for length in self.gathered.streams)
+
+    def ordered(self, order: TokenOrder, device: torch.device | str = "cpu") -> RowOrder:
+        """The queries as they stand in an order of the model's tokens, on `device`. Reads the order from its device."""
+        tokens = self.tokens()
+        places = tokens if order.inverse is None else order.inverse.cpu()[..., tokens]
+        forward = places.argsort(-1)
+        places = places.gather(-1, forward)
+        first_frame, video = (_span(places, span) for span in (order.first_frame, order.video))
+        index = torch.arange(len(tokens))
+        start = places[..., index // BLOCK_SIZE * BLOCK_SIZE]
+        together = (places - start == index % BLOCK_SIZE) & (start % BLOCK_SIZE == 0)
+        complete = len(tokens) % BLOCK_SIZE == 0 or bool((places[..., -1] == order.length - 1).all())
+        forward = forward.to(device)
+        own_blocks = not (complete and bool(together.all()))
+        return RowOrder(TokenOrder(forward, forward.argsort(-1), first_frame, video, len(tokens)), own_blocks)
+
+
+def _share(length: int, rank: int, ranks: int) -> int:
+    return length // ranks + (rank < length % ranks)
+
+
+def _span(places: Tensor, span: tuple[int, int]) -> tuple[int, int]:
+    """How many places lie before each end; every head of `[G, R]` has as many."""
+    start, stop = (int((places < end).sum()) // (places.shape[0] if places.ndim == 2 else 1) for end in span)
+    return start, stop
 
 
 @lru_cache(maxsize=32)

@@ -10,7 +10,7 @@ from ditattn.backends.sparse import SparseAttentionMetadata
 from ditattn.errors import ConfigError
 from ditattn.models import TokenLayout
 from ditattn.plan.reuse import ForwardId
-from ditattn.plan.split import GatheredTokens
+from ditattn.plan.split import GatheredRows, GatheredTokens
 from ditattn.runtime.step import Step
 
 __all__ = ["build_attn_metadata", "check_layers", "for_forward"]
@@ -22,9 +22,13 @@ def build_attn_metadata(
     step: Step,
     layout: TokenLayout | None,
     gathered: GatheredTokens | None = None,
+    rows: GatheredRows | None = None,
 ) -> AttentionMetadata:
-    """The metadata of a step; without a layout the geometry stays unknown. `gathered` tells where tokens stand that ranks share."""
-    split = {} if gathered is None or not gathered.interleaves else {"gathered": gathered}
+    """The metadata of a step; without a layout the geometry stays unknown.
+
+    `gathered` tells where tokens stand that ranks share, `rows` which of them a rank's queries are.
+    """
+    split = {"gathered": gathered if gathered is not None and gathered.interleaves else None, "rows": rows}
     if not isinstance(config, SparseAttentionConfig):
         return builder.build(current_timestep=step.index)
     return builder.build(
@@ -35,7 +39,7 @@ def build_attn_metadata(
         num_steps=step.num_steps,
         num_prefix_tokens=0 if layout is None else layout.num_prefix_tokens,
         num_suffix_tokens=0 if layout is None else layout.num_suffix_tokens,
-        **split,
+        **{name: value for name, value in split.items() if value is not None},
     )
 
 

@@ -55,6 +55,7 @@ class ComponentLog:
         token_orders: heads of all layers by the order that was chosen for them, summed over runs.
         implementations: by op.
         stopwatch: time in attention.
+        own_blocks: see ComponentReport.
         communication: time in the exchanges between ranks around it.
         split: see ComponentReport.
     """
@@ -75,6 +76,7 @@ class ComponentLog:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     communication: Stopwatch = field(default_factory=Stopwatch)
     split: str = ""
+    own_blocks: int = 0
 
     def add(self, step: int | None, layer: int | None, record: CallRecord) -> None:
         """Count one attention call."""
@@ -85,6 +87,7 @@ class ComponentLog:
         if record.not_reused is not None:
             self.not_reused[record.not_reused] += 1
         self.token_orders.update(record.token_orders or {})
+        self.own_blocks += record.own_blocks
 
     def note_step(self, index: int | None, num_steps: int | None, source: str) -> None:
         """A forward began in this step."""
@@ -121,6 +124,7 @@ class ComponentLog:
             attention_ms=self.stopwatch.total_ms(),
             split=self.split,
             communication_ms=self.communication.total_ms(),
+            own_blocks=self.own_blocks,
         )
 
     def overall_densities(self) -> list[tuple[int, int, float]]:
@@ -163,6 +167,7 @@ class ComponentReport:
         attention_ms: time in attention, order and selection included.
         split: where several ranks share the tokens, which one this is: everything else here is about its part alone. Empty otherwise.
         communication_ms: time in the exchanges between ranks around attention, waiting for slower ranks included.
+        own_blocks: sparse calls in which this rank's queries make other blocks than in one process, so that its plans are its own.
     """
 
     backend: str
@@ -185,6 +190,7 @@ class ComponentReport:
     attention_ms: float
     split: str = ""
     communication_ms: float = 0.0
+    own_blocks: int = 0
 
     def sentence(self) -> str:
         """One line for people."""
@@ -199,7 +205,10 @@ class ComponentReport:
         return f"{self.backend}: {ran}{self._part_of_schedule()}{self._served_as()}; {time}"
 
     def _ranks(self) -> str:
-        return f", {self.communication_ms / 1e3:.2f} s in exchanges; {self.split} alone" if self.split else ""
+        if not self.split:
+            return ""
+        blocks = f"; {self.own_blocks} calls by query blocks of this rank's own" if self.own_blocks else ""
+        return f", {self.communication_ms / 1e3:.2f} s in exchanges; {self.split} alone{blocks}"
 
     def _served_as(self) -> str:
         return f"; {self.model}" if "served as" in self.model else ""
@@ -244,6 +253,11 @@ class AttentionReport:
     def attention_ms(self) -> float:
         """Time in attention of all components, milliseconds."""
         return sum(component.attention_ms for component in self.components.values())
+
+    @property
+    def communication_ms(self) -> float:
+        """Time in exchanges between ranks of all components, milliseconds."""
+        return sum(component.communication_ms for component in self.components.values())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

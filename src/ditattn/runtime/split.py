@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from ditattn.errors import UnsupportedCall, UnsupportedModel
 from ditattn.models import ModelFamily, TokenLayout
-from ditattn.plan.split import GatheredTokens
+from ditattn.plan.split import GatheredRows, GatheredTokens
 
-__all__ = ["SequenceSplit", "gathered_tokens"]
+__all__ = ["SequenceSplit", "gathered_tokens", "query_rows"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class SequenceSplit:
     @property
     def ranks(self) -> int:
         return self.ulysses * self.ring
+
+    @property
+    def anything(self) -> str:
+        """The key of diffusers' configuration that allows uneven parts."""
+        return "ulysses_anything" if self.ring == 1 else "ring_anything"
 
     def __str__(self) -> str:
         degrees = [f"{name} {degree}" for name, degree in (("Ulysses", self.ulysses), ("ring", self.ring)) if degree > 1]
@@ -54,6 +59,13 @@ def gathered_tokens(split: SequenceSplit | None, family: ModelFamily, layout: To
     if split.even and uneven:
         raise UnsupportedCall(
             f"{split.ranks} ranks cannot share {' and '.join(map(str, uneven))} tokens equally: choose a size or a text length that is a "
-            f"multiple of {split.ranks}, or ContextParallelConfig(..., ulysses_anything=True)"
+            f"multiple of {split.ranks}, or ContextParallelConfig(..., {split.anything}=True)"
         )
     return GatheredTokens(streams, split.ranks)
+
+
+def query_rows(split: SequenceSplit | None, gathered: GatheredTokens | None) -> GatheredRows | None:
+    """Which tokens a rank's queries are where it keeps them and gathers keys; None where it has all of them."""
+    if split is None or gathered is None or split.ring == 1:
+        return None
+    return GatheredRows(gathered, split.rank // split.ulysses * split.ulysses, split.ulysses)

@@ -25,7 +25,7 @@ from ditattn.ops.calls import DenseCall
 from ditattn.ops.contract import check_qkv, checked_scale
 from ditattn.ops.table import choose
 from ditattn.plan.reuse import ForwardId
-from ditattn.plan.split import GatheredTokens
+from ditattn.plan.split import GatheredRows, GatheredTokens
 from ditattn.runtime.autocast import autocast_as_sdpa
 from ditattn.runtime.branches import ForwardCounter
 from ditattn.runtime.foreign_modes import native_sdpa, why_native
@@ -33,7 +33,7 @@ from ditattn.runtime.key_padding import KeyPadding, MaskReader, broadcastable
 from ditattn.runtime.metadata import build_attn_metadata, for_forward
 from ditattn.runtime.report import AttentionReport, ComponentLog
 from ditattn.runtime.run_share import KEYS, RunShare, holds_for_the_run
-from ditattn.runtime.split import SequenceSplit, gathered_tokens
+from ditattn.runtime.split import SequenceSplit, gathered_tokens, query_rows
 from ditattn.runtime.step import Step, StepClock
 
 __all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "running"]
@@ -87,6 +87,7 @@ class Forward:
     Attributes:
         split: how its tokens are split between ranks; None if they are not.
         gathered: where they then stand in a call that has them all; None also where the layout is unknown.
+        rows: which of them this rank's queries are; None where it has all.
     """
 
     stage: DenoisingStage
@@ -99,6 +100,7 @@ class Forward:
     num_calls: int = 0
     split: SequenceSplit | None = None
     gathered: GatheredTokens | None = None
+    rows: GatheredRows | None = None
     records: list[CallRecord] = field(default_factory=list)
     masks: MaskReader = field(default_factory=MaskReader)
 
@@ -180,8 +182,9 @@ class DenoisingStage:
         forward_id = self._forwards.read(model.name, step.index, branch)
         layout = _layout(model, arguments)
         gathered = gathered_tokens(split, model.family, layout)
-        metadata = for_forward(self._build_attn_metadata(model, step, layout, gathered), forward_id)
-        forward = Forward(self, model, step, forward_id, layout, metadata, split=split, gathered=gathered)
+        rows = query_rows(split, gathered)
+        metadata = for_forward(self._build_attn_metadata(model, step, layout, gathered, rows), forward_id)
+        forward = Forward(self, model, step, forward_id, layout, metadata, split=split, gathered=gathered, rows=rows)
         model.log.split = "" if split is None else str(split)
         _local.stack = [*others, forward]
         return forward
@@ -225,13 +228,18 @@ class DenoisingStage:
         return AttentionReport({model.name: model.log.report() for model in self.models}, dict(self.not_served))
 
     def _build_attn_metadata(
-        self, model: ServedModel, step: Step, layout: TokenLayout | None, gathered: GatheredTokens | None
+        self,
+        model: ServedModel,
+        step: Step,
+        layout: TokenLayout | None,
+        gathered: GatheredTokens | None,
+        rows: GatheredRows | None,
     ) -> AttentionMetadata:
         """The metadata of a step, built once and shared by all layers and branches with the same tokens."""
-        key = (step, layout, gathered)
+        key = (step, layout, gathered, rows)
         cached = self._metadata.get(model.name)
         if cached is None or cached[0] != key:
-            cached = self._metadata[model.name] = (key, build_attn_metadata(model.builder, model.config, step, layout, gathered))
+            cached = self._metadata[model.name] = (key, build_attn_metadata(model.builder, model.config, *key))
         return cached[1]
 
     def attend(
@@ -251,7 +259,7 @@ class DenoisingStage:
             out = self._serve(forward, layer, call)
         for record in forward.records:
             model.log.add(forward.step.index, layer, record)
-            if model.backend.is_sparse and _is_self_attention(layer, query, key):
+            if model.backend.is_sparse and _is_self_attention(forward, layer, query, key):
                 self._share.add(record)
         forward.records.clear()
         return out
@@ -263,25 +271,25 @@ class DenoisingStage:
             DenseInStrictMode: the installation is strict.
         """
         layer = _next_layer(forward, query, key)
-        if self.strict and _is_self_attention(layer, query, key):
+        if self.strict and _is_self_attention(forward, layer, query, key):
             self._refuse(reason, forward)
         record = CallRecord(reason)
         forward.model.log.add(forward.step.index, layer, record)
-        if forward.model.backend.is_sparse and _is_self_attention(layer, query, key):
+        if forward.model.backend.is_sparse and _is_self_attention(forward, layer, query, key):
             self._share.add(record)
 
     def _serve(self, forward: Forward, layer: int | None, call: DenseCall) -> Tensor:
         query, key = call.query, call.key
         metadata = forward.metadata
         reason = NOT_SELF_ATTENTION if layer is None else None
-        if reason is None and query.shape[1] == key.shape[1]:
-            _check_whole(forward, query)
+        if reason is None:
+            _check_whole(forward, query, key)
         if call.attn_mask is not None and reason is None:
             padding, reason = forward.masks.read(_in_model_order(forward, call.attn_mask, key), key)
             if padding is not None and _interleaves(forward):
                 return self._serve_in_model_order(forward, layer, call, padding)
             metadata = metadata if padding is None else replace(metadata, **padding._asdict())
-        strict = self.strict and _is_self_attention(layer, query, key)
+        strict = self.strict and _is_self_attention(forward, layer, query, key)
         if reason is not None:
             if strict:
                 self._refuse(reason, forward)
@@ -296,14 +304,17 @@ class DenoisingStage:
         if isinstance(metadata, SparseAttentionMetadata):
             metadata = replace(metadata, gathered=None)
         places = forward.gathered.places(call.query.device)
-        q, k, v = (x.index_select(1, places) for x in (call.query, call.key, call.value))
-        out = self._run(forward, layer, replace(call, query=q, key=k, value=v), replace(metadata, **padding._asdict()))
+        metadata = replace(metadata, **padding._asdict())
+        call = replace(call, key=call.key.index_select(1, places), value=call.value.index_select(1, places))
+        if forward.rows is not None:
+            return self._run(forward, layer, call, metadata)
+        out = self._run(forward, layer, replace(call, query=call.query.index_select(1, places)), metadata)
         return out.index_select(1, forward.gathered.tokens(out.device))
 
     def _run(self, forward: Forward, layer: int | None, call: DenseCall, metadata: AttentionMetadata) -> Tensor:
         """By the layer's implementation, which the metadata tells everything else."""
         query, key, value = call.query, call.key, call.value
-        strict = self.strict and _is_self_attention(layer, query, key)
+        strict = self.strict and _is_self_attention(forward, layer, query, key)
         impl = self._impl(forward.model, layer, call, metadata)
         if strict and isinstance(impl, SparseAttentionImpl):
             assert isinstance(metadata, SparseAttentionMetadata)
@@ -350,7 +361,7 @@ class DenoisingStage:
 def _next_layer(forward: Forward, query: Tensor, key: Tensor) -> int | None:
     """Number of the layer whose call begins; None for a call that is not the denoiser's self-attention."""
     call = forward.num_calls
-    if query.shape[1] == key.shape[1]:
+    if _has_its_own_keys(forward, query, key):
         forward.num_calls += 1
     else:
         # an adapter's cross-attention follows the self-attention of its layer
@@ -359,9 +370,16 @@ def _next_layer(forward: Forward, query: Tensor, key: Tensor) -> int | None:
     return forward.model.layer_of_call(call) if counts else forward.layer
 
 
-def _is_self_attention(layer: int | None, query: Tensor, key: Tensor) -> bool:
+def _is_self_attention(forward: Forward, layer: int | None, query: Tensor, key: Tensor) -> bool:
     """False for cross-attention, also where it is an adapter's own inside a self-attention module: strictness is not about it."""
-    return layer is not None and query.shape[1] == key.shape[1]
+    return layer is not None and _has_its_own_keys(forward, query, key)
+
+
+def _has_its_own_keys(forward: Forward, query: Tensor, key: Tensor) -> bool:
+    """As many keys as queries, or where a rank keeps its queries those of all ranks."""
+    if forward.rows is None or query.shape[1] == key.shape[1]:
+        return query.shape[1] == key.shape[1]
+    return (query.shape[1], key.shape[1]) == (forward.rows.num_tokens, sum(forward.rows.gathered.streams))
 
 
 def _interleaves(forward: Forward) -> bool:
@@ -375,9 +393,9 @@ def _in_model_order(forward: Forward, mask: Tensor, key: Tensor) -> Tensor:
     return mask.index_select(-1, forward.gathered.places(mask.device))
 
 
-def _check_whole(forward: Forward, query: Tensor) -> None:
-    """Raise UnsupportedCall if a call of a split denoiser does not have all tokens: nobody gathered them."""
-    if forward.gathered is None:
+def _check_whole(forward: Forward, query: Tensor, key: Tensor) -> None:
+    """Raise UnsupportedCall if a call of a split denoiser has as many keys as queries, and not all tokens: nobody gathered them."""
+    if forward.gathered is None or query.shape[1] != key.shape[1]:
         return
     whole = sum(forward.gathered.streams)
     if query.shape[1] != whole:

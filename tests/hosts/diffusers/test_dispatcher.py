@@ -10,6 +10,7 @@ import diffusers
 import pytest
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook, hooks
+from diffusers.hooks.context_parallel import EquipartitionSharder
 from diffusers.models import attention_dispatch
 from torch import nn
 
@@ -143,6 +144,8 @@ def test_context_parallelism_has_the_names_that_its_exchange_stands_on() -> None
     for name in ("ulysses_degree", "ring_degree", "ulysses_anything", "ring_anything", "_ring_local_rank", "_ulysses_local_rank"):
         assert name in config, moved(f"ContextParallelConfig.{name}")
     assert WanTransformer3DModel._parallel_config is None, moved("ModelMixin._parallel_config")
+    assert hasattr(attention_dispatch.SeqAllToAllDim, "apply"), moved("SeqAllToAllDim")
+    assert list(inspect.signature(EquipartitionSharder.unshard).parameters) == ["tensor", "dim", "mesh"], moved("EquipartitionSharder")
 
 
 def _tiny_model() -> WanTransformer3DModel:

@@ -46,17 +46,66 @@ def test_ulysses_is_one_process(two: Ranks, name: str, backend: str, sparsity: f
             assert report.sparse == 0
 
 
-@pytest.mark.parametrize("name", ["wan", "flux"])
-def test_four_ranks_share_too(name: str) -> None:
+@pytest.mark.parametrize("name", split_pipelines.RING)
+@pytest.mark.parametrize("backend", ["torch_sdpa", *SPARSE_BACKENDS])
+def test_ring_with_every_block_is_one_process(two: Ranks, name: str, backend: str) -> None:
+    for found in two.run(split_pipelines.compare_ring, name, backend, everything(backend), ring_of(name)):
+        assert found["error"] < BOUND
+        assert (found["report"].sparse == 0) == (backend == "torch_sdpa")
+
+
+@pytest.mark.parametrize("name", split_pipelines.RING)
+@pytest.mark.parametrize("backend", SPARSE_BACKENDS)
+def test_ring_is_exact_over_its_own_plan(two: Ranks, name: str, backend: str) -> None:
+    config = {**split_pipelines.SPARSE, **({"tail": False} if backend == "permuted_sparse_attn" else {})}
+    for rank, found in enumerate(two.run(split_pipelines.compare_ring, name, backend, config, ring_of(name))):
+        report = found["report"]
+        assert report.split == f"rank {rank} of 2 (ring 2)"
+        assert len(found["off"]) == report.sparse > 0
+        assert max(found["off"]) < 2e-5
+        assert report.dense == 0
+        assert 0.25 <= report.sparse_density < 0.9
+        # heads of permuted_sparse_attn choose their bricks by a rank's own queries
+        together = name == "wan in whole blocks" and backend != "permuted_sparse_attn"
+        assert together == (report.own_blocks == 0)
+        if together:
+            assert len(found["wrong"]) == report.sparse
+            assert max(found["wrong"]) == 0
+            assert found["error"] < BOUND
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
     ranks = Ranks(4)
-    config = {"sparsity": 0.75, "skip_first_steps": 0, "min_tokens": 0}
-    try:
-        # four ranks cannot share Flux's 10 text tokens equally
-        found = ranks.run(
-            split_pipelines.compare, name, "rain_fusion_attn", config, {"ulysses_degree": 4, "ulysses_anything": name == "flux"}
-        )
-    finally:
-        ranks.close()
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.parametrize("name", ["wan", "flux of 12 words"])
+@pytest.mark.parametrize("backend", ["torch_sdpa", "block_sparse_attn", "permuted_sparse_attn"])
+def test_both_degrees_together(four: Ranks, name: str, backend: str) -> None:
+    degrees = {"ulysses_degree": 2, "ring_degree": 2}
+    for rank, found in enumerate(four.run(split_pipelines.compare_ring, name, backend, everything(backend), degrees)):
+        assert found["error"] < BOUND
+        assert found["report"].split == f"rank {rank} of 4 (Ulysses 2, ring 2)"
+
+
+def everything(backend: str) -> dict[str, Any]:
+    """A sparsity that drops no block of so few, and runs sparse all the same."""
+    if backend == "torch_sdpa":
+        return {}
+    return {**split_pipelines.SPARSE, "sparsity": 1e-4 if backend == "permuted_sparse_attn" else 0.01}
+
+
+def ring_of(name: str) -> dict[str, Any]:
+    return {"ring_degree": 2, "ring_anything": name == "qwen image"}
+
+
+@pytest.mark.parametrize("name", ["wan", "flux"])
+def test_four_ranks_share_too(four: Ranks, name: str) -> None:
+    # four ranks cannot share Flux's 10 text tokens equally
+    degrees = {"ulysses_degree": 4, "ulysses_anything": name == "flux"}
+    found = four.run(split_pipelines.compare, name, "rain_fusion_attn", split_pipelines.SPARSE, degrees)
     assert [one["report"].split for one in found] == [f"rank {rank} of 4 (Ulysses 4)" for rank in range(4)]
     for one in found:
         assert one["error"] < BOUND
@@ -82,7 +131,6 @@ def test_splits_that_are_not_served_are_refused(two: Ranks) -> None:
     for messages in two.run(split_pipelines.refusals):
         assert "do not go through diffusers' dispatcher" in messages["cogvideox before"]
         assert "CogVideoX is not served under context parallelism" in messages["cogvideox after"]
-        assert "ring_degree=2" in messages["ring before"]
         assert "does not hand the host's parallel configuration on" in messages["processor without it"]
         assert "HunyuanVideo is not served under context parallelism" in messages["hunyuan after"]
         assert "key heads" in messages["fewer key heads"]

@@ -45,6 +45,9 @@ def select(
 
     Source: RainFusion2.0, arXiv 2512.24086 (steps 2 to 5).
     """
+    if order is not None and order.forward is None:
+        # the order of tokens as they stand: of a rank's queries and everybody's keys alike
+        order = None
     q, k = block_mean(query, block_size, order=order), block_mean(key, block_size, order=order)
     k = k.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
     with without_autocast(query.device):

@@ -1,7 +1,7 @@
 """Attention of a denoiser that diffusers has split between ranks by `enable_parallelism(config=ContextParallelConfig(...))`.
 
-Under Ulysses diffusers' own exchange brings the whole sequence of some heads here and takes the result back. It stands on private names of
-diffusers, which tests/hosts/diffusers/test_dispatcher.py pins.
+Under Ulysses diffusers' own exchange brings the whole sequence of some heads here and takes the result back; under ring everybody's keys
+are gathered. Both stand on private names of diffusers, which tests/hosts/diffusers/test_dispatcher.py pins.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import torch
+from diffusers.hooks.context_parallel import EquipartitionSharder
 from diffusers.models import attention_dispatch
+from diffusers.models._modeling_parallel import gather_size_by_comm
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
-from ditattn.errors import UnsupportedCall, UnsupportedModel
+from ditattn.errors import ConfigError, UnsupportedCall, UnsupportedModel
 from ditattn.models import ModelFamily, unwrapped
 from ditattn.runtime.split import SequenceSplit
 from ditattn.runtime.stage import attend, running
 
-__all__ = ["attend_in_parallel", "check_split", "enable_context_parallelism", "sequence_split"]
+__all__ = ["attend_in_parallel", "check_split", "enable_context_parallelism", "sequence_split", "split_denoisers"]
 
 
 def sequence_split(module: nn.Module) -> SequenceSplit | None:
@@ -39,13 +42,35 @@ def enable_context_parallelism(module: Any, cp_plan: Any = None, **degrees: Any)
     """
     from diffusers import ContextParallelConfig
 
+    # diffusers would take the machine's accelerator also for a module on the CPU
+    shape = (degrees.get("ring_degree", 1), degrees.get("ulysses_degree", 1))
+    mesh = init_device_mesh(next(module.parameters()).device.type, shape, mesh_dim_names=("ring", "ulysses"))
+    config = ContextParallelConfig(**degrees, mesh=mesh)
     count = torch.accelerator.device_count
     if not count():
         torch.accelerator.device_count = lambda: 1
     try:
-        module.enable_parallelism(config=ContextParallelConfig(**degrees), cp_plan=cp_plan)
+        module.enable_parallelism(config=config, cp_plan=cp_plan)
     finally:
         torch.accelerator.device_count = count
+
+
+def split_denoisers(pipe: Any, **degrees: Any) -> None:
+    """Split every denoiser of a pipeline between the ranks.
+
+    Raises:
+        UnsupportedModel: diffusers has no plan to split one of them.
+        ConfigError: degrees that diffusers does not take together.
+    """
+    parts = {name: part for name, part in pipe.components.items() if name.startswith("transformer") and isinstance(part, nn.Module)}
+    for name, part in parts.items():
+        if getattr(unwrapped(part), "_cp_plan", None) is None:
+            raise UnsupportedModel(f"{name}: diffusers has no plan to split a {type(unwrapped(part)).__name__} between processes")
+    for part in parts.values():
+        try:
+            enable_context_parallelism(part, **degrees)
+        except (ValueError, NotImplementedError) as error:
+            raise ConfigError(f"diffusers cannot split the denoiser so: {error}") from error
 
 
 def check_split(name: str, module: nn.Module, family: ModelFamily) -> None:
@@ -62,8 +87,6 @@ def check_split(name: str, module: nn.Module, family: ModelFamily) -> None:
         raise UnsupportedModel(f"{what}, but its attention processors do not go through diffusers' dispatcher, where ranks exchange tokens")
     if family.streams is None:
         raise UnsupportedModel(f"{what}, and how the tokens of {family.name} are split is not known here")
-    if split.ring > 1:
-        raise UnsupportedModel(f"{what} by ring_degree={split.ring}, which is not served yet; ulysses_degree is")
 
 
 def attend_in_parallel(
@@ -72,7 +95,7 @@ def attend_in_parallel(
     """`attend` for this rank's part of the tokens, `[B, S / ranks, H, D]` in and out.
 
     Raises:
-        UnsupportedCall: a degree that is not served, heads that the ranks cannot share, fewer key heads than query heads, causal attention.
+        UnsupportedCall: heads that the ranks cannot share, fewer key heads than query heads, causal attention.
     """
     degrees = config.context_parallel_config
     _check(query, key, is_causal, degrees)
@@ -97,7 +120,9 @@ def attend_in_parallel(
 def _exchanged(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, dropout_p: float, scale: float | None, config: Any, compute: Any
 ) -> Tensor:
-    """diffusers' exchange around `compute`, which gets the whole sequence of this rank's heads."""
+    """Exchanges around `compute`, which gets the whole sequence of this rank's heads, or its own queries and everybody's keys."""
+    if config.context_parallel_config.ring_degree > 1:
+        return _with_all_keys(query, key, value, attn_mask, dropout_p, scale, config.context_parallel_config, compute)
 
     def forward_op(
         _ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout_p: float, is_causal: bool, scale: float | None, *_: Any, **__: Any
@@ -122,14 +147,47 @@ def _exchanged(
     return exchanged
 
 
+def _with_all_keys(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, dropout_p: float, scale: float | None, degrees: Any, compute: Any
+) -> Tensor:
+    """One rectangular call where diffusers' ring merges a call for each rank, which it gathers all keys for too.
+
+    Its merge makes NaN of a row that keeps nothing of one rank's keys, and takes the mask of this rank's keys for those of every rank.
+    """
+    if attn_mask is not None and attn_mask.shape[-1] == key.shape[1]:
+        attn_mask = _gathered(attn_mask, attn_mask.ndim - 1, degrees._flattened_mesh, degrees)
+    group = degrees._ulysses_mesh.get_group()
+    if degrees.ulysses_degree > 1:
+        query, key, value = (attention_dispatch.SeqAllToAllDim.apply(group, x, 2, 1) for x in (query, key, value))
+    key, value = _gathered(torch.stack([key, value]), 2, degrees._ring_mesh, degrees)
+    out: Tensor = compute(query, key, value, attn_mask, dropout_p, False, scale)
+    if degrees.ulysses_degree > 1:
+        out = attention_dispatch.SeqAllToAllDim.apply(group, out, 1, 2)
+    return out
+
+
+def _gathered(x: Tensor, dim: int, mesh: Any, degrees: Any) -> Tensor:
+    """Every rank's part of `x`, behind each other along `dim`."""
+    if not degrees.ring_anything:
+        return _gathered_equal(x, dim, mesh)
+    lengths = gather_size_by_comm(x.shape[dim], mesh.get_group())
+    # gloo gathers equal parts only
+    spare = x.new_zeros([max(lengths) - size if axis == dim else size for axis, size in enumerate(x.shape)])
+    parts = _gathered_equal(torch.cat([x, spare], dim), dim, mesh).chunk(len(lengths), dim)
+    return torch.cat([part.narrow(dim, 0, length) for part, length in zip(parts, lengths, strict=True)], dim)
+
+
+def _gathered_equal(x: Tensor, dim: int, mesh: Any) -> Tensor:
+    gathered: Tensor = EquipartitionSharder.unshard(x, dim, mesh)
+    return gathered
+
+
 def _no_backward(*_: Any, **__: Any) -> NoReturn:
     raise UnsupportedCall("this package is forward only")
 
 
 def _check(query: Tensor, key: Tensor, is_causal: bool, degrees: Any) -> None:
     heads, ulysses = query.shape[2], degrees.ulysses_degree
-    if degrees.ring_degree > 1:
-        raise UnsupportedCall(f"ring_degree={degrees.ring_degree} is not served yet; ulysses_degree is")
     if is_causal:
         raise UnsupportedCall("causal attention is not served under context parallelism")
     if key.shape[2] != heads:
