@@ -15,7 +15,7 @@ from ditattn.errors import ConfigError
 from ditattn.plan.block_plan import BLOCK_SIZE
 from ditattn.plan.token_order import TokenOrder
 
-__all__ = ["Brick", "brick_name", "brick_order", "brick_shapes", "parse_bricks"]
+__all__ = ["FLAT", "Brick", "brick_name", "brick_order", "brick_shapes", "parse_bricks"]
 
 Brick = tuple[int, int, int]
 

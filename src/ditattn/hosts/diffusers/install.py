@@ -50,6 +50,10 @@ class Installation:
         """(step, layer, overall density) of every component: a dense call counts as 1."""
         return {model.name: model.log.overall_densities() for model in self._stage.models}
 
+    def head_orders(self) -> dict[str, dict[int, list[str]]]:
+        """By component and layer, the order of tokens that each key head chose most often, where heads choose (`permuted_sparse_attn`)."""
+        return {model.name: orders for model in self._stage.models if (orders := model.log.head_orders())}
+
     def watch(self, probe: Probe) -> None:
         """Let `probe` see every served call."""
         self._stage.probe = probe
