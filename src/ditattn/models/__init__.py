@@ -9,12 +9,14 @@ from ditattn.models.cogvideox import COGVIDEOX
 from ditattn.models.flux import FLUX
 from ditattn.models.hunyuan_video import HUNYUAN_VIDEO
 from ditattn.models.ltx_video import LTX_VIDEO
+from ditattn.models.not_served import NOT_SERVED
 from ditattn.models.qwen_image import QWEN_IMAGE
 from ditattn.models.wan import WAN
 
 __all__ = [
     "DEFAULT_FRAME_RATE",
     "MODELS",
+    "NOT_SERVED",
     "OTHER_FRAME_RATES",
     "ModelFamily",
     "TokenLayout",
@@ -23,6 +25,7 @@ __all__ = [
     "known_class",
     "needs_full_precision",
     "unwrapped",
+    "why_not_served",
 ]
 
 MODELS: tuple[ModelFamily, ...] = (WAN, HUNYUAN_VIDEO, FLUX, QWEN_IMAGE, LTX_VIDEO, COGVIDEOX)
@@ -50,6 +53,11 @@ def family_of(module: Any) -> ModelFamily | None:
     """The family of a transformer, compiled or not, also of a subclass of a known one; None if it is of no known one."""
     name = known_class(module)
     return None if name is None else find_family(name)
+
+
+def why_not_served(module: Any) -> str | None:
+    """Why a transformer of no family is not served, where that is known of its class or of the nearest base class; else None."""
+    return next((NOT_SERVED[cls.__name__] for cls in type(unwrapped(module)).__mro__ if cls.__name__ in NOT_SERVED), None)
 
 
 def needs_full_precision(vae_class: str) -> bool:

@@ -21,7 +21,7 @@ from ditattn.hosts.diffusers.copies import copies_are_plain
 from ditattn.hosts.diffusers.dispatcher import add_private_backend
 from ditattn.hosts.diffusers.execution import execution_device
 from ditattn.hosts.diffusers.hooks import add_layer_hooks, add_root_hook, is_listening, redirect_sdpa
-from ditattn.models import MODELS, ModelFamily, family_of, known_class, unwrapped
+from ditattn.models import MODELS, ModelFamily, family_of, known_class, unwrapped, why_not_served
 from ditattn.runtime.metadata import check_layers
 from ditattn.runtime.report import AttentionReport
 from ditattn.runtime.stage import DenoisingStage, Probe, ServedModel
@@ -169,7 +169,8 @@ def _install_one(
     family = family_of(module)
     if family is None:
         known = ", ".join(cls for family in MODELS for cls in family.transformer_classes)
-        what = f"{type(module).__name__} is not a known model family"
+        reason = why_not_served(module)
+        what = f"{type(module).__name__} is not " + ("a known model family" if reason is None else f"served: {reason}")
         _leave_alone(stage, name, f"{what}, so its attention stays as it was (known: {known})")
         return
     if is_listening(module):
