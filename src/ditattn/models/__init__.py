@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from ditattn.models.anyflow import ANYFLOW
 from ditattn.models.base import DEFAULT_FRAME_RATE, ModelFamily, TokenLayout
+from ditattn.models.chronoedit import CHRONOEDIT
 from ditattn.models.cogvideox import COGVIDEOX
 from ditattn.models.flux import FLUX
 from ditattn.models.hunyuan_video import HUNYUAN_VIDEO
 from ditattn.models.ltx_video import LTX_VIDEO
 from ditattn.models.not_served import NOT_SERVED
 from ditattn.models.qwen_image import QWEN_IMAGE
+from ditattn.models.skyreels_v2 import SKYREELS_V2
 from ditattn.models.wan import WAN
+from ditattn.models.wan_animate import WAN_ANIMATE
+from ditattn.models.wan_vace import WAN_VACE
 
 __all__ = [
     "DEFAULT_FRAME_RATE",
@@ -28,7 +33,19 @@ __all__ = [
     "why_not_served",
 ]
 
-MODELS: tuple[ModelFamily, ...] = (WAN, HUNYUAN_VIDEO, FLUX, QWEN_IMAGE, LTX_VIDEO, COGVIDEOX)
+MODELS: tuple[ModelFamily, ...] = (
+    WAN,
+    HUNYUAN_VIDEO,
+    FLUX,
+    QWEN_IMAGE,
+    LTX_VIDEO,
+    COGVIDEOX,
+    WAN_VACE,
+    WAN_ANIMATE,
+    SKYREELS_V2,
+    CHRONOEDIT,
+    ANYFLOW,
+)
 
 OTHER_FRAME_RATES = {"MochiTransformer3DModel": 30}
 """Frames per second of models that no backend serves: `ditattn generate` makes their videos all the same."""

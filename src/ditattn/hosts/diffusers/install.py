@@ -185,7 +185,7 @@ def _install_one(
     if refused and len(refused) == len(modules):
         return
     layers = {number: part for number, (path, part) in enumerate(modules.items()) if path not in refused}
-    served.served_layers = list(layers)
+    served.served_layers = family.in_running_order({number: served.layers[number] for number in layers})
     stage.models.append(served)
     handle.on_remove(add_root_hook(module, stage, served))
     handle.on_remove(add_layer_hooks(layers))
