@@ -11,7 +11,8 @@ import ditattn
 from ditattn.backends.registry import BACKENDS, RECOMMENDED_BACKEND, load_backend
 from ditattn.devices import find_device
 from ditattn.devices.npu import Npu
-from ditattn.models import MODELS
+from ditattn.models import MODELS, NOT_SERVED
+from ditattn.models.not_served import NOT_DESCRIBED
 from ditattn.ops import block_sparse_attention, dense_attention
 from ditattn.packages import TORCH_NPU
 
@@ -58,6 +59,12 @@ def test_every_model_family_is_in_the_matrix() -> None:
         assert [name.strip("`") for name in cells[1].split(", ")] == list(family.transformer_classes)
         for backend, word in zip(BACKENDS, cells[2:-1], strict=True):
             assert (word == "yes") is (family.supported is None or backend in family.supported) or word.startswith("no: ")
+
+
+def test_every_reason_against_a_model_is_in_its_table() -> None:
+    table = rows((ROOT / "docs" / "compatibility.md").read_text(), "<!-- not served")
+    told = {name.strip("`"): reason for names, reason in table for name in names.split(", ")}
+    assert told == {name: reason for name, reason in NOT_SERVED.items() if reason != NOT_DESCRIBED}
 
 
 def test_device_table() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ditattn.models import MODELS, TokenLayout, find_family
+from ditattn.models.anyflow import ANYFLOW
 from ditattn.models.base import ModelFamily
 from ditattn.models.cogvideox import COGVIDEOX
 from ditattn.models.flux import FLUX
@@ -17,6 +18,8 @@ from ditattn.models.hunyuan_video import HUNYUAN_VIDEO
 from ditattn.models.ltx_video import LTX_VIDEO
 from ditattn.models.qwen_image import QWEN_IMAGE
 from ditattn.models.wan import WAN
+from ditattn.models.wan_animate import WAN_ANIMATE
+from ditattn.models.wan_vace import WAN_VACE
 
 
 def config(**values: Any) -> SimpleNamespace:
@@ -154,6 +157,8 @@ def test_a_family_is_found_by_its_classes(family: ModelFamily) -> None:
             ["transformer_blocks.0.attn", "single_transformer_blocks.3.attn"],
             ["context_embedder.token_refiner.refiner_blocks.0.attn", "transformer_blocks.0.attn.to_q"],
         ),
+        (WAN_VACE, ["blocks.0.attn1", "vace_blocks.0.attn1"], ["vace_blocks.0.attn2", "blocks.0.attn2"]),
+        (WAN_ANIMATE, ["blocks.0.attn1"], ["face_adapter.0", "blocks.0.attn2"]),
         (LTX_VIDEO, ["transformer_blocks.2.attn1"], ["transformer_blocks.2.attn2"]),
     ],
     ids=lambda value: getattr(value, "name", None),
@@ -161,3 +166,14 @@ def test_a_family_is_found_by_its_classes(family: ModelFamily) -> None:
 def test_self_attention_is_told_from_the_rest(family: ModelFamily, served: list[str], left: list[str]) -> None:
     assert all(map(family.is_self_attention, served))
     assert not any(map(family.is_self_attention, left))
+
+
+def test_anyflow_has_time_before_channels() -> None:
+    layout = ANYFLOW.layout(config(patch_size=(1, 2, 2)), {"hidden_states": torch.empty(2, 5, 16, 32, 48)})
+    assert layout == TokenLayout((2, 16, 5, 32, 48), (1, 2, 2), 0, 0)
+
+
+def test_the_control_branch_of_vace_runs_before_the_other_blocks() -> None:
+    layers = {0: "blocks.0.attn1", 1: "blocks.1.attn1", 3: "vace_blocks.1.attn1", 2: "vace_blocks.0.attn1"}
+    assert WAN_VACE.in_running_order(layers) == [2, 3, 0, 1]
+    assert WAN.in_running_order({1: "blocks.1.attn1", 0: "blocks.0.attn1"}) == [0, 1]

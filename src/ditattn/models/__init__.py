@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from ditattn.models.anyflow import ANYFLOW
 from ditattn.models.base import DEFAULT_FRAME_RATE, ModelFamily, TokenLayout
+from ditattn.models.chronoedit import CHRONOEDIT
 from ditattn.models.cogvideox import COGVIDEOX
 from ditattn.models.flux import FLUX
 from ditattn.models.hunyuan_video import HUNYUAN_VIDEO
 from ditattn.models.ltx_video import LTX_VIDEO
+from ditattn.models.not_served import NOT_SERVED
 from ditattn.models.qwen_image import QWEN_IMAGE
+from ditattn.models.skyreels_v2 import SKYREELS_V2
 from ditattn.models.wan import WAN
+from ditattn.models.wan_animate import WAN_ANIMATE
+from ditattn.models.wan_vace import WAN_VACE
 
 __all__ = [
     "DEFAULT_FRAME_RATE",
     "MODELS",
+    "NOT_SERVED",
     "OTHER_FRAME_RATES",
     "ModelFamily",
     "TokenLayout",
@@ -23,9 +30,22 @@ __all__ = [
     "known_class",
     "needs_full_precision",
     "unwrapped",
+    "why_not_served",
 ]
 
-MODELS: tuple[ModelFamily, ...] = (WAN, HUNYUAN_VIDEO, FLUX, QWEN_IMAGE, LTX_VIDEO, COGVIDEOX)
+MODELS: tuple[ModelFamily, ...] = (
+    WAN,
+    HUNYUAN_VIDEO,
+    FLUX,
+    QWEN_IMAGE,
+    LTX_VIDEO,
+    COGVIDEOX,
+    WAN_VACE,
+    WAN_ANIMATE,
+    SKYREELS_V2,
+    CHRONOEDIT,
+    ANYFLOW,
+)
 
 OTHER_FRAME_RATES = {"MochiTransformer3DModel": 30}
 """Frames per second of models that no backend serves: `ditattn generate` makes their videos all the same."""
@@ -50,6 +70,11 @@ def family_of(module: Any) -> ModelFamily | None:
     """The family of a transformer, compiled or not, also of a subclass of a known one; None if it is of no known one."""
     name = known_class(module)
     return None if name is None else find_family(name)
+
+
+def why_not_served(module: Any) -> str | None:
+    """Why a transformer of no family is not served, where that is known of its class or of the nearest base class; else None."""
+    return next((NOT_SERVED[cls.__name__] for cls in type(unwrapped(module)).__mro__ if cls.__name__ in NOT_SERVED), None)
 
 
 def needs_full_precision(vae_class: str) -> bool:

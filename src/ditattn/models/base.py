@@ -9,7 +9,7 @@ from typing import Any
 
 from ditattn.errors import ConfigError
 
-__all__ = ["DEFAULT_FRAME_RATE", "ModelFamily", "TokenLayout", "one_more_than_a_multiple", "patch_triple", "text_length"]
+__all__ = ["DEFAULT_FRAME_RATE", "ModelFamily", "TokenLayout", "one_more_than_a_multiple", "patch_triple", "text_length", "video_only"]
 
 DEFAULT_FRAME_RATE = 24
 """Frames per second where nothing else is known."""
@@ -72,6 +72,7 @@ class ModelFamily:
         transformer_classes: diffusers class names.
         layout: (model configuration, forward's named arguments) -> TokenLayout; may raise if the arguments are of an unknown form.
         self_attention: regular expression of the module paths that are self-attention (joint attention counts as self-attention).
+        runs_first: regular expression of those of them that a forward runs before all others, wherever the model registers them.
         head_size: model configuration -> D of its self-attention.
         frame_rate: pipeline configuration -> frames per second that its videos are meant to be played at.
         size_multiple: heights and widths must be a multiple of it, whatever VAE and patch ask for.
@@ -89,6 +90,7 @@ class ModelFamily:
     transformer_classes: tuple[str, ...]
     layout: Callable[[Any, Mapping[str, Any]], TokenLayout]
     self_attention: str
+    runs_first: str = ""
     head_size: Callable[[Any], int] = attention_head_dim
     frame_rate: Callable[[Any], int] = default_frame_rate
     size_multiple: int = 1
@@ -103,6 +105,10 @@ class ModelFamily:
         """True for the module paths that the family's backend serves."""
         return re.fullmatch(self.self_attention, path) is not None
 
+    def in_running_order(self, layers: Mapping[int, str]) -> list[int]:
+        """Numbers of layers, given by number and path, in the order in which a forward runs them."""
+        return sorted(layers, key=lambda number: (re.fullmatch(self.runs_first, layers[number]) is None, number))
+
 
 def patch_triple(config: Any) -> tuple[int, int, int]:
     """(t, h, w) from a model configuration that holds a triple, or p and perhaps `patch_size_t`."""
@@ -111,6 +117,11 @@ def patch_triple(config: Any) -> tuple[int, int, int]:
         frames, rows, columns = patch
         return int(frames), int(rows), int(columns)
     return int(getattr(config, "patch_size_t", None) or 1), int(patch), int(patch)
+
+
+def video_only(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
+    """For models whose `hidden_states` is `(B, C, T, H, W)` and whose self-attention sees nothing else."""
+    return TokenLayout(tuple(arguments["hidden_states"].shape), patch_triple(config))
 
 
 def text_length(arguments: Mapping[str, Any]) -> int:

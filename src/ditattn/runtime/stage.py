@@ -53,7 +53,8 @@ class ServedModel:
         backend: backend class.
         config: validated configuration of the backend.
         layers: paths of its self-attention modules, in order; a layer's number is its place here.
-        served_layers: numbers of the layers whose calls come here, in order; every layer's unless the host leaves some alone.
+        served_layers: numbers of the layers whose calls come here, in the order in which a forward runs them; every layer's unless the
+            host leaves some alone.
         layers_by_count: a call whose layer is unknown (compiled graphs run no module hooks) is the next served call of the forward.
     """
 

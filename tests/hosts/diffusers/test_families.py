@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import ditattn
 import tiny_pipelines
 from ditattn.hosts.diffusers.install import denoisers
-from ditattn.models import TokenLayout
+from ditattn.models import MODELS, TokenLayout, known_class
 from ditattn.runtime.stage import DenoisingStage, Forward, running
 from tiny_pipelines import TinyPipeline
 from tiny_pipelines.footprint import dispatcher_footprint, footprint
@@ -40,16 +40,19 @@ class Case:
         source: where the step comes from.
         forwards: forwards per step: 2 where the two CFG branches run one after the other.
         steps: steps of every denoiser.
+        since: the first diffusers that has the pipeline, of those that the package is meant to work with.
     """
 
     build: Callable[[], TinyPipeline]
     source: str
     forwards: int
     steps: dict[str, list[int]] = field(default_factory=lambda: {"transformer": [0, 1, 2]})
+    since: str = "0.38"
 
 
+DIFFUSERS = version.parse(diffusers.__version__)
 # from 0.41 on Wan's pipeline says the step; before, its scheduler does
-WAN_SOURCE = "cache_context" if version.parse(diffusers.__version__) >= version.parse("0.41") else "scheduler"
+WAN_SOURCE = "cache_context" if version.parse("0.41") <= DIFFUSERS else "scheduler"
 
 CASES = {
     "wan": Case(tiny_pipelines.wan, WAN_SOURCE, 2),
@@ -63,6 +66,13 @@ CASES = {
     "ltx video": Case(tiny_pipelines.ltx_video, "scheduler", 1),
     "cogvideox, DPM": Case(lambda: tiny_pipelines.cogvideox("CogVideoXDPMScheduler"), "schedule", 1),
     "cogvideox, DDIM": Case(lambda: tiny_pipelines.cogvideox("CogVideoXDDIMScheduler"), "schedule", 1),
+    "lucy edit": Case(tiny_pipelines.lucy_edit, "scheduler", 2),
+    "wan vace": Case(tiny_pipelines.wan_vace, "scheduler", 2),
+    "wan animate": Case(tiny_pipelines.wan_animate, "scheduler", 2),
+    "skyreels v2": Case(tiny_pipelines.skyreels_v2, "scheduler", 2),
+    "skyreels v2, diffusion forcing": Case(tiny_pipelines.skyreels_v2_diffusion_forcing, "scheduler", 2),
+    "chronoedit": Case(tiny_pipelines.chronoedit, "scheduler", 2),
+    "anyflow": Case(tiny_pipelines.anyflow, "scheduler", 1, since="0.42"),
 }
 
 every_family = pytest.mark.parametrize("name", CASES)
@@ -71,8 +81,18 @@ every_family = pytest.mark.parametrize("name", CASES)
 @cache
 def built(name: str) -> tuple[TinyPipeline, Tensor]:
     """A pipeline, shared by the tests of a family since each must leave it as it was, and its native latents."""
-    tiny = CASES[name].build()
+    case = CASES[name]
+    if version.parse(case.since) > DIFFUSERS:
+        pytest.skip(f"diffusers {DIFFUSERS} does not have it: since {case.since}")
+    tiny = case.build()
     return tiny, tiny.run(NUM_STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(version.parse("0.42") > DIFFUSERS, reason="an older diffusers has fewer families")
+def test_every_family_is_run_here() -> None:
+    run = {known_class(denoiser) for case in CASES.values() for denoiser in denoisers(case.build().pipe).values()}
+    assert run == {name for family in MODELS for name in family.transformer_classes}
 
 
 @every_family
