@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tiny_pipelines.image import flux, flux_kontext, qwen_image
+from tiny_pipelines.image import flux, flux_kontext, flux_with_hidden_image_tokens, qwen_image
 from tiny_pipelines.pipeline import TinyPipeline
 from tiny_pipelines.video import cogvideox, hunyuan_video, ltx_video
 from tiny_pipelines.wan import wan, wan_image_to_video, wan_two_transformers, wan_with_token_timesteps
@@ -18,6 +18,7 @@ __all__ = [
     "cogvideox",
     "flux",
     "flux_kontext",
+    "flux_with_hidden_image_tokens",
     "hunyuan_video",
     "ltx_video",
     "qwen_image",

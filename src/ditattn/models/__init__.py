@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+from ditattn.models.aura_flow import AURA_FLOW
 from ditattn.models.base import DEFAULT_FRAME_RATE, ModelFamily, TokenLayout
+from ditattn.models.bria import BRIA
+from ditattn.models.chroma import CHROMA
 from ditattn.models.cogvideox import COGVIDEOX
+from ditattn.models.cogview4 import COGVIEW4
 from ditattn.models.flux import FLUX
+from ditattn.models.flux2 import FLUX2
+from ditattn.models.flux3 import FLUX3
+from ditattn.models.hunyuan_image import HUNYUAN_IMAGE
 from ditattn.models.hunyuan_video import HUNYUAN_VIDEO
+from ditattn.models.longcat_image import LONGCAT_IMAGE
 from ditattn.models.ltx_video import LTX_VIDEO
+from ditattn.models.ovis_image import OVIS_IMAGE
 from ditattn.models.qwen_image import QWEN_IMAGE
+from ditattn.models.stable_diffusion_3 import STABLE_DIFFUSION_3
 from ditattn.models.wan import WAN
 
 __all__ = [
     "DEFAULT_FRAME_RATE",
+    "IMAGE_MODELS",
     "MODELS",
     "OTHER_FRAME_RATES",
     "ModelFamily",
@@ -25,7 +36,21 @@ __all__ = [
     "unwrapped",
 ]
 
-MODELS: tuple[ModelFamily, ...] = (WAN, HUNYUAN_VIDEO, FLUX, QWEN_IMAGE, LTX_VIDEO, COGVIDEOX)
+IMAGE_MODELS: tuple[ModelFamily, ...] = (
+    FLUX2,
+    FLUX3,
+    CHROMA,
+    BRIA,
+    LONGCAT_IMAGE,
+    OVIS_IMAGE,
+    STABLE_DIFFUSION_3,
+    HUNYUAN_IMAGE,
+    AURA_FLOW,
+    COGVIEW4,
+)
+"""Families of images, beside Flux.1 and Qwen-Image."""
+
+MODELS: tuple[ModelFamily, ...] = (WAN, HUNYUAN_VIDEO, FLUX, QWEN_IMAGE, LTX_VIDEO, COGVIDEOX, *IMAGE_MODELS)
 
 OTHER_FRAME_RATES = {"MochiTransformer3DModel": 30}
 """Frames per second of models that no backend serves: `ditattn generate` makes their videos all the same."""

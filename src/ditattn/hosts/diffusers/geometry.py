@@ -21,18 +21,17 @@ _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae
 
 def size_multiples(pipe: Any) -> tuple[int, int]:
     """Height and width must be multiples of these. (1, 1) if the pipeline does not say."""
-    scale = _first(pipe, _SPATIAL)
+    scale, transformer = _first(pipe, _SPATIAL), _denoiser(pipe)
+    family = family_of(transformer)
+    least = 1 if family is None else family.size_multiple
     if scale is None:
         # image pipelines that pack 2x2 latents count it in their processor
         processor = getattr(pipe, "image_processor", None)
-        scale = getattr(getattr(processor, "config", None), "vae_scale_factor", 1)
-        return int(scale), int(scale)
-    transformer = _denoiser(pipe)
+        scale = math.lcm(int(getattr(getattr(processor, "config", None), "vae_scale_factor", 1)), least)
+        return scale, scale
     if getattr(getattr(transformer, "config", None), "patch_size", None) is None:
         return scale, scale
     _, rows, columns = patch_triple(transformer.config)
-    family = family_of(transformer)
-    least = 1 if family is None else family.size_multiple
     return math.lcm(scale * rows, least), math.lcm(scale * columns, least)
 
 
