@@ -90,6 +90,7 @@ class ModelFamily:
         head_size: model configuration -> D of its self-attention.
         frame_rate: pipeline configuration -> frames per second that its videos are meant to be played at.
         size_multiple: heights and widths must be a multiple of it, whatever VAE and patch ask for.
+        pixels_per_token: height and width of what a token stands for, where it does not follow from VAE and patch.
         frames_to_ask: (frames wanted, frames per latent) -> the `num_frames` that makes the pipeline make exactly that many; raises
             ConfigError where nothing does.
         full_precision_vaes: class names of VAEs that lose quality in half precision and whose pipelines cast the latents to the VAE's own
@@ -109,6 +110,7 @@ class ModelFamily:
     head_size: Callable[[Any], int] = attention_head_dim
     frame_rate: Callable[[Any], int] = default_frame_rate
     size_multiple: int = 1
+    pixels_per_token: int | None = None
     frames_to_ask: Callable[[int, int], int] = one_more_than_a_multiple
     full_precision_vaes: frozenset[str] = frozenset()
     untrue_notices: Mapping[str, str] = field(default_factory=dict)

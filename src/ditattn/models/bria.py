@@ -25,5 +25,7 @@ BRIA = ModelFamily(
     transformer_classes=("BriaTransformer2DModel", "BriaFiboTransformer2DModel"),
     layout=layout,
     self_attention=r"(transformer_blocks|single_transformer_blocks)\.\d+\.attn",
+    # Fibo's pipeline counts a packing that it does not do
+    pixels_per_token=16,
     notes="text before the image, protected",
 )
