@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tiny_pipelines.image import flux, flux_kontext, qwen_image
+from tiny_pipelines.image import flux, flux_kontext, flux_with_hidden_image_tokens, qwen_image
 from tiny_pipelines.pipeline import TinyPipeline
 from tiny_pipelines.video import cogvideox, hunyuan_video, ltx_video
 from tiny_pipelines.wan import (
@@ -32,6 +32,7 @@ __all__ = [
     "cogvideox",
     "flux",
     "flux_kontext",
+    "flux_with_hidden_image_tokens",
     "hunyuan_video",
     "ltx_video",
     "lucy_edit",

@@ -5,21 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 from ditattn.models.anyflow import ANYFLOW
+from ditattn.models.aura_flow import AURA_FLOW
 from ditattn.models.base import DEFAULT_FRAME_RATE, ModelFamily, TokenLayout
+from ditattn.models.bria import BRIA
+from ditattn.models.chroma import CHROMA
 from ditattn.models.chronoedit import CHRONOEDIT
 from ditattn.models.cogvideox import COGVIDEOX
+from ditattn.models.cogview4 import COGVIEW4
 from ditattn.models.flux import FLUX
+from ditattn.models.flux2 import FLUX2
+from ditattn.models.flux3 import FLUX3
+from ditattn.models.hunyuan_image import HUNYUAN_IMAGE
 from ditattn.models.hunyuan_video import HUNYUAN_VIDEO
+from ditattn.models.longcat_image import LONGCAT_IMAGE
 from ditattn.models.ltx_video import LTX_VIDEO
 from ditattn.models.not_served import NOT_SERVED
+from ditattn.models.ovis_image import OVIS_IMAGE
 from ditattn.models.qwen_image import QWEN_IMAGE
 from ditattn.models.skyreels_v2 import SKYREELS_V2
+from ditattn.models.stable_diffusion_3 import STABLE_DIFFUSION_3
 from ditattn.models.wan import WAN
 from ditattn.models.wan_animate import WAN_ANIMATE
 from ditattn.models.wan_vace import WAN_VACE
 
 __all__ = [
     "DEFAULT_FRAME_RATE",
+    "IMAGE_MODELS",
     "MODELS",
     "NOT_SERVED",
     "OTHER_FRAME_RATES",
@@ -33,6 +44,20 @@ __all__ = [
     "why_not_served",
 ]
 
+IMAGE_MODELS: tuple[ModelFamily, ...] = (
+    FLUX2,
+    FLUX3,
+    CHROMA,
+    BRIA,
+    LONGCAT_IMAGE,
+    OVIS_IMAGE,
+    STABLE_DIFFUSION_3,
+    HUNYUAN_IMAGE,
+    AURA_FLOW,
+    COGVIEW4,
+)
+"""Families of images, beside Flux.1 and Qwen-Image."""
+
 MODELS: tuple[ModelFamily, ...] = (
     WAN,
     HUNYUAN_VIDEO,
@@ -45,6 +70,7 @@ MODELS: tuple[ModelFamily, ...] = (
     SKYREELS_V2,
     CHRONOEDIT,
     ANYFLOW,
+    *IMAGE_MODELS,
 )
 
 OTHER_FRAME_RATES = {"MochiTransformer3DModel": 30}
