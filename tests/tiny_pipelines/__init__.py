@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tiny_pipelines.image import flux, flux_kontext, qwen_image
+from tiny_pipelines.image import flux, flux_kontext, qwen_image, qwen_image_edit, qwen_image_edit_plus, qwen_image_layered
 from tiny_pipelines.pipeline import TinyPipeline
-from tiny_pipelines.video import cogvideox, hunyuan_video, ltx_video
+from tiny_pipelines.video import cogvideox, hunyuan_video, ltx_condition, ltx_video
 from tiny_pipelines.wan import wan, wan_image_to_video, wan_two_transformers, wan_with_token_timesteps
 
 __all__ = [
@@ -19,8 +19,12 @@ __all__ = [
     "flux",
     "flux_kontext",
     "hunyuan_video",
+    "ltx_condition",
     "ltx_video",
     "qwen_image",
+    "qwen_image_edit",
+    "qwen_image_edit_plus",
+    "qwen_image_layered",
     "wan",
     "wan_image_to_video",
     "wan_two_transformers",

@@ -29,7 +29,7 @@ from ditattn.errors import UnsupportedCall
 from ditattn.ops import block_sparse_attention as sparse_op
 from ditattn.ops.pooled_tail import PooledTail
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
-from ditattn.plan.bricks import brick_name, brick_order, brick_shapes, parse_bricks
+from ditattn.plan.bricks import brick_names, brick_order, brick_shapes, parse_bricks
 from ditattn.plan.token_order import TokenOrder
 
 __all__ = ["PermutedSparseAttentionBackend", "PermutedSparseAttentionConfig", "PermutedSparseAttentionImpl"]
@@ -140,7 +140,10 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         costs = tail_error.estimate(means.query, means.key, means.value, self.softmax_scale)
         columns, rows = _forced(metadata, order, costs.device)
         valid = means.key.of_blocks()[1] > 0
-        mask = tail_error.pick(costs, metadata.sparsity, columns, rows, valid, LEAST_BLOCKS)
+        # the rows of every grid share a budget of their own
+        parts = [slice(*span) for span in order.blocks_of_grids()]
+        picked = [tail_error.pick(costs[:, :, part], metadata.sparsity, columns, rows[part], valid, LEAST_BLOCKS) for part in parts]
+        mask = torch.cat(picked, dim=2)
         return BlockPlan.from_mask(mask, order.length, order.length)
 
     def _known_order(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> TokenOrder | None:
@@ -153,7 +156,7 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         assert metadata.latent_shape is not None
         grid = metadata.latent_shape
         bricks = brick_shapes(grid) if metadata.bricks == "auto" else parse_bricks(metadata.bricks)
-        tokens = (grid, metadata.num_prefix_tokens, metadata.num_suffix_tokens, query.device)
+        tokens = (grid, metadata.num_prefix_tokens, metadata.num_suffix_tokens, query.device, metadata.further_grids)
         candidates = [brick_order(brick, *tokens) for brick in bricks]
         best = torch.zeros(key.shape[2], dtype=torch.long)
         if len(candidates) > 1:
@@ -162,7 +165,7 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
             best = torch.stack(errors).unflatten(1, (key.shape[2], -1)).sum(2).argmin(0).cpu()
         order = _per_head(candidates, best)
         self._chosen = (_facts(query, key, metadata), order)
-        self._not_reported = dict(Counter(brick_name(bricks[number]) for number in best.tolist()))
+        self._not_reported = dict(Counter(brick_names(bricks[number], metadata.further_grids) for number in best.tolist()))
         return order
 
     def _error(
@@ -199,31 +202,28 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
 
 def _facts(query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> object:
     """What the chosen orders are for."""
-    text = (metadata.num_prefix_tokens, metadata.num_suffix_tokens)
-    return (metadata.latent_shape, *text, query.shape[2], key.shape[2], query.device)
+    other = (metadata.num_prefix_tokens, metadata.num_suffix_tokens, metadata.further_grids)
+    return (metadata.latent_shape, *other, query.shape[2], key.shape[2], query.device)
 
 
 def _forced(metadata: SparseAttentionMetadata, order: TokenOrder, device: torch.device) -> tuple[Tensor, Tensor]:
     """bool `[N]` twice: key blocks that every query keeps (text, and the first frame), query blocks that keep everything (text)."""
-    assert metadata.latent_shape is not None
-    first_frame = metadata.first_frame_sink and metadata.latent_shape[0] > 1
-    columns = order.protected_blocks(BLOCK_SIZE, first_frame, device)
+    columns = order.protected_blocks(BLOCK_SIZE, metadata.whole_first_frames, device)
     return columns, order.protected_blocks(BLOCK_SIZE, False, device)
 
 
 def _sample(order: TokenOrder, device: torch.device) -> Tensor:
-    """Evenly spaced whole query blocks of the video: int64, at most SAMPLE_BLOCKS; the short block where there is no whole one."""
-    whole = max(order.video[1] // BLOCK_SIZE, 1)
+    """Evenly spaced whole query blocks of the grids: int64, at most SAMPLE_BLOCKS; the short block where there is no whole one."""
+    whole = max(order.num_whole_blocks, 1)
     return torch.linspace(0, whole - 1, min(SAMPLE_BLOCKS, whole), device=device).round().long()
 
 
 def _per_head(candidates: list[TokenOrder], best: Tensor) -> TokenOrder:
-    """Each head's own candidate as one order; all candidates have the video first and the first frame at its beginning."""
-    first = candidates[0]
+    """Each head's own candidate as one order; all candidates have the grids first, each first frame at its beginning."""
     if bool((best == best[0]).all()):
         return candidates[int(best[0])]
     forward, inverse = ([getattr(candidates[number], name) for number in best.tolist()] for name in ("forward", "inverse"))
-    return TokenOrder(torch.stack(forward), torch.stack(inverse), first.first_frame, first.video, first.length)
+    return replace(candidates[0], forward=torch.stack(forward), inverse=torch.stack(inverse))
 
 
 class PermutedSparseAttentionBackend(SparseAttentionBackend):

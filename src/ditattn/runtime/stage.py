@@ -157,6 +157,8 @@ class DenoisingStage:
             self._forget_plans()
         forward_id = self._forwards.read(model.name, step.index, branch)
         layout = _layout(model, arguments)
+        if layout is not None:
+            model.log.note_grids([layout.grid, *(grid.size for grid in layout.further_grids)])
         metadata = for_forward(self._build_attn_metadata(model, step, layout), forward_id)
         forward = Forward(self, model, step, forward_id, layout, metadata)
         _local.stack = [*others, forward]
