@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import field_validator
 from torch import Tensor
 
 from ditattn.backends.base import AttentionMetadata, CallRecord
@@ -43,7 +43,7 @@ LEAST_BLOCKS = 2
 
 
 class PermutedSparseAttentionConfig(SparseAttentionConfig):
-    """Keys of `permuted_sparse_attn`. Its first steps are a share, and its sparsity one that saves something.
+    """Keys of `permuted_sparse_attn`.
 
     Attributes:
         token_order: always "bricks": 128 tokens that stand together in space and time, of a shape that each head chooses.
@@ -53,8 +53,6 @@ class PermutedSparseAttentionConfig(SparseAttentionConfig):
         tail: a dropped block still counts through its mean key and mean value; False leaves it out.
     """
 
-    sparsity: float = Field(0.75, ge=0, lt=1)
-    skip_first_steps: int | str = "20%"
     token_order: Literal["bricks"] = "bricks"  # type: ignore[assignment]
     bricks: str = "auto"
     tail: bool = True

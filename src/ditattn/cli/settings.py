@@ -161,7 +161,10 @@ class CallSettings(KnownKeys):
             metavar="K=V,...",
         ),
     ] = Field(default_factory=dict)
-    strict: Annotated[bool, Option(ATTENTION, "Fail where a sparse backend would run densely for a reason that nobody asked for.")] = False
+    strict: Annotated[
+        bool,
+        Option(ATTENTION, "Fail where a sparse backend would run the whole clip densely, or a call for a reason that nobody asked for."),
+    ] = False
     output_path: Annotated[UserPath, Option(OUTPUT, "Where results go; made if missing.", metavar="FOLDER")] = "outputs"
     output_file_name: Annotated[str | None, Option(OUTPUT, "Of the result.")] = None
     device: Annotated[str | None, Option(MACHINE, "torch device, such as cuda:1.", "cuda or npu if there is one, else cpu")] = None

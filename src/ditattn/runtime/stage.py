@@ -31,6 +31,7 @@ from ditattn.runtime.foreign_modes import native_sdpa, why_native
 from ditattn.runtime.key_padding import MaskReader, broadcastable
 from ditattn.runtime.metadata import build_attn_metadata, for_forward
 from ditattn.runtime.report import AttentionReport, ComponentLog
+from ditattn.runtime.run_share import KEYS, RunShare, holds_for_the_run
 from ditattn.runtime.step import Step, StepClock
 
 __all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "running"]
@@ -123,7 +124,8 @@ class DenoisingStage:
 
     Args:
         clock: tells the step of every forward.
-        strict: raise DenseInStrictMode where a sparse backend would run densely for a reason that nobody asked for.
+        strict: raise DenseInStrictMode where a sparse backend would run densely for a reason that nobody asked for, or in every call of
+            the run.
 
     Attributes:
         probe: sees every served call; None for none.
@@ -137,6 +139,7 @@ class DenoisingStage:
         self.probe: Probe | None = None
         self._metadata: dict[str, tuple[tuple[Any, ...], AttentionMetadata]] = {}
         self._forwards = ForwardCounter()
+        self._share = RunShare()
 
     def enter(
         self, model: ServedModel, arguments: Mapping[str, Any], cache_context: Any = None, branch: str | None = None, driver: Any = None
@@ -169,6 +172,9 @@ class DenoisingStage:
         stack: list[Forward] = _local.stack
         if forward in stack:
             del stack[stack.index(forward) :]
+        if forward.step.index is not None and forward.step.num_steps is not None and forward.step.index >= forward.step.num_steps - 1:
+            # nobody tells when a run ends; what is left of the last step changes little
+            self._warn_of_dense_run()
 
     def resume(self, forward: Forward) -> None:
         """Of the running forwards of this thread, calls now belong to this one."""
@@ -184,7 +190,12 @@ class DenoisingStage:
         self._metadata.clear()
         self._forget_plans()
 
+    def _warn_of_dense_run(self) -> None:
+        self._share.warn((model.backend.name, model.config) for model in self.models if model.backend.is_sparse)
+
     def _forget_plans(self) -> None:
+        self._warn_of_dense_run()
+        self._share.forget()
         self._forwards.end_run()
         for model in self.models:
             for impl in model.impls.values():
@@ -219,6 +230,8 @@ class DenoisingStage:
             out = self._serve(forward, layer, call)
         for record in forward.records:
             model.log.add(forward.step.index, layer, record)
+            if model.backend.is_sparse and _is_self_attention(layer, query, key):
+                self._share.add(record)
         forward.records.clear()
         return out
 
@@ -231,7 +244,10 @@ class DenoisingStage:
         layer = _next_layer(forward, query, key)
         if self.strict and _is_self_attention(layer, query, key):
             self._refuse(reason, forward)
-        forward.model.log.add(forward.step.index, layer, CallRecord(reason))
+        record = CallRecord(reason)
+        forward.model.log.add(forward.step.index, layer, record)
+        if forward.model.backend.is_sparse and _is_self_attention(layer, query, key):
+            self._share.add(record)
 
     def _serve(self, forward: Forward, layer: int | None, call: DenseCall) -> Tensor:
         query, key, value = call.query, call.key, call.value
@@ -262,10 +278,15 @@ class DenoisingStage:
         return out
 
     def _refuse(self, reason: str | None, forward: Forward) -> None:
-        """Raise for a dense call that nobody asked for."""
-        if reason is not None and reason not in EXPECTED_REASONS and forward.model.backend.is_sparse:
-            model = forward.model
+        """Raise for a dense call that nobody asked for, or that shows that the whole run will be dense."""
+        model, metadata = forward.model, forward.metadata
+        if reason is None or not model.backend.is_sparse:
+            return
+        if reason not in EXPECTED_REASONS:
             raise DenseInStrictMode(f"{model.backend.name} on {model.name} would run densely in step {forward.step.index}: {reason}")
+        if isinstance(metadata, SparseAttentionMetadata) and holds_for_the_run(reason, metadata, len(model.layers)):
+            asked = f"{KEYS[reason]}={getattr(model.config, KEYS[reason])}"
+            raise DenseInStrictMode(f"{model.backend.name} on {model.name} would run densely in every step: {reason} ({asked})")
 
     def _impl(self, model: ServedModel, layer: int | None, call: DenseCall, metadata: AttentionMetadata) -> AttentionImpl:
         """One implementation object per layer and call signature, made when first met."""
