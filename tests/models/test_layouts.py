@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +31,7 @@ from ditattn.models.stable_diffusion_3 import STABLE_DIFFUSION_3
 from ditattn.models.wan import WAN
 from ditattn.models.wan_animate import WAN_ANIMATE
 from ditattn.models.wan_vace import WAN_VACE
+from ditattn.plan.token_grids import TokenGrid
 
 
 def config(**values: Any) -> SimpleNamespace:
@@ -89,7 +91,24 @@ def test_flux_has_text_in_front(batched: bool) -> None:
 
 def test_flux_kontext_has_reference_images_behind() -> None:
     ids = torch.cat([image_ids(4, 6), image_ids(3, 5, image=1)])
-    assert flux(ids, 39) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 15)
+    assert flux(ids, 39) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 15, (TokenGrid(34, (1, 3, 5)),))
+
+
+def test_flux_references_are_told_apart_by_their_number() -> None:
+    """Some loops put several references side by side in the plane of positions: what counts is that each is a grid."""
+    beside = image_ids(2, 5, image=2)
+    beside[:, 1:] += torch.tensor([3, 7])
+    ids = torch.cat([image_ids(4, 6), image_ids(3, 5, image=1), beside])
+    grids = (TokenGrid(34, (1, 3, 5)), TokenGrid(49, (1, 2, 5)))
+    assert flux(ids, 49) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 25, grids)
+
+
+@pytest.mark.parametrize("spoil", [lambda ids: ids[:-1], lambda ids: ids.flip(0), lambda ids: ids[:, [0, 2, 1]]])
+def test_a_flux_reference_that_is_no_grid_is_kept_whole(spoil: Callable[[Tensor], Tensor]) -> None:
+    reference = spoil(image_ids(3, 5, image=1))
+    ids = torch.cat([image_ids(4, 6), reference, image_ids(2, 2, image=2)])
+    behind = len(reference) + 4
+    assert flux(ids, len(ids)) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, behind, (TokenGrid(30 + behind, (1, 2, 2)),))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +143,13 @@ def test_qwen_image_has_text_in_front(shapes: Any) -> None:
 
 
 def test_qwen_image_has_further_images_behind() -> None:
-    assert qwen([[(1, 4, 6), (1, 3, 5)]] * 2, 39) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 7, 15)
+    layout = qwen([[(1, 4, 6), (1, 3, 5), (1, 2, 2)]] * 2, 43)
+    assert layout == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 7, 19, (TokenGrid(31, (1, 3, 5)), TokenGrid(46, (1, 2, 2))))
+
+
+def test_qwen_image_refuses_fewer_tokens_than_all_images_have() -> None:
+    with pytest.raises(ValueError, match="a grid of 1x3x5 tokens cannot begin at token 31 of 45"):
+        qwen([[(1, 4, 6), (1, 3, 5)]], 38)
 
 
 def test_qwen_image_refuses_samples_of_different_shape() -> None:
@@ -145,7 +170,7 @@ def packed(family: ModelFamily, ids: Tensor, length: int, **more: Any) -> TokenL
 @pytest.mark.parametrize("family", [FLUX2, FLUX3, CHROMA, BRIA, OVIS_IMAGE], ids=lambda family: family.name)
 def test_relatives_of_flux_have_text_in_front_and_further_images_behind(family: ModelFamily) -> None:
     ids = torch.cat([image_ids(4, 6), image_ids(3, 5, image=10)])
-    assert packed(family, ids, 39) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 15)
+    assert packed(family, ids, 39) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 15, (TokenGrid(34, (1, 3, 5)),))
     with pytest.raises(ValueError, match="at the front"):
         packed(family, ids.flip(0), 39)
 
@@ -158,7 +183,7 @@ def test_flux3_takes_its_references_apart() -> None:
 
 def test_longcat_image_counts_rows_from_the_length_of_its_text() -> None:
     ids = torch.cat([image_ids(4, 6, image=1), image_ids(3, 5, image=2)]) + torch.tensor([0, 512, 512])
-    assert packed(LONGCAT_IMAGE, ids, 39) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 15)
+    assert packed(LONGCAT_IMAGE, ids, 39) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 15, (TokenGrid(34, (1, 3, 5)),))
 
 
 LATENTS = {"hidden_states": torch.empty(2, 16, 8, 12), "encoder_hidden_states": torch.empty(2, 9, 4)}
@@ -204,8 +229,58 @@ def test_ltx_video_refuses_tokens_outside_the_grid() -> None:
         ltx(num_frames=2, height=3, width=3)
 
 
+def ltx_coordinates(*grids: tuple[int, int, int, int], fps: int = 24) -> Tensor:
+    """As `LTXConditionPipeline` makes them: (first frame, F, Y, X) of every grid, `(2, 3, S)`."""
+    parts = []
+    for first, frames, rows, columns in grids:
+        time = ((torch.arange(frames) * 8 - 7).clamp(min=0) + first) / fps
+        parts.append(torch.cartesian_prod(time, 32.0 * torch.arange(rows), 32.0 * torch.arange(columns)).T)
+    return torch.cat(parts, 1).expand(2, -1, -1)
+
+
+@pytest.mark.parametrize(
+    ("grids", "video", "before", "further"),
+    [
+        ([(0, 4, 3, 5)], (4, 3, 5), 0, []),
+        ([(0, 1, 3, 5)], (1, 3, 5), 0, []),
+        ([(8, 1, 3, 5), (0, 4, 3, 5)], (4, 3, 5), 15, [(0, (1, 3, 5))]),
+        ([(8, 1, 3, 5), (8, 1, 3, 5), (0, 4, 3, 5)], (4, 3, 5), 30, [(0, (1, 3, 5)), (15, (1, 3, 5))]),
+        ([(8, 1, 3, 5), (16, 1, 3, 5), (24, 1, 3, 5), (0, 4, 3, 5)], (4, 3, 5), 45, [(0, (1, 3, 5)), (15, (1, 3, 5)), (30, (1, 3, 5))]),
+        ([(8, 2, 3, 5), (16, 1, 3, 5), (0, 4, 3, 5)], (4, 3, 5), 45, [(0, (2, 3, 5)), (30, (1, 3, 5))]),
+        ([(16, 1, 3, 5), (8, 2, 3, 5), (0, 4, 3, 5)], (4, 3, 5), 45, [(0, (1, 3, 5)), (15, (2, 3, 5))]),
+        ([(0, 4, 3, 5), (0, 2, 3, 5)], (4, 3, 5), 0, [(60, (2, 3, 5))]),
+        ([(8, 1, 3, 1), (0, 4, 3, 1)], (4, 3, 1), 3, [(0, (1, 3, 1))]),
+        ([(8, 1, 1, 1), (0, 4, 1, 1)], (4, 1, 1), 1, [(0, (1, 1, 1))]),
+    ],
+)
+def test_ltx_video_reads_conditions_from_coordinates(
+    grids: list[Any], video: tuple[int, int, int], before: int, further: list[tuple[int, tuple[int, int, int]]]
+) -> None:
+    coordinates = ltx_coordinates(*grids)
+    length = coordinates.shape[2]
+    arguments = {"hidden_states": torch.empty(2, length, 128), "video_coords": coordinates}
+    behind = length - before - video[0] * video[1] * video[2]
+    expected = TokenLayout((2, 128, *video), (1, 1, 1), before, behind, tuple(TokenGrid(*grid) for grid in further))
+    assert LTX_VIDEO.layout(config(patch_size=1), arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("coordinates", "problem"),
+    [
+        (ltx_coordinates((0, 4, 3, 5))[:, :, :-1], "are not a grid"),
+        (ltx_coordinates((0, 4, 3, 5))[:, [0, 2, 1]], "are not a grid"),
+        (torch.cat([ltx_coordinates((0, 4, 3, 5))[:1], ltx_coordinates((8, 4, 3, 5))[:1]]), "samples of one batch differ"),
+    ],
+    ids=["a token is missing", "column by column", "samples differ"],
+)
+def test_ltx_video_refuses_coordinates_that_are_no_grid(coordinates: Tensor, problem: str) -> None:
+    arguments = {"hidden_states": torch.empty(2, coordinates.shape[2], 128), "video_coords": coordinates}
+    with pytest.raises(ValueError, match=problem):
+        LTX_VIDEO.layout(config(patch_size=1), arguments)
+
+
 @pytest.mark.parametrize("sizes", [{}, {"num_frames": None, "height": None, "width": None}])
-def test_ltx_video_refuses_a_call_that_carries_coordinates_instead(sizes: dict[str, None]) -> None:
+def test_ltx_video_refuses_a_call_without_sizes_and_coordinates(sizes: dict[str, None]) -> None:
     with pytest.raises((KeyError, TypeError)):
         ltx(**sizes)
 

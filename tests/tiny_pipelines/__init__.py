@@ -7,9 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tiny_pipelines.image import flux, flux_kontext, flux_with_hidden_image_tokens, qwen_image
+from tiny_pipelines.image import (
+    flux,
+    flux_kontext,
+    flux_with_hidden_image_tokens,
+    qwen_image,
+    qwen_image_edit,
+    qwen_image_edit_plus,
+    qwen_image_layered,
+)
 from tiny_pipelines.pipeline import TinyPipeline
-from tiny_pipelines.video import cogvideox, hunyuan_video, ltx_video
+from tiny_pipelines.video import cogvideox, hunyuan_video, ltx_condition, ltx_video
 from tiny_pipelines.wan import (
     anyflow,
     chronoedit,
@@ -34,9 +42,13 @@ __all__ = [
     "flux_kontext",
     "flux_with_hidden_image_tokens",
     "hunyuan_video",
+    "ltx_condition",
     "ltx_video",
     "lucy_edit",
     "qwen_image",
+    "qwen_image_edit",
+    "qwen_image_edit_plus",
+    "qwen_image_layered",
     "skyreels_v2",
     "skyreels_v2_diffusion_forcing",
     "wan",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import PIL.Image
 import torch
 from torch import Tensor, nn
 
@@ -45,3 +46,8 @@ def enlarge_weights(module: nn.Module) -> None:
 def noise(*shape: int, seed: int = 1) -> Tensor:
     """Normal noise that does not depend on what ran before."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def picture(rows: int, columns: int, seed: int = 5) -> PIL.Image.Image:
+    """A picture of noise."""
+    return PIL.Image.fromarray((noise(rows, columns, 3, seed=seed).sigmoid() * 255).byte().numpy(), "RGB")

@@ -29,7 +29,7 @@ from ditattn.errors import ConfigError, UnsupportedCall
 from ditattn.ops import block_sparse_attention as sparse_op
 from ditattn.ops.pooled_tail import PooledTail
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
-from ditattn.plan.bricks import FLAT, Brick, brick_name, brick_order, brick_shapes, parse_bricks
+from ditattn.plan.bricks import FLAT, Brick, brick_name, brick_names, brick_order, brick_shapes, parse_bricks
 from ditattn.plan.token_order import TokenOrder
 
 __all__ = ["PermutedSparseAttentionBackend", "PermutedSparseAttentionConfig", "PermutedSparseAttentionImpl"]
@@ -150,7 +150,10 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         costs = tail_error.estimate(means.query, means.key, means.value, self.softmax_scale)
         columns, rows = _forced(metadata, order, costs.device)
         valid = means.key.of_blocks()[1] > 0
-        mask = tail_error.pick(costs, metadata.sparsity, columns, rows, valid, LEAST_BLOCKS)
+        # the rows of every grid share a budget of their own
+        parts = [slice(*span) for span in order.blocks_of_grids()]
+        picked = [tail_error.pick(costs[:, :, part], metadata.sparsity, columns, rows[part], valid, LEAST_BLOCKS) for part in parts]
+        mask = torch.cat(picked, dim=2)
         return BlockPlan.from_mask(mask, order.length, order.length)
 
     def _known_order(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> TokenOrder | None:
@@ -163,7 +166,7 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         bricks = self._given_bricks(key.shape[2], metadata) or self._best_bricks(query, key, value, metadata, dense)
         order = _per_head([_in_bricks(brick, metadata, query.device) for brick in bricks])
         self._chosen = (_facts(query, key, metadata), order)
-        self._not_reported = tuple(map(brick_name, bricks))
+        self._not_reported = tuple(brick_names(brick, metadata.further_grids) for brick in bricks)
         return order
 
     def _given_bricks(self, heads: int, metadata: SparseAttentionMetadata) -> list[Brick] | None:
@@ -235,32 +238,30 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
 
 def _facts(query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> object:
     """What the chosen orders are for."""
-    text = (metadata.num_prefix_tokens, metadata.num_suffix_tokens)
-    return (metadata.latent_shape, *text, query.shape[2], key.shape[2], query.device)
+    other = (metadata.num_prefix_tokens, metadata.num_suffix_tokens, metadata.further_grids)
+    return (metadata.latent_shape, *other, query.shape[2], key.shape[2], query.device)
 
 
 def _forced(metadata: SparseAttentionMetadata, order: TokenOrder, device: torch.device) -> tuple[Tensor, Tensor]:
     """bool `[N]` twice: key blocks that every query keeps (text, and the first frame), query blocks that keep everything (text)."""
-    assert metadata.latent_shape is not None
-    first_frame = metadata.first_frame_sink and metadata.latent_shape[0] > 1
-    columns = order.protected_blocks(BLOCK_SIZE, first_frame, device)
+    columns = order.protected_blocks(BLOCK_SIZE, metadata.whole_first_frames, device)
     return columns, order.protected_blocks(BLOCK_SIZE, False, device)
 
 
 def _sample(order: TokenOrder, device: torch.device) -> Tensor:
-    """Evenly spaced whole query blocks of the video: int64; the short block where there is no whole one."""
-    whole = max(order.video[1] // BLOCK_SIZE, 1)
+    """Evenly spaced whole query blocks of the grids: int64; the short block where there is no whole one."""
+    whole = max(order.num_whole_blocks, 1)
     least, most = SAMPLE_BLOCKS
     return torch.linspace(0, whole - 1, min(max(whole // SAMPLE_SHARE, least), most, whole), device=device).round().long()
 
 
 def _in_bricks(brick: Brick, metadata: SparseAttentionMetadata, device: torch.device) -> TokenOrder:
     assert metadata.latent_shape is not None
-    return brick_order(brick, metadata.latent_shape, metadata.num_prefix_tokens, metadata.num_suffix_tokens, device)
+    return brick_order(brick, metadata.latent_shape, metadata.num_prefix_tokens, metadata.num_suffix_tokens, device, metadata.further_grids)
 
 
 def _per_head(orders: Sequence[TokenOrder]) -> TokenOrder:
-    """Each head's own order as one; all of them have the video first and the first frame at its beginning."""
+    """Each head's own order as one; all of them have the grids first, each first frame at its beginning."""
     first = orders[0]
     if all(order is first for order in orders):
         return first

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ditattn.errors import ConfigError
+from ditattn.plan.token_grids import TokenGrid, grids_of_sequence
 
 __all__ = [
     "DEFAULT_FRAME_RATE",
@@ -28,34 +29,58 @@ DEFAULT_FRAME_RATE = 24
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where a forward's tokens stand in self-attention: `[prefix][video][suffix]`.
+    """Where a forward's tokens stand in self-attention: `[prefix][video][suffix]`, and further grids in prefix and suffix.
 
     Attributes:
         raw_latent_shape: `(B, C, T, H, W)` of the latents, whatever axes the model itself uses.
         patch_size: (t, h, w); the token grid is the latent grid divided by it.
-        num_prefix_tokens, num_suffix_tokens: text or condition tokens before and after the video tokens.
+        num_prefix_tokens, num_suffix_tokens: all tokens before and after the video tokens.
+        further_grids: references, conditions or layers among those tokens. What is in no grid (text, audio) is kept whole.
         num_image_suffix_tokens: of those after the video, how many follow it in layers without text too (padding of the image itself).
 
     Raises:
-        ValueError: a latent shape without five axes or smaller than a patch, or a negative count, as it comes from a sequence that is
-            shorter than its grid.
+        ValueError: a latent shape without five axes or smaller than a patch, a negative count, as it comes from a sequence that is
+            shorter than its grid, or grids that overlap or reach beyond the sequence.
     """
 
     raw_latent_shape: tuple[int, int, int, int, int]
     patch_size: tuple[int, int, int]
     num_prefix_tokens: int = 0
     num_suffix_tokens: int = 0
+    further_grids: tuple[TokenGrid, ...] = ()
     num_image_suffix_tokens: int = 0
 
     def without_text(self) -> TokenLayout:
         """The layout of layers that see the video or image alone."""
-        return replace(self, num_prefix_tokens=0, num_suffix_tokens=self.num_image_suffix_tokens)
+        return replace(self, num_prefix_tokens=0, num_suffix_tokens=self.num_image_suffix_tokens, further_grids=())
 
     def __post_init__(self) -> None:
         if len(self.raw_latent_shape) != 5 or any(size < p for size, p in zip(self.raw_latent_shape[2:], self.patch_size, strict=True)):
             raise ValueError(f"latents {self.raw_latent_shape} do not make a grid of patches {self.patch_size}")
         if self.num_prefix_tokens < 0 or self.num_suffix_tokens < 0:
             raise ValueError(f"{self.num_prefix_tokens} tokens before and {self.num_suffix_tokens} after the video")
+        if self.further_grids:
+            grids_of_sequence(self.grid, self.num_prefix_tokens, self.num_suffix_tokens, self.further_grids)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(F, Y, X) tokens of the video."""
+        frames, rows, columns = (size // p for size, p in zip(self.raw_latent_shape[2:], self.patch_size, strict=True))
+        return frames, rows, columns
+
+    @classmethod
+    def of_grids(cls, batch: int, channels: int, grids: Sequence[TokenGrid], length: int, target: int = 0) -> TokenLayout:
+        """The layout of a sequence of packed tokens.
+
+        Args:
+            batch, channels: of the packed latents.
+            grids: all of them.
+            length: tokens of the sequence.
+            target: number of the grid that is generated.
+        """
+        own = grids[target]
+        further = tuple(grid for number, grid in enumerate(grids) if number != target)
+        return cls((batch, channels, *own.size), (1, 1, 1), own.start, length - own.stop, further_grids=further)
 
 
 def default_frame_rate(pipeline_config: Any) -> int:

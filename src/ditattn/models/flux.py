@@ -14,8 +14,10 @@ __all__ = ["FLUX"]
 def layout(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
     """`hidden_states` is packed `(B, S, C)`; `img_ids` `(S, 3)` tells the rows and columns, and its first column is 0 for the image itself.
 
+    A reference has a number of its own in the first column and is a grid of its own if its tokens stand row by row; else it is kept whole.
+
     Raises:
-        ValueError: the image's tokens are not a full grid at the front, row by row.
+        ValueError: the image's tokens are not a full grid at the front, row by row, or there are fewer tokens than positions.
     """
     return packed_layout(arguments)
 
@@ -25,5 +27,5 @@ FLUX = ModelFamily(
     transformer_classes=("FluxTransformer2DModel",),
     layout=layout,
     self_attention=r"(transformer_blocks|single_transformer_blocks)\.\d+\.attn",
-    notes="text before the image, reference images after it, both protected; an image is one frame, so there is no first-frame rule",
+    notes="text before the image, protected; every reference image has blocks of its own; an image is one frame: no first-frame rule",
 )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ditattn.models.base import ModelFamily, TokenLayout, text_length
-from ditattn.models.position_ids import grid_at_front
+from ditattn.models.position_ids import grids_of_positions
 
 __all__ = ["FLUX3"]
 
@@ -17,11 +17,11 @@ def layout(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
     Raises:
         ValueError: `img_ids` are not a full grid, row by row.
     """
-    rows, columns = grid_at_front(arguments["img_ids"])
+    text = text_length(arguments)
     batch, length, channels = arguments["hidden_states"].shape
     references = arguments.get("image_cond_hidden_states")
-    behind = length - rows * columns + (0 if references is None else int(references.shape[1]))
-    return TokenLayout((batch, channels, 1, rows, columns), (1, 1, 1), text_length(arguments), behind)
+    behind = 0 if references is None else int(references.shape[1])
+    return TokenLayout.of_grids(batch, channels, grids_of_positions(arguments["img_ids"], start=text), text + length + behind)
 
 
 FLUX3 = ModelFamily(

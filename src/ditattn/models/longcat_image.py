@@ -28,5 +28,5 @@ LONGCAT_IMAGE = ModelFamily(
     transformer_classes=("LongCatImageTransformer2DModel",),
     layout=layout,
     self_attention=r"(transformer_blocks|single_transformer_blocks)\.\d+\.attn",
-    notes="text before the image, the image to edit after it, both protected",
+    notes="text before the image, protected; the image to edit, after it, has blocks of its own",
 )

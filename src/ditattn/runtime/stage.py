@@ -169,6 +169,8 @@ class DenoisingStage:
             self._forget_plans()
         forward_id = self._forwards.read(model.name, step.index, branch)
         layout = _layout(model, arguments)
+        if layout is not None:
+            model.log.note_grids([layout.grid, *(grid.size for grid in layout.further_grids)])
         forward = Forward(self, model, step, forward_id, layout, self._metadata_of(model, step, layout, forward_id))
         if model.image_layers and layout is not None:
             forward.image_metadata = self._metadata_of(model, step, layout.without_text(), forward_id, image_only=True)

@@ -37,6 +37,7 @@ def most_chosen_orders(workload: Workload, setting: Setting, clips: Sequence[Cli
         for layer, orders in next(iter(by_component.values())).items():
             heads = votes.setdefault(layer, [Counter() for _ in orders])
             for head, order in zip(heads, orders, strict=True):
-                head[order] += 1
+                # a further grid of the sequence follows the target's shape
+                head[order.partition(" + ")[0]] += 1
     names = {layer: [head.most_common(1)[0][0] for head in heads] for layer, heads in votes.items()}
     return [",".join(names.get(layer, [])) for layer in range(max(names, default=-1) + 1)]

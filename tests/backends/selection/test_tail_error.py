@@ -109,6 +109,12 @@ def test_rows_with_text_are_whole_and_no_part_of_the_budget() -> None:
     assert int(mask[:, :, :7].sum()) == round(2 * 7 * 10 * 0.25)
 
 
+def test_rows_may_all_be_whole() -> None:
+    """Text and a grid without a block of its own."""
+    rows = torch.ones(3, dtype=torch.bool)
+    assert bool(pick(torch.rand(2, 1, 3, 3), 0.75, rows, rows, rows.unsqueeze(0), 2).all())
+
+
 def test_a_planted_block_is_always_kept_and_empty_ones_never() -> None:
     costs = torch.rand(1, 4, 16, 16)
     costs[0, 1, 3, 9] = 50.0

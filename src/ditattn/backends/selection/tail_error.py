@@ -196,6 +196,9 @@ def pick(costs: Tensor, sparsity: float, columns: Tensor, rows: Tensor, valid: T
 
 def _largest(costs: Tensor, budget: int, must: Tensor) -> Tensor:
     """bool `[B, L]`: the `budget` largest, the first ones among equals, and all that must be kept even if they are more."""
+    if not costs.shape[1]:
+        # every row keeps everything
+        return must
     keep = min(max(budget, 1), costs.shape[1])
     smallest = costs.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     above, equal = costs > smallest, costs == smallest
