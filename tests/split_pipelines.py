@@ -24,7 +24,7 @@ from ditattn.hosts.diffusers.dispatcher import dispatched_attention
 from ditattn.hosts.diffusers.parallel import enable_context_parallelism
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
-from tiny_pipelines import TinyPipeline
+from tiny_pipelines import TinyPipeline, packed_images
 from tiny_pipelines.footprint import dispatcher_footprint, footprint
 
 HEADS = 4
@@ -36,14 +36,28 @@ FAMILIES: dict[str, Callable[[], TinyPipeline]] = {
     "qwen image": tiny_pipelines.qwen_image,
     "ltx video": lambda: _without_text_mask(tiny_pipelines.ltx_video()),
 }
-"""Of every family with a plan for context parallelism in diffusers."""
+"""Of every family with a plan for context parallelism in diffusers, and Flux 2 and ChronoEdit below."""
+
+FURTHER: dict[str, Callable[[], TinyPipeline]] = {
+    "flux kontext, two grids": lambda: tiny_pipelines.flux_kontext((30, 44)),
+    "qwen image edit": tiny_pipelines.qwen_image_edit,
+    "ltx video with a condition": lambda: _without_text_mask(tiny_pipelines.ltx_condition((4, 1))),
+    "flux 2": packed_images.flux2,
+    "chronoedit": tiny_pipelines.chronoedit,
+    "qwen image of padded words": lambda: _with_padding(tiny_pipelines.qwen_image()),
+    "wan with token timesteps": tiny_pipelines.wan_with_token_timesteps,
+}
+"""Sequences of several grids, and the further families that diffusers has a plan for."""
 
 RING: dict[str, Callable[[], TinyPipeline]] = {
     "wan": tiny_pipelines.wan,
     "wan in whole blocks": lambda: _resized(tiny_pipelines.wan(), height=256, width=256, num_frames=21),
     "flux": tiny_pipelines.flux,
     "flux kontext": tiny_pipelines.flux_kontext,
+    "flux kontext, two grids": FURTHER["flux kontext, two grids"],
     "qwen image": tiny_pipelines.qwen_image,
+    "flux 2": packed_images.flux2,
+    "chronoedit": tiny_pipelines.chronoedit,
     "flux of 12 words": lambda: _with_words(tiny_pipelines.flux(), 12),
 }
 """Those whose cross-attention diffusers can gather on a CPU. Two ranks share 6 x 16 x 16 tokens by whole frames of two blocks each."""
@@ -84,7 +98,8 @@ def build(name: str, heads: int = HEADS) -> TinyPipeline:
         # tiny_pipelines.wan is the function
         for module in ("wan", "image", "video"):
             changed.enter_context(mock.patch.object(sys.modules[f"tiny_pipelines.{module}"], "HEADS", heads))
-        return {**FAMILIES, **RING}[name]()
+        changed.enter_context(mock.patch.dict(packed_images.SIZES, num_attention_heads=heads))
+        return {**FAMILIES, **FURTHER, **RING}[name]()
 
 
 @cache
@@ -95,8 +110,14 @@ def whole(name: str) -> TinyPipeline:
 @cache
 def split(name: str, degrees: tuple[tuple[str, Any], ...]) -> TinyPipeline:
     tiny = build(name)
-    enable_context_parallelism(tiny.pipe.transformer, **dict(degrees))
+    model = tiny.pipe.transformer
+    enable_context_parallelism(model, cp_plan=_with_timesteps(model) if name == "ltx video with a condition" else None, **dict(degrees))
     return tiny
+
+
+def _with_timesteps(model: Any) -> dict[str, Any]:
+    """diffusers' plan for LTX-Video leaves the timesteps whole that conditions give to every token."""
+    return {**model._cp_plan, "": {**model._cp_plan[""], "timestep": ContextParallelInput(split_dim=1, expected_dims=2)}}
 
 
 def run(tiny: TinyPipeline, backend: str, config: Mapping[str, Any], steps: int = 1) -> tuple[Tensor, list[Tensor], Any]:
@@ -137,6 +158,22 @@ def compare_ring(name: str, backend: str, config: Mapping[str, Any], degrees: Ma
         blocks = place[torch.arange(length).tensor_split(dist.get_world_size())[dist.get_rank()]].sort().values[::128] // 128
         wrong = [float((mask != other[:, :, blocks]).float().mean()) for mask, other in zip(watch.masks, plans, strict=True)]
     return {"error": float((out - expected).abs().max()), "wrong": wrong, "off": watch.errors, "report": report}
+
+
+def given_bricks() -> dict[str, int]:
+    """Orders that this rank's heads took of those that a configuration names for four."""
+    names = ("1x8x16,1x8x16,4x2x16,4x4x8",) * 2
+    _, _, report = run(split("wan", (("ulysses_degree", 2),)), "permuted_sparse_attn", {**SPARSE, "head_bricks": names})
+    orders: dict[str, int] = report.token_orders
+    return orders
+
+
+def with_defaults() -> dict[str, Any]:
+    """A run by the keys' defaults, whose first dense steps are a share of all."""
+    config = {"sparsity": 0.75, "min_tokens": 0}
+    expected, _, of_one = run(whole("wan"), "rain_fusion_attn", config, steps=4)
+    out, _, report = run(split("wan", (("ulysses_degree", 2),)), "rain_fusion_attn", config, steps=4)
+    return {"error": float((out - expected).abs().max()), "report": report, "of one": of_one}
 
 
 def three_heads() -> tuple[str, float, set[int]]:
@@ -186,6 +223,9 @@ def refusals() -> dict[str, str]:
     config = odd.pipe.transformer._parallel_config
     for block in odd.pipe.transformer.blocks:
         block.attn1.processor._parallel_config = None
+    conditions = build("ltx video with a condition")
+    enable_context_parallelism(conditions.pipe.transformer, ulysses_degree=2)
+    messages["timesteps of tokens"] = _message(lambda: run(conditions, "torch_sdpa", {}))
     messages["processor without it"] = _message(lambda: run(odd, "torch_sdpa", {}))
     q, k = torch.zeros(1, 4, 4, 32), torch.zeros(1, 4, 2, 32)
     messages["fewer key heads"] = _message(lambda: dispatched_attention(q, k, k, _parallel_config=config))
@@ -234,6 +274,14 @@ def _in_head_groups(groups: int) -> Iterator[None]:
 def _with_words(tiny: TinyPipeline, count: int) -> TinyPipeline:
     for key in ("prompt_embeds", "negative_prompt_embeds"):
         tiny.arguments[key] = tiny.arguments[key].repeat(1, 2, 1)[:, :count]
+    return tiny
+
+
+def _with_padding(tiny: TinyPipeline) -> TinyPipeline:
+    """Five words, of which the last two are padding in front of the image: four ranks cannot share them equally."""
+    tiny = _with_words(tiny, 5)
+    for key in ("prompt_embeds_mask", "negative_prompt_embeds_mask"):
+        tiny.arguments[key] = (torch.arange(5) < 3).long().unsqueeze(0)
     return tiny
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ditattn.plan.bricks import brick_order
-from ditattn.plan.split import GatheredRows, GatheredTokens
+from ditattn.plan.split import GatheredRows, GatheredTokens, HeadShare
+from ditattn.plan.token_grids import TokenGrid
 from ditattn.plan.token_order import TokenOrder, token_order
 
 
@@ -80,3 +83,63 @@ def test_a_ranks_queries_stand_as_they_do_among_all(grid: tuple[int, int, int], 
         start, stop = found.order.first_frame
         inside = set(all_in_order[slice(*order.first_frame)])
         assert all((token in inside) == (start <= place < stop) for place, token in enumerate(among_all))
+
+
+GRIDS = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20)), min_size=2, max_size=3)
+
+
+def orders_of(grids: list[tuple[int, int, int]], prefix: int) -> list[TokenOrder]:
+    """Of a text and several grids behind it; the last one has heads that differ."""
+    further, start = [], prefix + TokenGrid(0, grids[0]).num_tokens
+    for size in grids[1:]:
+        further.append(TokenGrid(start, size))
+        start = further[-1].stop
+    sequence = (grids[0], prefix, start - prefix - TokenGrid(0, grids[0]).num_tokens, "cpu", tuple(further))
+    first, second = brick_order((1, 8, 16), *sequence), brick_order((4, 2, 16), *sequence)
+    per_head = [torch.stack([getattr(first, name), getattr(second, name)]) for name in ("forward", "inverse")]
+    return [
+        token_order("raster", *sequence),
+        token_order("tile", *sequence),
+        second,
+        replace(first, forward=per_head[0], inverse=per_head[1]),
+    ]
+
+
+@given(grids=GRIDS, prefix=st.integers(0, 30), ranks=st.integers(2, 4))
+def test_orders_of_several_grids_read_the_gathered_sequence_too(grids: list[tuple[int, int, int]], prefix: int, ranks: int) -> None:
+    for order in orders_of(grids, prefix):
+        split, x = GatheredTokens((prefix, order.length - prefix), ranks), torch.randn(1, order.length, 2, 3)
+        stored, reading = gathered(x, split.streams, ranks), split.ordered(order)
+        assert torch.equal(reading.apply(stored), order.apply(x))
+        assert torch.equal(reading.undo(reading.apply(stored)), stored)
+        assert reading.grids == order.grids
+
+
+@given(grids=GRIDS, prefix=st.integers(0, 30), ranks=st.integers(2, 4), data=st.data())
+def test_a_ranks_queries_stand_in_the_spans_of_their_grids(
+    grids: list[tuple[int, int, int]], prefix: int, ranks: int, data: st.DataObject
+) -> None:
+    owner = torch.cat([torch.full((prefix,), -1), *(torch.full((TokenGrid(0, size).num_tokens,), n) for n, size in enumerate(grids))])
+    frames = [torch.arange(TokenGrid(0, size).num_tokens) < size[1] * size[2] * (size[0] > 1) for size in grids]
+    first_frame = torch.cat([torch.zeros(prefix, dtype=torch.bool), *frames])
+    for order in orders_of(grids, prefix):
+        rows = GatheredRows(GatheredTokens((prefix, order.length - prefix), ranks), data.draw(st.integers(0, ranks - 1)), 1)
+        found = rows.ordered(order).order
+        standing = found.apply(rows.tokens().view(1, -1, 1).expand(-1, -1, 2))[0].T
+        for number, grid in enumerate(found.grids):
+            inside, frame = (torch.zeros(found.length, dtype=torch.bool) for _ in range(2))
+            for mask, spans in ((inside, grid.tokens), (frame, grid.first_frame)):
+                for start, stop in spans:
+                    mask[start:stop] = True
+            for head in standing:
+                assert torch.equal(owner[head] == number, inside)
+                assert torch.equal((owner[head] == number) & first_frame[head], frame)
+        parts = found.blocks_of_grids()
+        assert (parts[0][0], parts[-1][1]) == (0, -(-found.length // 128))
+
+
+@given(heads=st.integers(1, 40), ranks=st.integers(1, 8))
+def test_ranks_share_all_heads(heads: int, ranks: int) -> None:
+    shares = [range(heads)[HeadShare(place, ranks).of(heads)] for place in range(ranks)]
+    assert [head for share in shares for head in share] == list(range(heads))
+    assert all(len(share) == len(shares[0]) for share in shares if share and share[-1] < heads - 1)

@@ -12,8 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ditattn.backends.registry import load_backend
 from ditattn.errors import DenseInStrictMode, UnsupportedCall, UnsupportedModel
-from ditattn.models import ModelFamily, TokenLayout
-from ditattn.models.base import prefix_and_rest
+from ditattn.models import MODELS, ModelFamily, TokenLayout
+from ditattn.models.base import one_stream, prefix_and_rest
 from ditattn.plan.split import GatheredTokens
 from ditattn.runtime.report import ComponentReport
 from ditattn.runtime.split import SequenceSplit
@@ -109,6 +109,25 @@ def test_a_mask_with_gaps_stays_with_its_keys() -> None:
     assert report.dense_reasons == {"mask with gaps": 1}
 
 
+@pytest.mark.parametrize("backend", ["rain_fusion_attn", "block_sparse_attn", "permuted_sparse_attn"])
+def test_gaps_in_the_text_are_padding_of_a_gathered_call_too(backend: str) -> None:
+    tensors, tokens = qkv(), GATHERED.tokens()
+    place = torch.arange(VIDEO + TEXT).view(1, 1, 1, -1)
+    mask = (place < VIDEO) | (place % 3 > 0)
+    expected, plain = served(backend, None, *tensors, attn_mask=mask)
+    stored = [x[:, tokens] for x in tensors]
+    out, report = served(backend, SPLIT, *stored, attn_mask=mask[..., tokens])
+    torch.testing.assert_close(out, expected[:, tokens])
+    assert (report.sparse, report.sparse_density) == (plain.sparse, plain.sparse_density)
+    assert plain.sparse == 1
+    # a rank that keeps its queries has no such order: densely, and counted
+    half = (VIDEO + TEXT) // 2
+    out, report = served(backend, SequenceSplit(1, 2, 0), stored[0][:, :half], *stored[1:], attn_mask=mask[..., tokens])
+    exact = scaled_dot_product_attention(*(x.transpose(1, 2) for x in tensors), attn_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(out, exact[:, tokens][:, :half])
+    assert report.dense_reasons == {"mask with gaps": 1}
+
+
 @pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn"])
 def test_a_call_that_nobody_gathered_is_refused(backend: str) -> None:
     q, k, v = (x[:, : (VIDEO + TEXT) // 2] for x in qkv())
@@ -132,6 +151,17 @@ def test_a_family_that_says_nothing_of_its_streams_is_refused(monkeypatch: pytes
 def test_streams_of_a_text_in_front_and_a_reference_behind() -> None:
     layout = TokenLayout((1, 4, 1, 30, 44), (1, 1, 1), 10, 256)
     assert prefix_and_rest(layout) == (10, 30 * 44 + 256)
+    assert one_stream(layout) == (10 + 30 * 44 + 256,)
+
+
+def test_families_whose_tokens_are_known_to_be_split_have_joint_layers_alone() -> None:
+    """Layers of the image alone have other streams, and masks that a model makes anew are not split with the tokens."""
+    known = [family for family in MODELS if family.streams is not None]
+    assert {"Flux.2", "ChronoEdit"} < {family.name for family in known}
+    for family in known:
+        assert family.image_only is None
+        assert family.key_mask(None, {"attention_mask": torch.ones(1, 3)}) is None
+        assert family.dispatches
 
 
 def test_tokens_that_others_have_split_are_counted_as_such(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,8 @@ from ditattn.ops.pooled_tail import PooledTail
 from ditattn.ops.table import KERNEL_HEAD_DIMS, Implementation, choose, choose_to_run
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 from ditattn.plan.reuse import ForwardId, PlanMemory, ReusePolicy
-from ditattn.plan.split import GatheredRows, GatheredTokens, RowOrder
+from ditattn.plan.split import GatheredRows, GatheredTokens, HeadShare, RowOrder
+from ditattn.plan.token_grids import TokenGrid
 from ditattn.plan.token_order import TokenOrder, token_order
 
 __all__ = [
@@ -75,10 +76,12 @@ class SparseAttentionMetadata(AttentionMetadata):
         config: as it was parsed and checked, once.
         num_steps: steps of the run; None if unknown.
         latent_shape: token grid (F, Y, X) of the video, after patchify; None if unknown.
-        num_prefix_tokens, num_suffix_tokens: text or condition tokens before and after the video tokens. In token order "tile" only
-            suffix tokens may be padding; that is checked where the host knows the key lengths.
+        num_prefix_tokens, num_suffix_tokens: all tokens before and after the video tokens. In an order other than "raster" only those at
+            the end, behind every grid, may be padding; that is checked where the host knows the key lengths.
+        further_grids: references, conditions or layers among the prefix and suffix tokens; what is in no grid is kept whole.
         gathered: where the tokens stand that several ranks gathered; None where they stand in the model's order.
         rows: which tokens the queries are, where a rank keeps some and has everybody's keys; None where it has all.
+        heads: which heads of the layer a call has, where ranks share them; None where it has all.
         forward_id: run and branch of the forward; looked at only where plans are reused.
     """
 
@@ -87,8 +90,10 @@ class SparseAttentionMetadata(AttentionMetadata):
     latent_shape: tuple[int, int, int] | None = None
     num_prefix_tokens: int = 0
     num_suffix_tokens: int = 0
+    further_grids: tuple[TokenGrid, ...] = ()
     gathered: GatheredTokens | None = None
     rows: GatheredRows | None = None
+    heads: HeadShare | None = None
     forward_id: ForwardId = field(default_factory=ForwardId)
 
     def __getattr__(self, key: str) -> Any:
@@ -129,6 +134,19 @@ class SparseAttentionMetadata(AttentionMetadata):
     def as_stored(self, order: TokenOrder, device: torch.device) -> TokenOrder:
         """An order of the model's tokens as one of the tokens as a call has them."""
         return order if self.gathered is None else self.gathered.ordered(order, device)
+
+    @property
+    def num_last_tokens(self) -> int:
+        """Tokens behind every grid."""
+        assert self.num_tokens is not None
+        ends = [self.num_tokens - self.num_suffix_tokens, *(grid.stop for grid in self.further_grids)]
+        return self.num_tokens - max(ends)
+
+    @property
+    def whole_first_frames(self) -> bool:
+        """True if the first frame of every video is kept: a grid of one frame is an image."""
+        assert self.latent_shape is not None
+        return self.first_frame_sink and max(self.latent_shape[0], *(grid.size[0] for grid in self.further_grids), 1) > 1
 
 
 def latent_grid(raw_latent_shape: Sequence[int], patch_size: int | Sequence[int]) -> tuple[int, int, int]:
@@ -237,8 +255,8 @@ class SparseAttentionImpl(AttentionImpl):
         """A rank's queries and everybody's keys: each stands in an order of its own, by copying."""
         rows = self._row_order(metadata, query.device)
         q, k, v = rows.order.apply(query), order.apply(key), order.apply(value)
-        as_they_stand = TokenOrder(None, None, order.first_frame, order.video, order.length)
-        whole = rows.order.protected_blocks(BLOCK_SIZE, self._protects_first_frame(metadata), query.device)
+        as_they_stand = replace(order, forward=None, inverse=None)
+        whole = rows.order.protected_blocks(BLOCK_SIZE, metadata.whole_first_frames, query.device)
 
         def plan() -> BlockPlan:
             made = self.plan(q, k, metadata, as_they_stand, protected)
@@ -287,8 +305,8 @@ class SparseAttentionImpl(AttentionImpl):
         """The order of the tokens, and bool `[N]`, which of its blocks every plan keeps. Both serve until the tokens change."""
         grid = metadata.latent_shape
         assert grid is not None
-        facts = (metadata.token_order, grid, metadata.num_prefix_tokens, metadata.num_suffix_tokens, device)
-        whole_first_frame = self._protects_first_frame(metadata)
+        facts = (metadata.token_order, grid, metadata.num_prefix_tokens, metadata.num_suffix_tokens, device, metadata.further_grids)
+        whole_first_frame = metadata.whole_first_frames
         known = (facts, whole_first_frame, metadata.gathered)
         if self._known_tokens is None or self._known_tokens[0] != known:
             order = metadata.as_stored(token_order(*facts), device)
@@ -299,16 +317,11 @@ class SparseAttentionImpl(AttentionImpl):
         """How this rank's queries stand in the order of all tokens. Serves until the tokens change."""
         assert metadata.rows is not None
         assert metadata.latent_shape is not None
-        text = (metadata.num_prefix_tokens, metadata.num_suffix_tokens)
-        facts = (metadata.token_order, metadata.latent_shape, *text, metadata.rows, device)
-        if self._known_rows is None or self._known_rows[0] != facts:
-            order = token_order(metadata.token_order, metadata.latent_shape, *text)
-            self._known_rows = (facts, metadata.rows.ordered(order, device))
+        facts = (metadata.token_order, metadata.latent_shape, metadata.num_prefix_tokens, metadata.num_suffix_tokens, "cpu")
+        known = (facts, metadata.further_grids, metadata.rows, device)
+        if self._known_rows is None or self._known_rows[0] != known:
+            self._known_rows = (known, metadata.rows.ordered(token_order(*facts, metadata.further_grids), device))
         return self._known_rows[1]
-
-    def _protects_first_frame(self, metadata: SparseAttentionMetadata) -> bool:
-        assert metadata.latent_shape is not None
-        return bool(metadata.first_frame_sink) and metadata.latent_shape[0] > 1
 
     def _planned(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata, plan: Callable[[], BlockPlan]) -> CallRecord:
         """The call with its plan: a kept one where the metadata lets one serve, else a new one."""
@@ -399,8 +412,8 @@ def _why_not_these_tokens(query_tokens: int, key_tokens: int, metadata: SparseAt
         return Reason.UNKNOWN_GEOMETRY
     if key_tokens != metadata.num_tokens:
         return Reason.SPLIT_ELSEWHERE if key_tokens < metadata.num_tokens and _has_partners() else Reason.TOKEN_COUNT
-    # another order puts the video first and its tokens elsewhere: the leading keys of the model's order are then not the leading ones
-    first_free = key_tokens - metadata.num_suffix_tokens
+    # another order puts the grids first and their tokens elsewhere: the leading keys of the model's order are then not the leading ones
+    first_free = key_tokens - metadata.num_last_tokens
     if metadata.token_order != "raster" and min(metadata.known_key_lengths or (key_tokens,)) < first_free:
         return Reason.PADDED_VIDEO
     return None

@@ -6,16 +6,16 @@ gathered sequence is `[text of rank 0, image of rank 0, text of rank 1, ...]`: n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ditattn.plan.block_plan import BLOCK_SIZE
-from ditattn.plan.token_order import TokenOrder
+from ditattn.plan.token_order import OrderedGrid, Span, TokenOrder
 
-__all__ = ["GatheredRows", "GatheredTokens", "RowOrder"]
+__all__ = ["GatheredRows", "GatheredTokens", "HeadShare", "RowOrder"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,25 @@ class GatheredTokens:
         places, tokens = self.places(device), self.tokens(device)
         forward = places if order.forward is None else places[order.forward]
         inverse = tokens if order.inverse is None else order.inverse[..., tokens]
-        return TokenOrder(forward, inverse, order.first_frame, order.video, order.length)
+        return replace(order, forward=forward, inverse=inverse)
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """The heads of a layer that a rank has: neighbours, as many for each rank but the last, which may have fewer.
+
+    Attributes:
+        place: of the rank.
+        ranks: how many share the heads.
+    """
+
+    place: int
+    ranks: int
+
+    def of(self, num_heads: int) -> slice:
+        """Which of all heads of the layer."""
+        each = -(-num_heads // self.ranks)
+        return slice(min(self.place * each, num_heads), min((self.place + 1) * each, num_heads))
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,23 +112,57 @@ class GatheredRows:
         """The queries as they stand in an order of the model's tokens, on `device`. Reads the order from its device."""
         tokens = self.tokens()
         places = tokens if order.inverse is None else order.inverse.cpu()[..., tokens]
-        forward = places.argsort(-1)
-        places = places.gather(-1, forward)
-        first_frame, video = (_span(places, span) for span in (order.first_frame, order.video))
+        standing, spans = _grid_by_grid(places, order)
+        forward = standing.argsort(-1)
+        standing, places = standing.gather(-1, forward), places.gather(-1, forward)
+        spans = replace(
+            spans,
+            first_frame=_span(standing, spans.first_frame),
+            video=_span(standing, spans.video),
+            grids=tuple(_grid(standing, grid) for grid in spans.grids),
+        )
         index = torch.arange(len(tokens))
         start = places[..., index // BLOCK_SIZE * BLOCK_SIZE]
         together = (places - start == index % BLOCK_SIZE) & (start % BLOCK_SIZE == 0)
         complete = len(tokens) % BLOCK_SIZE == 0 or bool((places[..., -1] == order.length - 1).all())
         forward = forward.to(device)
         own_blocks = not (complete and bool(together.all()))
-        return RowOrder(TokenOrder(forward, forward.argsort(-1), first_frame, video, len(tokens)), own_blocks)
+        return RowOrder(replace(spans, forward=forward, inverse=forward.argsort(-1), length=len(tokens)), own_blocks)
 
 
 def _share(length: int, rank: int, ranks: int) -> int:
     return length // ranks + (rank < length % ranks)
 
 
-def _span(places: Tensor, span: tuple[int, int]) -> tuple[int, int]:
+def _grid_by_grid(places: Tensor, order: TokenOrder) -> tuple[Tensor, TokenOrder]:
+    """Places in an order, and the spans of that order.
+
+    Where heads have an order each and there are several grids, what is left of a grid behind its whole blocks are other tokens in each
+    head, and a rank has more of them in one head than in another. There the places are those of an order that has all of a grid together.
+    """
+    if places.ndim == 1 or not order.grids:
+        return places, order
+    spans = [span for grid in order.grids for span in grid.tokens]
+    index = torch.cat([torch.arange(*span) for span in spans] + [torch.arange(order.video[1], order.length)])
+    moved = index.argsort()
+
+    def together(parts: tuple[Span, ...]) -> tuple[Span, ...]:
+        return tuple((int(moved[start]), int(moved[start]) + stop - start) for start, stop in parts if start < stop)
+
+    grids = tuple(OrderedGrid(_joined(together(grid.tokens)), _joined(together(grid.first_frame))) for grid in order.grids)
+    return moved[places], replace(order, grids=grids)
+
+
+def _joined(spans: tuple[Span, ...]) -> tuple[Span, ...]:
+    """Spans one behind the other as one."""
+    return ((spans[0][0], spans[-1][1]),) if spans else ()
+
+
+def _grid(places: Tensor, grid: OrderedGrid) -> OrderedGrid:
+    return OrderedGrid(tuple(_span(places, span) for span in grid.tokens), tuple(_span(places, span) for span in grid.first_frame))
+
+
+def _span(places: Tensor, span: Span) -> Span:
     """How many places lie before each end; every head of `[G, R]` has as many."""
     start, stop = (int((places < end).sum()) // (places.shape[0] if places.ndim == 2 else 1) for end in span)
     return start, stop

@@ -10,7 +10,7 @@ from ditattn.backends.sparse import SparseAttentionMetadata
 from ditattn.errors import ConfigError
 from ditattn.models import TokenLayout
 from ditattn.plan.reuse import ForwardId
-from ditattn.plan.split import GatheredRows, GatheredTokens
+from ditattn.runtime.split import WHOLE, RankShare
 from ditattn.runtime.step import Step
 
 __all__ = ["build_attn_metadata", "check_layers", "for_forward"]
@@ -21,16 +21,13 @@ def build_attn_metadata(
     config: AttentionConfig,
     step: Step,
     layout: TokenLayout | None,
-    gathered: GatheredTokens | None = None,
-    rows: GatheredRows | None = None,
+    share: RankShare = WHOLE,
 ) -> AttentionMetadata:
-    """The metadata of a step; without a layout the geometry stays unknown.
-
-    `gathered` tells where tokens stand that ranks share, `rows` which of them a rank's queries are.
-    """
-    split = {"gathered": gathered if gathered is not None and gathered.interleaves else None, "rows": rows}
+    """The metadata of a step; without a layout the geometry stays unknown. `share` is what a rank has of the calls."""
     if not isinstance(config, SparseAttentionConfig):
         return builder.build(current_timestep=step.index)
+    # a builder of another package need not know of sequences that its models do not have
+    several = {} if layout is None or not layout.further_grids else {"further_grids": layout.further_grids}
     return builder.build(
         current_timestep=step.index,
         raw_latent_shape=None if layout is None else layout.raw_latent_shape,
@@ -39,7 +36,8 @@ def build_attn_metadata(
         num_steps=step.num_steps,
         num_prefix_tokens=0 if layout is None else layout.num_prefix_tokens,
         num_suffix_tokens=0 if layout is None else layout.num_suffix_tokens,
-        **{name: value for name, value in split.items() if value is not None},
+        **several,
+        **share.facts(),
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ditattn.errors import UnsupportedCall, UnsupportedModel
 from ditattn.models import ModelFamily, TokenLayout
-from ditattn.plan.split import GatheredRows, GatheredTokens
+from ditattn.plan.split import GatheredRows, GatheredTokens, HeadShare
 
-__all__ = ["SequenceSplit", "gathered_tokens", "query_rows"]
+__all__ = ["WHOLE", "RankShare", "SequenceSplit", "rank_share"]
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,55 @@ class SequenceSplit:
         return f"rank {self.rank} of {self.ranks} ({', '.join(degrees)})"
 
 
-def gathered_tokens(split: SequenceSplit | None, family: ModelFamily, layout: TokenLayout | None) -> GatheredTokens | None:
-    """The order in which gathered tokens arrive; None where the sequence is not split, or its layout unknown.
+@dataclass(frozen=True)
+class RankShare:
+    """What a rank has of the calls of one forward.
+
+    Attributes:
+        gathered: where the tokens stand in a call that has them all; None where the sequence is not split, or its layout unknown.
+        rows: which of them the rank's queries are; None where it has all.
+        heads: which heads of a layer it has; None where it has all.
+    """
+
+    gathered: GatheredTokens | None = None
+    rows: GatheredRows | None = None
+    heads: HeadShare | None = None
+
+    @property
+    def interleaves(self) -> bool:
+        """True if gathered tokens stand in another order than the model's."""
+        return self.gathered is not None and self.gathered.interleaves
+
+    def facts(self) -> dict[str, Any]:
+        """Fields of the metadata of a sparse backend that speak of more than the whole."""
+        found = {"gathered": self.gathered if self.interleaves else None, "rows": self.rows, "heads": self.heads}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+WHOLE = RankShare()
+"""Of a denoiser that one process runs."""
+
+
+def rank_share(split: SequenceSplit | None, family: ModelFamily, layout: TokenLayout | None) -> RankShare:
+    """What this rank has of a forward's calls.
+
+    Raises:
+        UnsupportedModel, UnsupportedCall: tokens that cannot be split so.
+    """
+    if split is None:
+        return WHOLE
+    gathered = _gathered_tokens(split, family, layout)
+    heads = HeadShare(split.rank % split.ulysses, split.ulysses) if split.ulysses > 1 else None
+    return RankShare(gathered, _query_rows(split, gathered), heads)
+
+
+def _gathered_tokens(split: SequenceSplit, family: ModelFamily, layout: TokenLayout | None) -> GatheredTokens | None:
+    """The order in which gathered tokens arrive; None where their layout is unknown.
 
     Raises:
         UnsupportedModel: nobody has said which of the family's tokens are split apart.
         UnsupportedCall: a stream that the ranks cannot share equally although they must.
     """
-    if split is None:
-        return None
     if family.streams is None:
         raise UnsupportedModel(f"{family.name} is not served under context parallelism: how its tokens are split is not known here")
     if layout is None:
@@ -64,8 +105,8 @@ def gathered_tokens(split: SequenceSplit | None, family: ModelFamily, layout: To
     return GatheredTokens(streams, split.ranks)
 
 
-def query_rows(split: SequenceSplit | None, gathered: GatheredTokens | None) -> GatheredRows | None:
+def _query_rows(split: SequenceSplit, gathered: GatheredTokens | None) -> GatheredRows | None:
     """Which tokens a rank's queries are where it keeps them and gathers keys; None where it has all of them."""
-    if split is None or gathered is None or split.ring == 1:
+    if gathered is None or split.ring == 1:
         return None
     return GatheredRows(gathered, split.rank // split.ulysses * split.ulysses, split.ulysses)

@@ -25,15 +25,14 @@ from ditattn.ops.calls import DenseCall
 from ditattn.ops.contract import check_qkv, checked_scale
 from ditattn.ops.table import choose
 from ditattn.plan.reuse import ForwardId
-from ditattn.plan.split import GatheredRows, GatheredTokens
 from ditattn.runtime.autocast import autocast_as_sdpa
 from ditattn.runtime.branches import ForwardCounter
 from ditattn.runtime.foreign_modes import native_sdpa, why_native
-from ditattn.runtime.key_padding import KeyPadding, MaskReader, broadcastable
+from ditattn.runtime.key_padding import MASK_WITH_GAPS, KeyPadding, MaskReader, VideoFirst, broadcastable
 from ditattn.runtime.metadata import build_attn_metadata, for_forward
 from ditattn.runtime.report import AttentionReport, ComponentLog
 from ditattn.runtime.run_share import KEYS, RunShare, holds_for_the_run
-from ditattn.runtime.split import SequenceSplit, gathered_tokens, query_rows
+from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit, rank_share
 from ditattn.runtime.step import Step, StepClock
 
 __all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "running"]
@@ -55,7 +54,9 @@ class ServedModel:
         backend: backend class.
         config: validated configuration of the backend.
         layers: paths of its self-attention modules, in order; a layer's number is its place here.
-        served_layers: numbers of the layers whose calls come here, in order; every layer's unless the host leaves some alone.
+        served_layers: numbers of the layers whose calls come here, in the order in which a forward runs them; every layer's unless the
+            host leaves some alone.
+        image_layers: numbers of the layers that see the image or video without the text.
         layers_by_count: a call whose layer is unknown (compiled graphs run no module hooks) is the next served call of the forward.
     """
 
@@ -73,6 +74,7 @@ class ServedModel:
         self.builder.prepare()
         self.log = ComponentLog(self.name, self.backend.name, self.config.model_dump())
         self.served_layers = list(range(len(self.layers)))
+        self.image_layers = frozenset(number for number, path in enumerate(self.layers) if self.family.is_image_only(path))
 
     def layer_of_call(self, call: int) -> int:
         """Number of the layer that makes the n-th served call of a forward; calls beyond the last layer go on counting."""
@@ -86,8 +88,7 @@ class Forward:
 
     Attributes:
         split: how its tokens are split between ranks; None if they are not.
-        gathered: where they then stand in a call that has them all; None also where the layout is unknown.
-        rows: which of them this rank's queries are; None where it has all.
+        share: what this rank has of its calls.
     """
 
     stage: DenoisingStage
@@ -96,13 +97,18 @@ class Forward:
     id: ForwardId
     layout: TokenLayout | None
     metadata: AttentionMetadata
+    image_metadata: AttentionMetadata | None = None
+    key_mask: Tensor | None = None
     layer: int | None = None
     num_calls: int = 0
     split: SequenceSplit | None = None
-    gathered: GatheredTokens | None = None
-    rows: GatheredRows | None = None
+    share: RankShare = WHOLE
     records: list[CallRecord] = field(default_factory=list)
     masks: MaskReader = field(default_factory=MaskReader)
+
+    def metadata_of(self, layer: int | None) -> AttentionMetadata:
+        """The metadata of a layer's calls: layers that see the image alone have no text tokens."""
+        return self.image_metadata if self.image_metadata is not None and layer in self.model.image_layers else self.metadata
 
 
 class Probe(Protocol):
@@ -148,7 +154,7 @@ class DenoisingStage:
         self.models: list[ServedModel] = []
         self.not_served: dict[str, str] = {}
         self.probe: Probe | None = None
-        self._metadata: dict[str, tuple[tuple[Any, ...], AttentionMetadata]] = {}
+        self._metadata: dict[tuple[str, bool], tuple[tuple[Any, ...], AttentionMetadata]] = {}
         self._forwards = ForwardCounter()
         self._share = RunShare()
 
@@ -181,10 +187,14 @@ class DenoisingStage:
             self._forget_plans()
         forward_id = self._forwards.read(model.name, step.index, branch)
         layout = _layout(model, arguments)
-        gathered = gathered_tokens(split, model.family, layout)
-        rows = query_rows(split, gathered)
-        metadata = for_forward(self._build_attn_metadata(model, step, layout, gathered, rows), forward_id)
-        forward = Forward(self, model, step, forward_id, layout, metadata, split=split, gathered=gathered, rows=rows)
+        if layout is not None:
+            model.log.note_grids([layout.grid, *(grid.size for grid in layout.further_grids)])
+        share = rank_share(split, model.family, layout)
+        metadata = self._metadata_of(model, step, layout, forward_id, share)
+        forward = Forward(self, model, step, forward_id, layout, metadata, split=split, share=share)
+        if model.image_layers and layout is not None:
+            forward.image_metadata = self._metadata_of(model, step, layout.without_text(), forward_id, image_only=True)
+        forward.key_mask = model.family.key_mask(model.model_config, arguments)
         model.log.split = "" if split is None else str(split)
         _local.stack = [*others, forward]
         return forward
@@ -227,20 +237,21 @@ class DenoisingStage:
         """What ran so far."""
         return AttentionReport({model.name: model.log.report() for model in self.models}, dict(self.not_served))
 
-    def _build_attn_metadata(
+    def _metadata_of(
         self,
         model: ServedModel,
         step: Step,
         layout: TokenLayout | None,
-        gathered: GatheredTokens | None,
-        rows: GatheredRows | None,
+        forward_id: ForwardId,
+        share: RankShare = WHOLE,
+        image_only: bool = False,
     ) -> AttentionMetadata:
         """The metadata of a step, built once and shared by all layers and branches with the same tokens."""
-        key = (step, layout, gathered, rows)
-        cached = self._metadata.get(model.name)
+        key, place = (step, layout, share), (model.name, image_only)
+        cached = self._metadata.get(place)
         if cached is None or cached[0] != key:
-            cached = self._metadata[model.name] = (key, build_attn_metadata(model.builder, model.config, *key))
-        return cached[1]
+            cached = self._metadata[place] = (key, build_attn_metadata(model.builder, model.config, *key))
+        return for_forward(cached[1], forward_id)
 
     def attend(
         self,
@@ -280,36 +291,56 @@ class DenoisingStage:
 
     def _serve(self, forward: Forward, layer: int | None, call: DenseCall) -> Tensor:
         query, key = call.query, call.key
-        metadata = forward.metadata
+        metadata = forward.metadata_of(layer)
         reason = NOT_SELF_ATTENTION if layer is None else None
         if reason is None:
             _check_whole(forward, query, key)
         if call.attn_mask is not None and reason is None:
-            padding, reason = forward.masks.read(_in_model_order(forward, call.attn_mask, key), key)
-            if padding is not None and _interleaves(forward):
-                return self._serve_in_model_order(forward, layer, call, padding)
+            mask = _key_mask(forward, _in_model_order(forward, call.attn_mask, key))
+            padding, reason = forward.masks.read(mask, key)
+            if reason == MASK_WITH_GAPS and (moved := _video_first(forward, mask, call, metadata)) is not None:
+                return self._serve_moved(forward, layer, call, moved)
+            if padding is not None and forward.share.interleaves:
+                return self._serve_in_model_order(forward, layer, call, metadata, padding)
             metadata = metadata if padding is None else replace(metadata, **padding._asdict())
-        strict = self.strict and _is_self_attention(forward, layer, query, key)
         if reason is not None:
-            if strict:
+            if self.strict and _is_self_attention(forward, layer, query, key):
                 self._refuse(reason, forward)
             forward.records.append(CallRecord(reason))
             return _native(call)
         return self._run(forward, layer, call, metadata)
 
-    def _serve_in_model_order(self, forward: Forward, layer: int | None, call: DenseCall, padding: KeyPadding) -> Tensor:
+    def _serve_in_model_order(
+        self, forward: Forward, layer: int | None, call: DenseCall, metadata: AttentionMetadata, padding: KeyPadding
+    ) -> Tensor:
         """Leading keys are leading only in the model's order: a padded call that ranks have gathered is put in that order by copying."""
-        assert forward.gathered is not None
-        metadata = forward.metadata
+        gathered = forward.share.gathered
+        assert gathered is not None
         if isinstance(metadata, SparseAttentionMetadata):
             metadata = replace(metadata, gathered=None)
-        places = forward.gathered.places(call.query.device)
+        places = gathered.places(call.query.device)
         metadata = replace(metadata, **padding._asdict())
         call = replace(call, key=call.key.index_select(1, places), value=call.value.index_select(1, places))
-        if forward.rows is not None:
+        if forward.share.rows is not None:
             return self._run(forward, layer, call, metadata)
         out = self._run(forward, layer, replace(call, query=call.query.index_select(1, places)), metadata)
-        return out.index_select(1, forward.gathered.tokens(out.device))
+        return out.index_select(1, gathered.tokens(out.device))
+
+    def _serve_moved(self, forward: Forward, layer: int | None, call: DenseCall, moved: VideoFirst) -> Tensor:
+        """A call whose masked tokens stand before the video: sparse with the video first, or torch's own."""
+        query, key, value = (moved.arrange(x) for x in (call.query, call.key, call.value))
+        impl = self._impl(forward.model, layer, replace(call, query=query, key=key, value=value, attn_mask=None), moved.metadata)
+        assert isinstance(impl, SparseAttentionImpl)
+        reason = impl.why_dense(query, key, moved.metadata)
+        if reason is not None:
+            if self.strict and _is_self_attention(forward, layer, query, key):
+                self._refuse(reason, forward)
+            forward.records.append(CallRecord(reason))
+            return _native(call)
+        out = impl.forward(query, key, value, moved.metadata)
+        if self.probe is not None:
+            self.probe.look(forward, layer, impl, query, key, value, moved.metadata, out)
+        return moved.restore(out)
 
     def _run(self, forward: Forward, layer: int | None, call: DenseCall, metadata: AttentionMetadata) -> Tensor:
         """By the layer's implementation, which the metadata tells everything else."""
@@ -377,27 +408,33 @@ def _is_self_attention(forward: Forward, layer: int | None, query: Tensor, key: 
 
 def _has_its_own_keys(forward: Forward, query: Tensor, key: Tensor) -> bool:
     """As many keys as queries, or where a rank keeps its queries those of all ranks."""
-    if forward.rows is None or query.shape[1] == key.shape[1]:
+    if forward.share.rows is None or query.shape[1] == key.shape[1]:
         return query.shape[1] == key.shape[1]
-    return (query.shape[1], key.shape[1]) == (forward.rows.num_tokens, sum(forward.rows.gathered.streams))
-
-
-def _interleaves(forward: Forward) -> bool:
-    return forward.gathered is not None and forward.gathered.interleaves
+    return (query.shape[1], key.shape[1]) == (forward.share.rows.num_tokens, sum(forward.share.rows.gathered.streams))
 
 
 def _in_model_order(forward: Forward, mask: Tensor, key: Tensor) -> Tensor:
     """A mask over gathered keys as one over the model's; others as they are."""
-    if forward.gathered is None or not forward.gathered.interleaves or mask.shape[-1] != key.shape[1]:
+    if forward.share.gathered is None or not forward.share.interleaves or mask.shape[-1] != key.shape[1]:
         return mask
-    return mask.index_select(-1, forward.gathered.places(mask.device))
+    return mask.index_select(-1, forward.share.gathered.places(mask.device))
+
+
+def _video_first(forward: Forward, mask: Tensor, call: DenseCall, metadata: AttentionMetadata) -> VideoFirst | None:
+    """The order in which a call whose mask has gaps runs sparse; None where there is none. A rank's own queries have none."""
+    if not isinstance(metadata, SparseAttentionMetadata) or call.causal or forward.share.rows is not None:
+        return None
+    moved = forward.masks.video_first(mask, call.key, metadata)
+    if moved is None or forward.share.gathered is None:
+        return moved
+    return moved.of_gathered(forward.share.gathered)
 
 
 def _check_whole(forward: Forward, query: Tensor, key: Tensor) -> None:
     """Raise UnsupportedCall if a call of a split denoiser has as many keys as queries, and not all tokens: nobody gathered them."""
-    if forward.gathered is None or query.shape[1] != key.shape[1]:
+    if forward.share.gathered is None or query.shape[1] != key.shape[1]:
         return
-    whole = sum(forward.gathered.streams)
+    whole = sum(forward.share.gathered.streams)
     if query.shape[1] != whole:
         raise UnsupportedCall(
             f"{forward.model.name} is split between ranks, and a self-attention call has {query.shape[1]} of {whole} tokens: its processor "
@@ -418,6 +455,12 @@ def _layout(model: ServedModel, arguments: Mapping[str, Any]) -> TokenLayout | N
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         logger.debug("%s: token layout unknown: %s", model.name, error)
         return None
+
+
+def _key_mask(forward: Forward, mask: Tensor) -> Tensor:
+    """The mask of a call by keys: models that make a square one of it know it by their forward's arguments."""
+    is_square = mask.ndim == 4 and mask.shape[2] > 1
+    return forward.key_mask if is_square and forward.key_mask is not None else mask
 
 
 def _asked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None) -> DenseCall:

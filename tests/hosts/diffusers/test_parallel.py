@@ -25,12 +25,22 @@ def two() -> Iterator[Ranks]:
 
 def degrees_of(name: str) -> dict[str, Any]:
     # 7 text tokens: no two ranks share them equally
-    return {"ulysses_degree": 2, "ulysses_anything": name == "qwen image"}
+    return {"ulysses_degree": 2, "ulysses_anything": name.startswith("qwen image")}
 
 
 @pytest.mark.parametrize("name", split_pipelines.FAMILIES)
 @pytest.mark.parametrize(("backend", "sparsity"), [("torch_sdpa", 0), *itertools.product(SPARSE_BACKENDS, (0, 0.75))])
 def test_ulysses_is_one_process(two: Ranks, name: str, backend: str, sparsity: float) -> None:
+    check_ulysses(two, name, backend, sparsity)
+
+
+@pytest.mark.parametrize("name", split_pipelines.FURTHER)
+@pytest.mark.parametrize(("backend", "sparsity"), [("torch_sdpa", 0), *itertools.product(SPARSE_BACKENDS, (0.75,))])
+def test_ulysses_is_one_process_for_several_grids_and_further_families(two: Ranks, name: str, backend: str, sparsity: float) -> None:
+    check_ulysses(two, name, backend, sparsity)
+
+
+def check_ulysses(two: Ranks, name: str, backend: str, sparsity: float) -> None:
     config = {} if backend == "torch_sdpa" else {"sparsity": sparsity, "skip_first_steps": 0, "min_tokens": 0}
     for rank, found in enumerate(two.run(split_pipelines.compare, name, backend, config, degrees_of(name))):
         assert found["error"] < BOUND
@@ -64,7 +74,8 @@ def test_ring_is_exact_over_its_own_plan(two: Ranks, name: str, backend: str) ->
         assert len(found["off"]) == report.sparse > 0
         assert max(found["off"]) < 2e-5
         assert report.dense == 0
-        assert 0.25 <= report.sparse_density < 0.9
+        # of blocks it is a quarter; those at an end hold fewer pairs
+        assert 0.23 <= report.sparse_density < 0.9
         # heads of permuted_sparse_attn choose their bricks by a rank's own queries
         together = name == "wan in whole blocks" and backend != "permuted_sparse_attn"
         assert together == (report.own_blocks == 0)
@@ -101,16 +112,27 @@ def ring_of(name: str) -> dict[str, Any]:
     return {"ring_degree": 2, "ring_anything": name == "qwen image"}
 
 
-@pytest.mark.parametrize("name", ["wan", "flux"])
+@pytest.mark.parametrize("name", ["wan", "flux", "qwen image of padded words"])
 def test_four_ranks_share_too(four: Ranks, name: str) -> None:
-    # four ranks cannot share Flux's 10 text tokens equally
-    degrees = {"ulysses_degree": 4, "ulysses_anything": name == "flux"}
+    # four ranks cannot share Flux's 10 text tokens or 5 words equally
+    degrees = {"ulysses_degree": 4, "ulysses_anything": name != "wan"}
     found = four.run(split_pipelines.compare, name, "rain_fusion_attn", split_pipelines.SPARSE, degrees)
     assert [one["report"].split for one in found] == [f"rank {rank} of 4 (Ulysses 4)" for rank in range(4)]
     for one in found:
         assert one["error"] < BOUND
         assert len(one["wrong"]) == one["report"].sparse > 0
         assert max(one["wrong"]) == 0
+
+
+def test_a_rank_takes_its_heads_share_of_given_bricks(two: Ranks) -> None:
+    assert two.run(split_pipelines.given_bricks) == [{"1x8x16": 4}, {"4x2x16": 2, "4x4x8": 2}]
+
+
+def test_the_first_steps_are_as_many_as_in_one_process(two: Ranks) -> None:
+    for found in two.run(split_pipelines.with_defaults):
+        assert found["error"] < BOUND
+        assert found["report"].dense_reasons == found["of one"].dense_reasons == {"first steps": 4}
+        assert found["report"].sparse == found["of one"].sparse == 12
 
 
 def test_three_heads_on_two_ranks(two: Ranks) -> None:
@@ -133,5 +155,6 @@ def test_splits_that_are_not_served_are_refused(two: Ranks) -> None:
         assert "CogVideoX is not served under context parallelism" in messages["cogvideox after"]
         assert "does not hand the host's parallel configuration on" in messages["processor without it"]
         assert "HunyuanVideo is not served under context parallelism" in messages["hunyuan after"]
+        assert "every token of the LTXVideoTransformer3DModel has a timestep of its own" in messages["timesteps of tokens"]
         assert "key heads" in messages["fewer key heads"]
         assert "causal" in messages["causal"]

@@ -6,11 +6,13 @@ are gathered. Both stand on private names of diffusers, which tests/hosts/diffus
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import torch
-from diffusers.hooks.context_parallel import EquipartitionSharder
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.context_parallel import ContextParallelSplitHook, EquipartitionSharder
 from diffusers.models import attention_dispatch
 from diffusers.models._modeling_parallel import gather_size_by_comm
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from ditattn.models import ModelFamily, unwrapped
 from ditattn.runtime.split import SequenceSplit
 from ditattn.runtime.stage import attend, running
 
-__all__ = ["attend_in_parallel", "check_split", "enable_context_parallelism", "sequence_split", "split_denoisers"]
+__all__ = ["attend_in_parallel", "check_split", "check_timesteps", "enable_context_parallelism", "sequence_split", "split_denoisers"]
 
 
 def sequence_split(module: nn.Module) -> SequenceSplit | None:
@@ -89,6 +91,20 @@ def check_split(name: str, module: nn.Module, family: ModelFamily) -> None:
         raise UnsupportedModel(f"{what}, and how the tokens of {family.name} are split is not known here")
 
 
+def check_timesteps(module: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Raise UnsupportedCall if every token of a split denoiser has a timestep of its own, and nobody splits those."""
+    timestep = arguments.get("timestep")
+    if not isinstance(timestep, Tensor) or timestep.ndim < 2 or timestep.shape[1] == 1:
+        return
+    hooks = HookRegistry.check_if_exists_or_initialize(module).hooks.values()
+    if not any("timestep" in hook.metadata for hook in hooks if isinstance(hook, ContextParallelSplitHook)):
+        raise UnsupportedCall(
+            f"every token of the {type(module).__name__} has a timestep of its own, and the plan by which it is split between ranks leaves "
+            'them whole: call its enable_parallelism with a cp_plan that has, under "" and beside what its own has, '
+            '"timestep": ContextParallelInput(split_dim=1, expected_dims=2)'
+        )
+
+
 def attend_in_parallel(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, dropout_p: float, is_causal: bool, scale: float | None, config: Any
 ) -> Tensor:
@@ -123,6 +139,10 @@ def _exchanged(
     """Exchanges around `compute`, which gets the whole sequence of this rank's heads, or its own queries and everybody's keys."""
     if config.context_parallel_config.ring_degree > 1:
         return _with_all_keys(query, key, value, attn_mask, dropout_p, scale, config.context_parallel_config, compute)
+
+    if attn_mask is not None and attn_mask.shape[-1] == key.shape[1]:
+        # diffusers 0.42.1 pads uneven parts to equal ones and cuts the end alone: of three ranks' masks the padding stays in the middle
+        attn_mask = _gathered(attn_mask, attn_mask.ndim - 1, config.context_parallel_config._ulysses_mesh, config.context_parallel_config)
 
     def forward_op(
         _ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout_p: float, is_causal: bool, scale: float | None, *_: Any, **__: Any
@@ -168,7 +188,7 @@ def _with_all_keys(
 
 def _gathered(x: Tensor, dim: int, mesh: Any, degrees: Any) -> Tensor:
     """Every rank's part of `x`, behind each other along `dim`."""
-    if not degrees.ring_anything:
+    if not (degrees.ring_anything or degrees.ulysses_anything):
         return _gathered_equal(x, dim, mesh)
     lengths = gather_size_by_comm(x.shape[dim], mesh.get_group())
     # gloo gathers equal parts only
