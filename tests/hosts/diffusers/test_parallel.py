@@ -74,8 +74,8 @@ def test_ring_is_exact_over_its_own_plan(two: Ranks, name: str, backend: str) ->
         assert len(found["off"]) == report.sparse > 0
         assert max(found["off"]) < 2e-5
         assert report.dense == 0
-        # of blocks it is a quarter; those at an end hold fewer pairs
-        assert 0.23 <= report.sparse_density < 0.9
+        # a short last block of kept keys counts as it is: a share of blocks is a little more than its share of pairs
+        assert 0.2 <= report.sparse_density < 0.9
         # heads of permuted_sparse_attn choose their bricks by a rank's own queries
         together = name == "wan in whole blocks" and backend != "permuted_sparse_attn"
         assert together == (report.own_blocks == 0)
