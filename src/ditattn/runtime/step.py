@@ -155,12 +155,14 @@ class StepClock:
             # one transfer per schedule
             self._schedule = (scheduler.timesteps, [float(t) for t in torch.as_tensor(scheduler.timesteps).tolist()])
         training_steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+        places = []
         for wanted in (value, value * training_steps) if training_steps else (value,):
             distances = [abs(t - wanted) for t in self._schedule[1]]
             nearest = min(range(len(distances)), key=distances.__getitem__, default=None)
             if nearest is not None and distances[nearest] <= SAME_TIMESTEP + tolerance * abs(wanted):
-                return nearest
-        return None
+                places.append(nearest)
+        # 1 is a share of 1000, the first timestep, and may be the last one as well
+        return min(places, key=lambda place: abs(place - self._count), default=None)
 
 
 def _largest(timestep: Any) -> float:
