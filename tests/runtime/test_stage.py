@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -137,6 +138,90 @@ def test_other_masks_run_densely_and_exactly_with_the_reason(mask: Tensor, reaso
     assert report_of(stage).dense_reasons == {reason: 1}
     with pytest.raises(DenseInStrictMode, match=f"rain_fusion_attn on transformer would run densely in step 0: {reason}"):
         attend_once(stage_of(served(), strict=True), q, k, v, mask)
+
+
+def of_pairs(real: Tensor) -> Tensor:
+    """bool [B, 1, S, S]: true where both tokens are real."""
+    return (real[:, None, :, None] & real[:, None, None, :]).contiguous()
+
+
+def with_family(model: ServedModel, **facts: Any) -> DenoisingStage:
+    model.family = replace(model.family, **facts)
+    return stage_of(model)
+
+
+def test_masks_of_pairs_are_padding_where_the_family_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    read = key_padding._read
+    monkeypatch.setattr(key_padding, "_read", lambda *arguments: reads.append(1) or read(*arguments))
+    q, k, v = qkv()
+    real = first(LENGTH - 15)
+    stage = with_family(served(sparsity=0.01, num_layers=3), masks_of_pairs=True)
+    with forward_of(stage):
+        outs = [attend(q, k, v, of_pairs(real)) for _ in range(3)]
+    for out in outs:
+        # what padded queries make is seen by nobody
+        torch.testing.assert_close(out[real], dense(q, k, v, real[:, None, None])[real], rtol=0, atol=1e-5)
+    assert (report_of(stage).sparse, report_of(stage).dense) == (3, 0)
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (of_pairs(_gaps()[:, 0, 0]), "mask with gaps"),
+        (torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril(), "mask that is not key padding"),
+    ],
+    ids=["gaps", "causal"],
+)
+def test_other_masks_of_pairs_run_densely(mask: Tensor, reason: str) -> None:
+    q, k, v = qkv()
+    stage = with_family(served(), masks_of_pairs=True)
+    with forward_of(stage):
+        attend(q, k, v, mask)
+    assert report_of(stage).dense_reasons == {reason: 1}
+
+
+# calls that differ within a forward
+
+
+def test_the_tokens_behind_the_video_may_differ_from_call_to_call() -> None:
+    stage = with_family(served(), suffix_varies=True)
+    with forward_of(stage) as forward:
+        for length in (LENGTH - TEXT, LENGTH, LENGTH + 500):
+            assert attend(*qkv(length=length)).shape[1] == length
+        attend(*qkv(length=LENGTH - TEXT - 1))
+    assert report_of(stage).sparse == 3
+    assert report_of(stage).dense_reasons == {"token count does not match the grid": 1}
+    assert forward.metadata.num_suffix_tokens == TEXT
+
+
+def test_without_that_another_number_of_tokens_runs_densely() -> None:
+    stage = stage_of(served())
+    with forward_of(stage):
+        attend(*qkv(length=LENGTH + 1))
+    assert report_of(stage).dense_reasons == {"token count does not match the grid": 1}
+
+
+def test_a_call_for_each_sample_counts_as_one_layer() -> None:
+    stage = with_family(served(skip_layers="1"), call_per_sample=True)
+    with forward_of(stage, latents=torch.empty(2, 4, FRAMES, 2 * ROWS, 2 * COLUMNS)):
+        for _ in range(4):
+            attend(*qkv())
+    assert report_of(stage).dense_reasons == {"skipped layer": 2}
+    densities = report_of(stage).sparse_density_by_layer
+    assert [layer for layer, density in densities.items() if density is not None] == [0]
+
+
+def test_each_sample_has_a_plan_of_its_own() -> None:
+    stage = with_family(served(plan_refresh_steps=3), call_per_sample=True)
+    records = []
+    for timestep in (900, 600):
+        with forward_of(stage, latents=torch.empty(2, 4, FRAMES, 2 * ROWS, 2 * COLUMNS), timestep=timestep):
+            records += [attend(*(part + shift for part in qkv())) for shift in (0.0, 1.0, 0.0, 1.0)]
+    assert report_of(stage).reused_plans == 4
+    for before, after in zip(records[:4], records[4:], strict=True):
+        assert torch.equal(before, after)
 
 
 def attend_once(stage: DenoisingStage, *arguments: Any) -> Tensor:

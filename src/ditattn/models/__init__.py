@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from ditattn.models.allegro import ALLEGRO
 from ditattn.models.anyflow import ANYFLOW
 from ditattn.models.base import DEFAULT_FRAME_RATE, ModelFamily, TokenLayout
 from ditattn.models.chronoedit import CHRONOEDIT
 from ditattn.models.cogvideox import COGVIDEOX
+from ditattn.models.consisid import CONSISID
+from ditattn.models.cosmos import COSMOS
+from ditattn.models.easyanimate import EASYANIMATE
 from ditattn.models.flux import FLUX
+from ditattn.models.helios import HELIOS
 from ditattn.models.hunyuan_video import HUNYUAN_VIDEO
+from ditattn.models.hunyuan_video15 import HUNYUAN_VIDEO_15
+from ditattn.models.hunyuan_video_framepack import HUNYUAN_VIDEO_FRAMEPACK
+from ditattn.models.kandinsky5 import KANDINSKY5
+from ditattn.models.kandinsky6 import KANDINSKY6
+from ditattn.models.ltx2 import LTX2
 from ditattn.models.ltx_video import LTX_VIDEO
+from ditattn.models.minimax_h3 import MINIMAX_H3
+from ditattn.models.mochi import MOCHI
+from ditattn.models.motif_video import MOTIF_VIDEO
 from ditattn.models.not_served import NOT_SERVED
 from ditattn.models.qwen_image import QWEN_IMAGE
 from ditattn.models.skyreels_v2 import SKYREELS_V2
@@ -22,7 +35,6 @@ __all__ = [
     "DEFAULT_FRAME_RATE",
     "MODELS",
     "NOT_SERVED",
-    "OTHER_FRAME_RATES",
     "ModelFamily",
     "TokenLayout",
     "family_of",
@@ -45,10 +57,20 @@ MODELS: tuple[ModelFamily, ...] = (
     SKYREELS_V2,
     CHRONOEDIT,
     ANYFLOW,
+    HUNYUAN_VIDEO_15,
+    HUNYUAN_VIDEO_FRAMEPACK,
+    LTX2,
+    COSMOS,
+    KANDINSKY5,
+    MOCHI,
+    MOTIF_VIDEO,
+    HELIOS,
+    ALLEGRO,
+    EASYANIMATE,
+    CONSISID,
+    KANDINSKY6,
+    MINIMAX_H3,
 )
-
-OTHER_FRAME_RATES = {"MochiTransformer3DModel": 30}
-"""Frames per second of models that no backend serves: `ditattn generate` makes their videos all the same."""
 
 
 def find_family(transformer_class: str) -> ModelFamily | None:

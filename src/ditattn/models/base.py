@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from ditattn.errors import ConfigError
 
-__all__ = ["DEFAULT_FRAME_RATE", "ModelFamily", "TokenLayout", "one_more_than_a_multiple", "patch_triple", "text_length", "video_only"]
+__all__ = [
+    "DEFAULT_FRAME_RATE",
+    "ModelFamily",
+    "TokenLayout",
+    "num_patches",
+    "one_more_than_a_multiple",
+    "patch_triple",
+    "text_length",
+    "video_only",
+]
 
 DEFAULT_FRAME_RATE = 24
 """Frames per second where nothing else is known."""
@@ -82,6 +94,11 @@ class ModelFamily:
             dtype.
         untrue_notices: what its pipelines log although it is not so, by name of the logger: records that hold the text are dropped.
         dispatches: its processors go through diffusers' attention dispatcher; False means they call torch's SDPA directly.
+        masks_of_pairs: its masks are `[B, 1, S, S]`, true where both tokens are real, and every layer makes the same one; the first token
+            is always real.
+        suffix_varies: calls of one forward differ in how many tokens stand behind the video; what a call has beside prefix and video
+            stands there.
+        call_per_sample: its attention modules make one call for each sample of a batch.
         supported: names of the backends that make sense for it; None means every one.
         notes: one sentence for the compatibility matrix.
     """
@@ -98,6 +115,9 @@ class ModelFamily:
     full_precision_vaes: frozenset[str] = frozenset()
     untrue_notices: Mapping[str, str] = field(default_factory=dict)
     dispatches: bool = True
+    masks_of_pairs: bool = False
+    suffix_varies: bool = False
+    call_per_sample: bool = False
     supported: frozenset[str] | None = None
     notes: str = ""
 
@@ -122,6 +142,11 @@ def patch_triple(config: Any) -> tuple[int, int, int]:
 def video_only(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
     """For models whose `hidden_states` is `(B, C, T, H, W)` and whose self-attention sees nothing else."""
     return TokenLayout(tuple(arguments["hidden_states"].shape), patch_triple(config))
+
+
+def num_patches(latents: Tensor, patch: tuple[int, int, int]) -> int:
+    """Tokens of latents `(B, C, T, H, W)` that are padded to whole patches."""
+    return math.prod(math.ceil(size / p) for size, p in zip(latents.shape[2:], patch, strict=True))
 
 
 def text_length(arguments: Mapping[str, Any]) -> int:

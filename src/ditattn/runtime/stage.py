@@ -29,7 +29,7 @@ from ditattn.runtime.autocast import autocast_as_sdpa
 from ditattn.runtime.branches import ForwardCounter
 from ditattn.runtime.foreign_modes import native_sdpa, why_native
 from ditattn.runtime.key_padding import MaskReader, broadcastable
-from ditattn.runtime.metadata import build_attn_metadata, for_forward
+from ditattn.runtime.metadata import build_attn_metadata, for_forward, for_length, for_sample
 from ditattn.runtime.report import AttentionReport, ComponentLog
 from ditattn.runtime.step import Step, StepClock
 
@@ -159,7 +159,7 @@ class DenoisingStage:
         forward_id = self._forwards.read(model.name, step.index, branch)
         layout = _layout(model, arguments)
         metadata = for_forward(self._build_attn_metadata(model, step, layout), forward_id)
-        forward = Forward(self, model, step, forward_id, layout, metadata)
+        forward = Forward(self, model, step, forward_id, layout, metadata, masks=MaskReader(model.family.masks_of_pairs))
         _local.stack = [*others, forward]
         return forward
 
@@ -234,7 +234,7 @@ class DenoisingStage:
 
     def _serve(self, forward: Forward, layer: int | None, call: DenseCall) -> Tensor:
         query, key, value = call.query, call.key, call.value
-        metadata = forward.metadata
+        metadata = _of_call(forward, query, key)
         reason = NOT_SELF_ATTENTION if layer is None else None
         if call.attn_mask is not None and reason is None:
             padding, reason = forward.masks.read(call.attn_mask, key)
@@ -283,6 +283,21 @@ class DenoisingStage:
         return impl
 
 
+def _of_call(forward: Forward, query: Tensor, key: Tensor) -> AttentionMetadata:
+    """The metadata of a call that `_next_layer` has counted: that of the forward, except where a family's calls differ."""
+    family, metadata = forward.model.family, forward.metadata
+    if query.shape[1] != key.shape[1]:
+        return metadata
+    if family.suffix_varies:
+        metadata = for_length(metadata, key.shape[1])
+    batch = _calls_per_layer(forward)
+    return metadata if batch == 1 else for_sample(metadata, (forward.num_calls - 1) % batch, batch)
+
+
+def _calls_per_layer(forward: Forward) -> int:
+    return forward.layout.raw_latent_shape[0] if forward.model.family.call_per_sample and forward.layout is not None else 1
+
+
 def _next_layer(forward: Forward, query: Tensor, key: Tensor) -> int | None:
     """Number of the layer whose call begins; None for a call that is not the denoiser's self-attention."""
     call = forward.num_calls
@@ -292,7 +307,7 @@ def _next_layer(forward: Forward, query: Tensor, key: Tensor) -> int | None:
         # an adapter's cross-attention follows the self-attention of its layer
         call = max(call - 1, 0)
     counts = forward.layer is None and forward.model.layers_by_count
-    return forward.model.layer_of_call(call) if counts else forward.layer
+    return forward.model.layer_of_call(call // _calls_per_layer(forward)) if counts else forward.layer
 
 
 def _is_self_attention(layer: int | None, query: Tensor, key: Tensor) -> bool:
