@@ -226,7 +226,12 @@ def _whole_call(base: Row, shape: Shape, sparsity: float, q: Tensor, k: Tensor, 
     records: list[Any] = []
     make, heads, dim = RainFusionAttentionBackend.get_impl_cls(), shape.heads, shape.dim
     metadata = RainFusionAttentionBackend.get_builder_cls()().build(
-        current_timestep=20, raw_latent_shape=(1, 16, *shape.grid), patch_size=1, sparsity=sparsity, num_suffix_tokens=shape.text
+        current_timestep=0,
+        skip_first_steps=0,
+        raw_latent_shape=(1, 16, *shape.grid),
+        patch_size=1,
+        sparsity=sparsity,
+        num_suffix_tokens=shape.text,
     )
     make(heads, dim, observer=records.append).forward(q, k, v, metadata)
     plan = records[0].plan

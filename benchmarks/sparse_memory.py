@@ -48,7 +48,9 @@ def call(backend: type[AttentionBackend], tensors: list[Tensor], grid: tuple[int
     """One forward past the dense steps."""
     records: list[CallRecord] = []
     impl = backend.get_impl_cls()(HEADS, HEAD_DIM, observer=records.append)
-    metadata = backend.get_builder_cls()().build(current_timestep=20, raw_latent_shape=(1, 16, *grid), patch_size=1, sparsity=sparsity)
+    metadata = backend.get_builder_cls()().build(
+        current_timestep=0, skip_first_steps=0, raw_latent_shape=(1, 16, *grid), patch_size=1, sparsity=sparsity
+    )
     return impl.forward(*tensors, metadata), records[0]
 
 

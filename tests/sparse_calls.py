@@ -31,7 +31,14 @@ def call(
     **metadata: Any,
 ) -> tuple[Tensor, CallRecord]:
     """One forward with the metadata that the backend's own builder makes; steps count as past the dense ones unless said."""
-    fields: dict[str, Any] = {"current_timestep": 20, "sparsity": 0.5, "raw_latent_shape": (1, 4, *grid), "patch_size": 1, **metadata}
+    fields: dict[str, Any] = {
+        "current_timestep": 20,
+        "num_steps": 50,
+        "sparsity": 0.5,
+        "raw_latent_shape": (1, 4, *grid),
+        "patch_size": 1,
+        **metadata,
+    }
     built = backend.get_builder_cls()().build(**fields)
     records: list[CallRecord] = []
     impl = backend.get_impl_cls()(

@@ -12,9 +12,11 @@ from ditattn.backends.config import (
     BlockSparseAttentionConfig,
     DenseAttentionConfig,
     RainFusionAttentionConfig,
+    SparseAttentionConfig,
     parse_layers,
     resolve_steps,
 )
+from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionConfig
 from ditattn.errors import ConfigError, UnknownKey
 from ditattn.values import parse_config
 
@@ -31,13 +33,44 @@ def test_three_ways_to_write_the_same(tmp_path: Path) -> None:
     assert parse_config("  ") == {}
 
 
-def test_defaults_are_the_originals() -> None:
+def test_defaults_save_something() -> None:
     block_sparse, rain_fusion = BlockSparseAttentionConfig(), RainFusionAttentionConfig()
-    for config in (block_sparse, rain_fusion):
-        assert (config.sparsity, config.skip_first_steps, config.skip_last_steps) == (0.2, 10, 0)
+    for config in (block_sparse, rain_fusion, PermutedSparseAttentionConfig()):
+        assert (config.preset, config.sparsity, config.skip_first_steps, config.skip_last_steps) == ("balanced", 0.75, "auto", 0)
         assert (config.skip_layers, config.min_tokens, config.first_frame_sink) == ("", 4096, True)
     assert (block_sparse.token_order, rain_fusion.token_order) == ("raster", "tile")
     assert block_sparse.threshold == 1
+
+
+@pytest.mark.parametrize("config_cls", [BlockSparseAttentionConfig, RainFusionAttentionConfig, PermutedSparseAttentionConfig])
+def test_a_preset_stands_for_what_is_not_given(config_cls: type[SparseAttentionConfig]) -> None:
+    ascend = config_cls.from_mapping({"preset": "ascend"})
+    assert (ascend.sparsity, ascend.skip_first_steps) == (0.2, 10)
+    assert ascend.model_dump(exclude_unset=True) == {"preset": "ascend"}
+    mixed = config_cls.from_mapping({"preset": "fast", "sparsity": 0.8})
+    assert mixed.sparsity == 0.8
+    # what a record holds makes the same configuration again
+    for config in (ascend, mixed):
+        assert config_cls.from_mapping(config.model_dump()) == config
+    sparsities = [config_cls.from_mapping({"preset": name}).sparsity for name in ("ascend", "quality", "balanced", "fast")]
+    assert sparsities == sorted(set(sparsities))
+    with pytest.raises(ConfigError, match="preset: Input should be 'quality', 'balanced', 'fast' or 'ascend'"):
+        config_cls.from_mapping({"preset": "fst"})
+    with pytest.raises(UnknownKey, match="did you mean 'preset'"):
+        config_cls.from_mapping({"presett": "fast"})
+
+
+def test_a_preset_names_every_key_that_it_has_a_default_for() -> None:
+    """Else the default of the class would stand beside the values of the preset."""
+    for name, keys in SparseAttentionConfig.presets.items():
+        assert set(keys) == {"sparsity", "skip_first_steps"}, name
+    balanced = SparseAttentionConfig.presets["balanced"]
+    assert balanced == {key: SparseAttentionConfig.model_fields[key].default for key in balanced}
+
+
+@pytest.mark.parametrize(("num_steps", "dense"), [(1, 1), (4, 1), (8, 1), (9, 2), (24, 5), (50, 10), (None, None)])
+def test_the_automatic_first_steps(num_steps: int | None, dense: int | None) -> None:
+    assert resolve_steps("auto", num_steps) == dense
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,9 @@ SCHEDULES = [
     ({"current_timestep": 18, "num_steps": 20, "skip_last_steps": 2}, Reason.LAST_STEPS),
     ({"current_timestep": 17, "num_steps": 20, "skip_last_steps": 2}, None),
     ({"current_timestep": 25, "num_steps": 20}, None),
-    ({"current_timestep": 17, "skip_last_steps": 2}, Reason.STEPS_UNKNOWN),
-    ({"skip_first_steps": "20%"}, Reason.STEPS_UNKNOWN),
+    ({"current_timestep": 17, "num_steps": None, "skip_last_steps": 2}, Reason.STEPS_UNKNOWN),
+    ({"num_steps": None, "skip_first_steps": "20%"}, Reason.STEPS_UNKNOWN),
+    ({"num_steps": None}, Reason.STEPS_UNKNOWN),
     ({"current_timestep": None}, Reason.STEP_UNKNOWN),
     ({"current_timestep": None, "skip_first_steps": 0}, None),
     ({"skip_layers": "3", "layer_index": 3}, Reason.SKIPPED_LAYER),
@@ -227,7 +228,7 @@ def test_builder_divides_the_latents_by_the_patch(backend: type[AttentionBackend
     metadata = build(current_timestep=1, raw_latent_shape=(2, 16, 21, 60, 104), patch_size=(1, 2, 2))
     assert metadata.latent_shape == (21, 30, 52)
     assert build(current_timestep=1, raw_latent_shape=(2, 16, 21, 60, 104), patch_size=2).latent_shape == (21, 30, 52)
-    assert (metadata.sparsity, metadata.skip_first_steps) == (0.2, 10)
+    assert (metadata.sparsity, metadata.config.skip_first_steps) == (0.75, "auto")
     with pytest.raises(ConfigError, match="smaller than one patch"):
         build(current_timestep=1, raw_latent_shape=(2, 16, 21, 1, 104), patch_size=(1, 2, 2))
 

@@ -28,7 +28,7 @@ from benchmarks.fidelity_table import MEASURED, append_line, draw, read_lines, r
 
 from ditattn.backends.registry import backend_names
 from ditattn.backends.sparse import SparseAttentionMetadata
-from ditattn.errors import ConfigError, UnsupportedCall
+from ditattn.errors import ConfigError, DenseInStrictMode, UnsupportedCall
 from ditattn.hosts.diffusers.demo_model import TRAINED
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder, token_order
@@ -90,7 +90,7 @@ def test_a_share_that_the_dense_steps_exceed_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_in_which_nothing_is_dropped_is_no_measurement(measured: tuple[bench.Laboratory, list]) -> None:
-    with pytest.raises(UnsupportedCall, match="block_sparse_attn drops nothing here, leave it out"):
+    with pytest.raises(DenseInStrictMode, match="block_sparse_attn on transformer would run densely in every step: sparsity 0"):
         measured[0]._answer(methods_named(["block_sparse_attn"])[0], 0.0, 0)
 
 

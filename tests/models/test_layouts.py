@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,24 +12,35 @@ from torch import Tensor
 
 from ditattn.models import MODELS, TokenLayout, find_family
 from ditattn.models.anyflow import ANYFLOW
+from ditattn.models.aura_flow import AURA_FLOW
 from ditattn.models.base import ModelFamily
+from ditattn.models.bria import BRIA
+from ditattn.models.chroma import CHROMA
 from ditattn.models.cogvideox import COGVIDEOX
+from ditattn.models.cogview4 import COGVIEW4
 from ditattn.models.easyanimate import EASYANIMATE
 from ditattn.models.flux import FLUX
+from ditattn.models.flux2 import FLUX2
+from ditattn.models.flux3 import FLUX3
 from ditattn.models.helios import HELIOS
+from ditattn.models.hunyuan_image import HUNYUAN_IMAGE
 from ditattn.models.hunyuan_video import HUNYUAN_VIDEO
 from ditattn.models.hunyuan_video15 import HUNYUAN_VIDEO_15
 from ditattn.models.hunyuan_video_framepack import HUNYUAN_VIDEO_FRAMEPACK
 from ditattn.models.kandinsky5 import KANDINSKY5
 from ditattn.models.kandinsky6 import KANDINSKY6
+from ditattn.models.longcat_image import LONGCAT_IMAGE
 from ditattn.models.ltx2 import LTX2
 from ditattn.models.ltx_video import LTX_VIDEO
 from ditattn.models.minimax_h3 import MINIMAX_H3
 from ditattn.models.motif_video import MOTIF_VIDEO
+from ditattn.models.ovis_image import OVIS_IMAGE
 from ditattn.models.qwen_image import QWEN_IMAGE
+from ditattn.models.stable_diffusion_3 import STABLE_DIFFUSION_3
 from ditattn.models.wan import WAN
 from ditattn.models.wan_animate import WAN_ANIMATE
 from ditattn.models.wan_vace import WAN_VACE
+from ditattn.plan.token_grids import TokenGrid
 
 
 def config(**values: Any) -> SimpleNamespace:
@@ -88,7 +100,24 @@ def test_flux_has_text_in_front(batched: bool) -> None:
 
 def test_flux_kontext_has_reference_images_behind() -> None:
     ids = torch.cat([image_ids(4, 6), image_ids(3, 5, image=1)])
-    assert flux(ids, 39) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 15)
+    assert flux(ids, 39) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 15, (TokenGrid(34, (1, 3, 5)),))
+
+
+def test_flux_references_are_told_apart_by_their_number() -> None:
+    """Some loops put several references side by side in the plane of positions: what counts is that each is a grid."""
+    beside = image_ids(2, 5, image=2)
+    beside[:, 1:] += torch.tensor([3, 7])
+    ids = torch.cat([image_ids(4, 6), image_ids(3, 5, image=1), beside])
+    grids = (TokenGrid(34, (1, 3, 5)), TokenGrid(49, (1, 2, 5)))
+    assert flux(ids, 49) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 25, grids)
+
+
+@pytest.mark.parametrize("spoil", [lambda ids: ids[:-1], lambda ids: ids.flip(0), lambda ids: ids[:, [0, 2, 1]]])
+def test_a_flux_reference_that_is_no_grid_is_kept_whole(spoil: Callable[[Tensor], Tensor]) -> None:
+    reference = spoil(image_ids(3, 5, image=1))
+    ids = torch.cat([image_ids(4, 6), reference, image_ids(2, 2, image=2)])
+    behind = len(reference) + 4
+    assert flux(ids, len(ids)) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, behind, (TokenGrid(30 + behind, (1, 2, 2)),))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +152,13 @@ def test_qwen_image_has_text_in_front(shapes: Any) -> None:
 
 
 def test_qwen_image_has_further_images_behind() -> None:
-    assert qwen([[(1, 4, 6), (1, 3, 5)]] * 2, 39) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 7, 15)
+    layout = qwen([[(1, 4, 6), (1, 3, 5), (1, 2, 2)]] * 2, 43)
+    assert layout == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 7, 19, (TokenGrid(31, (1, 3, 5)), TokenGrid(46, (1, 2, 2))))
+
+
+def test_qwen_image_refuses_fewer_tokens_than_all_images_have() -> None:
+    with pytest.raises(ValueError, match="a grid of 1x3x5 tokens cannot begin at token 31 of 45"):
+        qwen([[(1, 4, 6), (1, 3, 5)]], 38)
 
 
 def test_qwen_image_refuses_samples_of_different_shape() -> None:
@@ -136,6 +171,64 @@ def test_qwen_image_refuses_fewer_tokens_than_the_image_has() -> None:
         qwen([[(1, 4, 6)]], 20)
 
 
+def packed(family: ModelFamily, ids: Tensor, length: int, **more: Any) -> TokenLayout:
+    arguments = {"hidden_states": torch.empty(2, length, 64), "img_ids": ids, "encoder_hidden_states": torch.empty(2, 10, 8)}
+    return family.layout(config(patch_size=1), {**arguments, **more})
+
+
+@pytest.mark.parametrize("family", [FLUX2, FLUX3, CHROMA, BRIA, OVIS_IMAGE], ids=lambda family: family.name)
+def test_relatives_of_flux_have_text_in_front_and_further_images_behind(family: ModelFamily) -> None:
+    ids = torch.cat([image_ids(4, 6), image_ids(3, 5, image=10)])
+    assert packed(family, ids, 39) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 15, (TokenGrid(34, (1, 3, 5)),))
+    with pytest.raises(ValueError, match="at the front"):
+        packed(family, ids.flip(0), 39)
+
+
+def test_flux3_takes_its_references_apart() -> None:
+    found = packed(FLUX3, image_ids(4, 6), 24, image_cond_hidden_states=torch.empty(2, 15, 64))
+    assert found == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 15)
+    assert found.without_text() == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1))
+
+
+def test_longcat_image_counts_rows_from_the_length_of_its_text() -> None:
+    ids = torch.cat([image_ids(4, 6, image=1), image_ids(3, 5, image=2)]) + torch.tensor([0, 512, 512])
+    assert packed(LONGCAT_IMAGE, ids, 39) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 15, (TokenGrid(34, (1, 3, 5)),))
+
+
+LATENTS = {"hidden_states": torch.empty(2, 16, 8, 12), "encoder_hidden_states": torch.empty(2, 9, 4)}
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix", "suffix"), [(STABLE_DIFFUSION_3, 0, 9), (AURA_FLOW, 17, 0), (COGVIEW4, 9, 0)], ids=lambda value: str(value)[:30]
+)
+def test_images_of_plain_latents(family: ModelFamily, prefix: int, suffix: int) -> None:
+    assert family.layout(config(patch_size=2), LATENTS) == TokenLayout((2, 16, 1, 8, 12), (1, 2, 2), prefix, suffix)
+
+
+def test_hunyuan_image_has_the_texts_of_two_encoders_behind() -> None:
+    second = {"encoder_hidden_states_2": torch.empty(2, 5, 4)}
+    assert HUNYUAN_IMAGE.layout(config(patch_size=(1, 1)), {**LATENTS, **second}) == TokenLayout((2, 16, 1, 8, 12), (1, 1, 1), 0, 14)
+    frames = {**LATENTS, "hidden_states": torch.empty(2, 16, 3, 8, 12), "encoder_hidden_states_2": None}
+    assert HUNYUAN_IMAGE.layout(config(patch_size=(1, 2, 2)), frames) == TokenLayout((2, 16, 3, 8, 12), (1, 2, 2), 0, 9)
+    with pytest.raises(ValueError, match="differ in their axes"):
+        HUNYUAN_IMAGE.layout(config(patch_size=(1, 2, 2)), LATENTS)
+
+
+@pytest.mark.parametrize(
+    ("family", "alone", "joint"),
+    [
+        (STABLE_DIFFUSION_3, "transformer_blocks.3.attn2", "transformer_blocks.3.attn"),
+        (FLUX3, "mode_blocks.image.0.attn", "single_transformer_blocks.0.attn"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_layers_of_the_image_alone_are_told_from_joint_ones(family: ModelFamily, alone: str, joint: str) -> None:
+    assert family.is_self_attention(alone)
+    assert family.is_self_attention(joint)
+    assert family.is_image_only(alone)
+    assert not family.is_image_only(joint)
+
+
 def test_ltx_video_takes_its_sizes_in_tokens() -> None:
     assert ltx(num_frames=2, height=3, width=4) == TokenLayout((2, 128, 2, 3, 4), (1, 1, 1), 0, 0)
 
@@ -145,8 +238,58 @@ def test_ltx_video_refuses_tokens_outside_the_grid() -> None:
         ltx(num_frames=2, height=3, width=3)
 
 
+def ltx_coordinates(*grids: tuple[int, int, int, int], fps: int = 24) -> Tensor:
+    """As `LTXConditionPipeline` makes them: (first frame, F, Y, X) of every grid, `(2, 3, S)`."""
+    parts = []
+    for first, frames, rows, columns in grids:
+        time = ((torch.arange(frames) * 8 - 7).clamp(min=0) + first) / fps
+        parts.append(torch.cartesian_prod(time, 32.0 * torch.arange(rows), 32.0 * torch.arange(columns)).T)
+    return torch.cat(parts, 1).expand(2, -1, -1)
+
+
+@pytest.mark.parametrize(
+    ("grids", "video", "before", "further"),
+    [
+        ([(0, 4, 3, 5)], (4, 3, 5), 0, []),
+        ([(0, 1, 3, 5)], (1, 3, 5), 0, []),
+        ([(8, 1, 3, 5), (0, 4, 3, 5)], (4, 3, 5), 15, [(0, (1, 3, 5))]),
+        ([(8, 1, 3, 5), (8, 1, 3, 5), (0, 4, 3, 5)], (4, 3, 5), 30, [(0, (1, 3, 5)), (15, (1, 3, 5))]),
+        ([(8, 1, 3, 5), (16, 1, 3, 5), (24, 1, 3, 5), (0, 4, 3, 5)], (4, 3, 5), 45, [(0, (1, 3, 5)), (15, (1, 3, 5)), (30, (1, 3, 5))]),
+        ([(8, 2, 3, 5), (16, 1, 3, 5), (0, 4, 3, 5)], (4, 3, 5), 45, [(0, (2, 3, 5)), (30, (1, 3, 5))]),
+        ([(16, 1, 3, 5), (8, 2, 3, 5), (0, 4, 3, 5)], (4, 3, 5), 45, [(0, (1, 3, 5)), (15, (2, 3, 5))]),
+        ([(0, 4, 3, 5), (0, 2, 3, 5)], (4, 3, 5), 0, [(60, (2, 3, 5))]),
+        ([(8, 1, 3, 1), (0, 4, 3, 1)], (4, 3, 1), 3, [(0, (1, 3, 1))]),
+        ([(8, 1, 1, 1), (0, 4, 1, 1)], (4, 1, 1), 1, [(0, (1, 1, 1))]),
+    ],
+)
+def test_ltx_video_reads_conditions_from_coordinates(
+    grids: list[Any], video: tuple[int, int, int], before: int, further: list[tuple[int, tuple[int, int, int]]]
+) -> None:
+    coordinates = ltx_coordinates(*grids)
+    length = coordinates.shape[2]
+    arguments = {"hidden_states": torch.empty(2, length, 128), "video_coords": coordinates}
+    behind = length - before - video[0] * video[1] * video[2]
+    expected = TokenLayout((2, 128, *video), (1, 1, 1), before, behind, tuple(TokenGrid(*grid) for grid in further))
+    assert LTX_VIDEO.layout(config(patch_size=1), arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("coordinates", "problem"),
+    [
+        (ltx_coordinates((0, 4, 3, 5))[:, :, :-1], "are not a grid"),
+        (ltx_coordinates((0, 4, 3, 5))[:, [0, 2, 1]], "are not a grid"),
+        (torch.cat([ltx_coordinates((0, 4, 3, 5))[:1], ltx_coordinates((8, 4, 3, 5))[:1]]), "samples of one batch differ"),
+    ],
+    ids=["a token is missing", "column by column", "samples differ"],
+)
+def test_ltx_video_refuses_coordinates_that_are_no_grid(coordinates: Tensor, problem: str) -> None:
+    arguments = {"hidden_states": torch.empty(2, coordinates.shape[2], 128), "video_coords": coordinates}
+    with pytest.raises(ValueError, match=problem):
+        LTX_VIDEO.layout(config(patch_size=1), arguments)
+
+
 @pytest.mark.parametrize("sizes", [{}, {"num_frames": None, "height": None, "width": None}])
-def test_ltx_video_refuses_a_call_that_carries_coordinates_instead(sizes: dict[str, None]) -> None:
+def test_ltx_video_refuses_a_call_without_sizes_and_coordinates(sizes: dict[str, None]) -> None:
     with pytest.raises((KeyError, TypeError)):
         ltx(**sizes)
 
@@ -200,7 +343,7 @@ def test_the_control_branch_of_vace_runs_before_the_other_blocks() -> None:
     assert WAN.in_running_order({1: "blocks.1.attn1", 0: "blocks.0.attn1"}) == [0, 1]
 
 
-LATENTS = torch.empty(1, 4, 5, 32, 48)
+VIDEO = torch.empty(1, 4, 5, 32, 48)
 
 
 def text(length: int, batch: int = 1) -> Tensor:
@@ -208,9 +351,26 @@ def text(length: int, batch: int = 1) -> Tensor:
 
 
 def test_hunyuan_video_15_has_image_and_two_texts_behind() -> None:
-    arguments = {"hidden_states": LATENTS, "image_embeds": text(7), "encoder_hidden_states_2": text(5), "encoder_hidden_states": text(12)}
+    arguments = {"hidden_states": VIDEO, "image_embeds": text(7), "encoder_hidden_states_2": text(5), "encoder_hidden_states": text(12)}
     layout = HUNYUAN_VIDEO_15.layout(config(patch_size=1, patch_size_t=1), arguments)
     assert layout == TokenLayout((1, 4, 5, 32, 48), (1, 1, 1), 0, 24)
+
+
+@pytest.mark.parametrize(("image", "real"), [(0.0, 3 + 9), (1.0, 3 + 9 + 7)], ids=["text to video", "image to video"])
+def test_hunyuan_video_15_knows_which_tokens_are_real(image: float, real: int) -> None:
+    arguments = {
+        "hidden_states": torch.empty(2, 4, 1, 2, 3),
+        "image_embeds": torch.full((2, 7, 8), image),
+        "encoder_hidden_states_2": text(5, 2),
+        "encoder_attention_mask_2": torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]),
+        "encoder_hidden_states": text(12, 2),
+        "encoder_attention_mask": (torch.arange(12) < torch.tensor([[9], [2]])).long(),
+    }
+    keep = HUNYUAN_VIDEO_15.key_mask(config(patch_size=1, patch_size_t=1), arguments)
+    assert keep is not None
+    assert keep.shape == (2, 6 + 24)
+    assert torch.equal(keep[0], torch.arange(30) < 6 + real)
+    assert int(keep[1].sum()) == 6 + real - 9
 
 
 @pytest.mark.parametrize(("batch", "behind"), [(1, 6 + 25), (2, 6 + 40)], ids=["padded text is cut off", "a batch keeps it"])
@@ -231,7 +391,7 @@ def test_framepack_has_earlier_frames_in_front(batch: int, behind: int) -> None:
 
 def test_helios_takes_a_history_only_with_its_indices() -> None:
     arguments = {
-        "hidden_states": LATENTS,
+        "hidden_states": VIDEO,
         "latents_history_short": torch.empty(1, 4, 1, 32, 48),
         "indices_latents_history_short": torch.zeros(1, 1),
         "latents_history_mid": torch.empty(1, 4, 2, 32, 48),
@@ -242,14 +402,14 @@ def test_helios_takes_a_history_only_with_its_indices() -> None:
 
 @pytest.mark.parametrize("image", [None, text(6)], ids=["text only", "with an image"])
 def test_motif_video_has_image_and_text_behind(image: Tensor | None) -> None:
-    arguments = {"hidden_states": LATENTS, "encoder_hidden_states": text(12), "image_embeds": image}
+    arguments = {"hidden_states": VIDEO, "encoder_hidden_states": text(12), "image_embeds": image}
     layout = MOTIF_VIDEO.layout(config(patch_size=2, patch_size_t=1), arguments)
     assert (layout.num_prefix_tokens, layout.num_suffix_tokens) == (0, 12 if image is None else 18)
 
 
 @pytest.mark.parametrize("second", [None, text(7)], ids=["one encoder", "two encoders"])
 def test_easyanimate_has_its_texts_in_front(second: Tensor | None) -> None:
-    arguments = {"hidden_states": LATENTS, "encoder_hidden_states": text(12), "encoder_hidden_states_t5": second}
+    arguments = {"hidden_states": VIDEO, "encoder_hidden_states": text(12), "encoder_hidden_states_t5": second}
     layout = EASYANIMATE.layout(config(patch_size=2), arguments)
     assert (layout.num_prefix_tokens, layout.num_suffix_tokens) == (12 if second is None else 19, 0)
 

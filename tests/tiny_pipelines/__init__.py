@@ -8,9 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tiny_pipelines.hunyuan import hunyuan_video15, hunyuan_video_framepack
-from tiny_pipelines.image import flux, flux_kontext, qwen_image
+from tiny_pipelines.image import (
+    flux,
+    flux_kontext,
+    flux_with_hidden_image_tokens,
+    qwen_image,
+    qwen_image_edit,
+    qwen_image_edit_plus,
+    qwen_image_layered,
+)
 from tiny_pipelines.pipeline import TinyPipeline
-from tiny_pipelines.video import cogvideox, hunyuan_video, ltx_video
+from tiny_pipelines.video import cogvideox, hunyuan_video, ltx_condition, ltx_video
 from tiny_pipelines.wan import (
     anyflow,
     chronoedit,
@@ -50,6 +58,7 @@ __all__ = [
     "easyanimate",
     "flux",
     "flux_kontext",
+    "flux_with_hidden_image_tokens",
     "helios",
     "hunyuan_video",
     "hunyuan_video15",
@@ -57,12 +66,16 @@ __all__ = [
     "kandinsky5",
     "kandinsky6",
     "ltx2",
+    "ltx_condition",
     "ltx_video",
     "lucy_edit",
     "minimax_h3",
     "mochi",
     "motif_video",
     "qwen_image",
+    "qwen_image_edit",
+    "qwen_image_edit_plus",
+    "qwen_image_layered",
     "skyreels_v2",
     "skyreels_v2_diffusion_forcing",
     "wan",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import PIL.Image
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +35,19 @@ class TinyPipeline:
         return latents
 
 
+def enlarge_weights(module: nn.Module) -> None:
+    """Weights at which every layer's output is as large as its input, for models that begin with small or zero ones."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+
+
 def noise(*shape: int, seed: int = 1) -> Tensor:
     """Normal noise that does not depend on what ran before."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def picture(rows: int, columns: int, seed: int = 5) -> PIL.Image.Image:
+    """A picture of noise."""
+    return PIL.Image.fromarray((noise(rows, columns, 3, seed=seed).sigmoid() * 255).byte().numpy(), "RGB")

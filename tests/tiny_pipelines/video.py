@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, noise
+from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, noise, picture
 
 
 def hunyuan_video() -> TinyPipeline:
@@ -45,7 +45,26 @@ def hunyuan_video() -> TinyPipeline:
 
 def ltx_video() -> TinyPipeline:
     """LTX-Video: packed latents, text in cross-attention with a mask."""
-    from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
+    from diffusers import LTXPipeline
+
+    return TinyPipeline(LTXPipeline(**_ltx_parts()), {**_ltx_text(), "height": 32, "width": 32, "num_frames": 9})
+
+
+def ltx_condition(*conditions: tuple[int, int]) -> TinyPipeline:
+    """LTX-Video with conditions: (first frame, frames) of each; those on frame 0 replace tokens, the others stand before the video."""
+    from diffusers import LTXConditionPipeline
+    from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+
+    shown = []
+    for number, (first, frames) in enumerate(conditions):
+        pictures = [picture(32, 32, seed=10 * number + frame) for frame in range(frames)]
+        shown.append(LTXVideoCondition(frame_index=first, **({"image": pictures[0]} if frames == 1 else {"video": pictures})))
+    given = {"conditions": shown} if shown else {}
+    return TinyPipeline(LTXConditionPipeline(**_ltx_parts()), {**_ltx_text(), **given, "height": 32, "width": 32, "num_frames": 9})
+
+
+def _ltx_parts() -> dict[str, Any]:
+    from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXVideoTransformer3DModel
 
     torch.manual_seed(0)
     transformer = LTXVideoTransformer3DModel(
@@ -70,14 +89,17 @@ def ltx_video() -> TinyPipeline:
         upsample_factor=(1, 1),
         patch_size=1,
     )
-    pipe = LTXPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), transformer=transformer, vae=vae, text_encoder=None, tokenizer=None)
-    text = {
+    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": transformer, "vae": vae}
+    return {**parts, "text_encoder": None, "tokenizer": None}
+
+
+def _ltx_text() -> dict[str, Any]:
+    return {
         "prompt_embeds": noise(1, 12, 24),
         "prompt_attention_mask": _first(9, of=12),
         "negative_prompt_embeds": noise(1, 12, 24, seed=2),
         "negative_prompt_attention_mask": _first(4, of=12),
     }
-    return TinyPipeline(pipe, {**text, "height": 32, "width": 32, "num_frames": 9})
 
 
 def cogvideox(scheduler: str = "CogVideoXDPMScheduler") -> TinyPipeline:

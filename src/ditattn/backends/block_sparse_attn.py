@@ -43,6 +43,7 @@ class BlockSparseAttentionImpl(SparseAttentionImpl):
             keep_sink=attn_metadata.keep_sink,
             keep_recent=attn_metadata.keep_recent,
             key_lengths=attn_metadata.key_lengths,
+            parts=order.blocks_of_grids(),
         )
 
     def keeps_everything(self, metadata: SparseAttentionMetadata) -> bool:

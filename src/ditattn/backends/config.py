@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ditattn.errors import ConfigError
 from ditattn.values import KnownKeys
@@ -22,6 +23,19 @@ __all__ = [
 
 Steps = int | str
 TokenOrderName = Literal["tile", "raster"]
+PresetName = Literal["quality", "balanced", "fast", "ascend"]
+
+# of the sparse backends, unless a backend has its own; what each does to the picture is measured in docs/backends/permuted_sparse_attn.md
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "quality": {"sparsity": 0.5, "skip_first_steps": "auto"},
+    "balanced": {"sparsity": 0.75, "skip_first_steps": "auto"},
+    "fast": {"sparsity": 0.9, "skip_first_steps": "auto"},
+    "ascend": {"sparsity": 0.2, "skip_first_steps": 10},
+}
+
+# "auto": runs of up to so many steps have one dense step, longer ones this share
+FEW_STEPS = 8
+AUTO_SHARE = 0.2
 
 
 class AttentionConfig(KnownKeys):
@@ -33,12 +47,15 @@ class DenseAttentionConfig(AttentionConfig):
 
 
 class SparseAttentionConfig(AttentionConfig):
-    """What both sparse backends understand. The first two keys have the defaults of the Ascend originals.
+    """What every sparse backend understands.
 
     Attributes:
+        preset: what `sparsity` and `skip_first_steps` are where they are not given: "quality", "balanced", "fast", or "ascend" for the
+            defaults of the Ascend originals, which run ten steps densely.
         sparsity: asked share of key blocks to drop, 0 <= sparsity < 1; 0 runs densely.
-        skip_first_steps: the first steps run densely: a number, or a share of all steps such as "20%" (rounded up).
-        skip_last_steps: the last steps run densely, in the same form.
+        skip_first_steps: the first steps run densely: a number, a share of all steps such as "20%" (rounded up), or "auto": 20 % of the
+            steps, and one step in runs of up to 8.
+        skip_last_steps: the last steps run densely: a number or a share.
         skip_layers: layers that always run densely, such as "0-1,38".
         min_tokens: sequences shorter than this run densely.
         token_order: "tile" (8x8 tiles of a frame stay together) or "raster" (the model's own order).
@@ -47,8 +64,9 @@ class SparseAttentionConfig(AttentionConfig):
         share_plan_between_branches: with classifier-free guidance, the blocks that the first branch of a step picked serve the others.
     """
 
-    sparsity: float = Field(0.2, ge=0, lt=1)
-    skip_first_steps: Steps = 10
+    preset: PresetName = "balanced"
+    sparsity: float = Field(0.75, ge=0, lt=1)
+    skip_first_steps: Steps = "auto"
     skip_last_steps: Steps = 0
     skip_layers: str = ""
     min_tokens: int = Field(4096, ge=0)
@@ -57,12 +75,23 @@ class SparseAttentionConfig(AttentionConfig):
     plan_refresh_steps: int = Field(1, ge=1)
     share_plan_between_branches: bool = False
 
-    @field_validator("skip_first_steps", "skip_last_steps", mode="before")
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
+
+    @field_validator("skip_first_steps", mode="before")
     @classmethod
-    def _check_steps(cls, value: Any) -> Steps:
-        if isinstance(value, bool) or not isinstance(value, (int, str)):
-            raise ValueError(f"{value!r} is neither a number of steps nor a share such as '20%'")
+    def _check_first_steps(cls, value: Any) -> Steps:
+        return "auto" if isinstance(value, str) and value.strip() == "auto" else _share_or_count(value, " nor 'auto'")
+
+    @field_validator("skip_last_steps", mode="before")
+    @classmethod
+    def _check_last_steps(cls, value: Any) -> Steps:
         return _share_or_count(value)
+
+    @model_validator(mode="after")
+    def _fill_from_preset(self) -> SparseAttentionConfig:
+        # past pydantic, which would count these keys as given: whoever reads what was given finds the preset alone
+        vars(self).update({key: value for key, value in self.presets[self.preset].items() if key not in self.model_fields_set})
+        return self
 
     @field_validator("skip_layers", mode="before")
     @classmethod
@@ -94,11 +123,13 @@ class RainFusionAttentionConfig(SparseAttentionConfig):
 
 
 def resolve_steps(value: Steps, num_steps: int | None) -> int | None:
-    """A number of steps from a count or a share ("20%", rounded up). None if a share meets an unknown number of steps."""
+    """A number of steps from a count, a share ("20%", rounded up) or "auto". None if one of these meets an unknown number of steps."""
     if isinstance(value, int):
         return value
     if num_steps is None:
         return None
+    if value == "auto":
+        return 1 if num_steps <= FEW_STEPS else math.ceil(round(AUTO_SHARE * num_steps, 6))
     return math.ceil(round(float(value.removesuffix("%")) / 100 * num_steps, 6))
 
 
@@ -117,7 +148,9 @@ def parse_layers(text: str) -> frozenset[int]:
     return frozenset(layers)
 
 
-def _share_or_count(value: Steps) -> Steps:
+def _share_or_count(value: Any, more: str = "") -> Steps:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError(f"{value!r} is neither a number of steps nor a share such as '20%'{more}")
     if isinstance(value, int) or value.strip().isdigit():
         count = int(value)
         if count < 0:
@@ -129,5 +162,5 @@ def _share_or_count(value: Steps) -> Steps:
     except ValueError:
         share = math.nan
     if not value.strip().endswith("%") or not 0 <= share <= 100:
-        raise ValueError(f"{value!r} is neither a number of steps nor a share between 0% and 100%")
+        raise ValueError(f"{value!r} is neither a number of steps nor a share between 0% and 100%{more}")
     return f"{number}%"

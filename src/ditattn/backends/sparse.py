@@ -21,6 +21,7 @@ from ditattn.ops.pooled_tail import PooledTail
 from ditattn.ops.table import KERNEL_HEAD_DIMS, Implementation, choose, choose_to_run
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 from ditattn.plan.reuse import ForwardId, PlanMemory, ReusePolicy
+from ditattn.plan.token_grids import TokenGrid
 from ditattn.plan.token_order import TokenOrder, token_order
 
 __all__ = [
@@ -73,8 +74,9 @@ class SparseAttentionMetadata(AttentionMetadata):
         config: as it was parsed and checked, once.
         num_steps: steps of the run; None if unknown.
         latent_shape: token grid (F, Y, X) of the video, after patchify; None if unknown.
-        num_prefix_tokens, num_suffix_tokens: text or condition tokens before and after the video tokens. In token order "tile" only
-            suffix tokens may be padding; that is checked where the host knows the key lengths.
+        num_prefix_tokens, num_suffix_tokens: all tokens before and after the video tokens. In an order other than "raster" only those at
+            the end, behind every grid, may be padding; that is checked where the host knows the key lengths.
+        further_grids: references, conditions or layers among the prefix and suffix tokens; what is in no grid is kept whole.
         forward_id: run and branch of the forward; looked at only where plans are reused.
     """
 
@@ -83,6 +85,7 @@ class SparseAttentionMetadata(AttentionMetadata):
     latent_shape: tuple[int, int, int] | None = None
     num_prefix_tokens: int = 0
     num_suffix_tokens: int = 0
+    further_grids: tuple[TokenGrid, ...] = ()
     forward_id: ForwardId = field(default_factory=ForwardId)
 
     def __getattr__(self, key: str) -> Any:
@@ -119,6 +122,19 @@ class SparseAttentionMetadata(AttentionMetadata):
             return None
         frames, rows, columns = self.latent_shape
         return self.num_prefix_tokens + frames * rows * columns + self.num_suffix_tokens
+
+    @property
+    def num_last_tokens(self) -> int:
+        """Tokens behind every grid."""
+        assert self.num_tokens is not None
+        ends = [self.num_tokens - self.num_suffix_tokens, *(grid.stop for grid in self.further_grids)]
+        return self.num_tokens - max(ends)
+
+    @property
+    def whole_first_frames(self) -> bool:
+        """True if the first frame of every video is kept: a grid of one frame is an image."""
+        assert self.latent_shape is not None
+        return self.first_frame_sink and max(self.latent_shape[0], *(grid.size[0] for grid in self.further_grids), 1) > 1
 
 
 def latent_grid(raw_latent_shape: Sequence[int], patch_size: int | Sequence[int]) -> tuple[int, int, int]:
@@ -255,8 +271,8 @@ class SparseAttentionImpl(AttentionImpl):
         """The order of the tokens, and bool `[N]`, which of its blocks every plan keeps. Both serve until the tokens change."""
         grid = metadata.latent_shape
         assert grid is not None
-        facts = (metadata.token_order, grid, metadata.num_prefix_tokens, metadata.num_suffix_tokens, device)
-        whole_first_frame = metadata.first_frame_sink and grid[0] > 1
+        facts = (metadata.token_order, grid, metadata.num_prefix_tokens, metadata.num_suffix_tokens, device, metadata.further_grids)
+        whole_first_frame = metadata.whole_first_frames
         if self._known_tokens is None or self._known_tokens[0] != (facts, whole_first_frame):
             order = token_order(*facts)
             self._known_tokens = ((facts, whole_first_frame), order, order.protected_blocks(BLOCK_SIZE, whole_first_frame, device))
@@ -346,8 +362,8 @@ def _why_not_these_tokens(query_tokens: int, key_tokens: int, metadata: SparseAt
         return Reason.UNKNOWN_GEOMETRY
     if query_tokens != metadata.num_tokens:
         return Reason.TOKEN_COUNT
-    # another order puts the video first and its tokens elsewhere: the leading keys of the model's order are then not the leading ones
-    first_free = query_tokens - metadata.num_suffix_tokens
+    # another order puts the grids first and their tokens elsewhere: the leading keys of the model's order are then not the leading ones
+    first_free = query_tokens - metadata.num_last_tokens
     if metadata.token_order != "raster" and min(metadata.known_key_lengths or (query_tokens,)) < first_free:
         return Reason.PADDED_VIDEO
     return None

@@ -205,7 +205,7 @@ def _video_parts(problems: Problems, grid: tuple[int, int, int], sparsity: float
     scale = problems.head_dim**-0.5
     impl = RainFusionAttentionBackend.get_impl_cls()(problems.heads, problems.head_dim)
     metadata = RainFusionAttentionBackend.get_builder_cls()().build(
-        current_timestep=20, raw_latent_shape=(1, 16, *grid), patch_size=1, sparsity=sparsity
+        current_timestep=0, skip_first_steps=0, raw_latent_shape=(1, 16, *grid), patch_size=1, sparsity=sparsity
     )
     order = token_order("tile", grid)
     protected = order.protected_blocks(BLOCK_SIZE, grid[0] > 1, "cpu")

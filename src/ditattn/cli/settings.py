@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat
 
 from ditattn.backends.config import SparseAttentionConfig
-from ditattn.backends.registry import DEFAULT_BACKEND, backend_names
+from ditattn.backends.registry import DEFAULT_BACKEND, RECOMMENDED_BACKEND, backend_names
 from ditattn.errors import ConfigError
 from ditattn.tune.candidate import TUNED_KEYS
 from ditattn.values import KnownKeys, parse_config, parse_value
@@ -109,7 +109,7 @@ Grid = Annotated[dict[str, list[Any]], BeforeValidator(_axes)]
 BACKEND_NAMES = ", ".join(backend_names())
 COMPARED_NAMES = ", ".join(name for name in backend_names() if name != DEFAULT_BACKEND)
 SPARSE_KEYS = ", ".join(SparseAttentionConfig.model_fields)
-FIXED_KEYS = ", ".join(key for key in SparseAttentionConfig.model_fields if key not in TUNED_KEYS)
+FIXED_KEYS = ", ".join(key for key in SparseAttentionConfig.model_fields if key not in (*TUNED_KEYS, "preset"))
 
 SEEDS = Option(SAMPLING, "Repeat it for several: every prompt is made with every seed.")
 
@@ -161,7 +161,10 @@ class CallSettings(KnownKeys):
             metavar="K=V,...",
         ),
     ] = Field(default_factory=dict)
-    strict: Annotated[bool, Option(ATTENTION, "Fail where a sparse backend would run densely for a reason that nobody asked for.")] = False
+    strict: Annotated[
+        bool,
+        Option(ATTENTION, "Fail where a sparse backend would run the whole clip densely, or a call for a reason that nobody asked for."),
+    ] = False
     output_path: Annotated[UserPath, Option(OUTPUT, "Where results go; made if missing.", metavar="FOLDER")] = "outputs"
     output_file_name: Annotated[str | None, Option(OUTPUT, "Of the result.")] = None
     device: Annotated[str | None, Option(MACHINE, "torch device, such as cuda:1.", "cuda or npu if there is one, else cpu")] = None
@@ -274,7 +277,7 @@ class TuneSettings(CallSettings):
     ] = Field(default_factory=list)
     seed: Annotated[Seeds, SEEDS] = Field(default_factory=lambda: [42])
     attention_backend: Annotated[str, Option(ATTENTION, "A sparse backend.", metavar="NAME", before="component_attention_backends")] = (
-        "rain_fusion_attn"
+        RECOMMENDED_BACKEND
     )
     attention_backend_config: Annotated[
         Pairs,

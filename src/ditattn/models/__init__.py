@@ -6,33 +6,44 @@ from typing import Any
 
 from ditattn.models.allegro import ALLEGRO
 from ditattn.models.anyflow import ANYFLOW
+from ditattn.models.aura_flow import AURA_FLOW
 from ditattn.models.base import DEFAULT_FRAME_RATE, ModelFamily, TokenLayout
+from ditattn.models.bria import BRIA
+from ditattn.models.chroma import CHROMA
 from ditattn.models.chronoedit import CHRONOEDIT
 from ditattn.models.cogvideox import COGVIDEOX
+from ditattn.models.cogview4 import COGVIEW4
 from ditattn.models.consisid import CONSISID
 from ditattn.models.cosmos import COSMOS
 from ditattn.models.easyanimate import EASYANIMATE
 from ditattn.models.flux import FLUX
+from ditattn.models.flux2 import FLUX2
+from ditattn.models.flux3 import FLUX3
 from ditattn.models.helios import HELIOS
+from ditattn.models.hunyuan_image import HUNYUAN_IMAGE
 from ditattn.models.hunyuan_video import HUNYUAN_VIDEO
 from ditattn.models.hunyuan_video15 import HUNYUAN_VIDEO_15
 from ditattn.models.hunyuan_video_framepack import HUNYUAN_VIDEO_FRAMEPACK
 from ditattn.models.kandinsky5 import KANDINSKY5
 from ditattn.models.kandinsky6 import KANDINSKY6
+from ditattn.models.longcat_image import LONGCAT_IMAGE
 from ditattn.models.ltx2 import LTX2
 from ditattn.models.ltx_video import LTX_VIDEO
 from ditattn.models.minimax_h3 import MINIMAX_H3
 from ditattn.models.mochi import MOCHI
 from ditattn.models.motif_video import MOTIF_VIDEO
 from ditattn.models.not_served import NOT_SERVED
+from ditattn.models.ovis_image import OVIS_IMAGE
 from ditattn.models.qwen_image import QWEN_IMAGE
 from ditattn.models.skyreels_v2 import SKYREELS_V2
+from ditattn.models.stable_diffusion_3 import STABLE_DIFFUSION_3
 from ditattn.models.wan import WAN
 from ditattn.models.wan_animate import WAN_ANIMATE
 from ditattn.models.wan_vace import WAN_VACE
 
 __all__ = [
     "DEFAULT_FRAME_RATE",
+    "IMAGE_MODELS",
     "MODELS",
     "NOT_SERVED",
     "ModelFamily",
@@ -44,6 +55,20 @@ __all__ = [
     "unwrapped",
     "why_not_served",
 ]
+
+IMAGE_MODELS: tuple[ModelFamily, ...] = (
+    FLUX2,
+    FLUX3,
+    CHROMA,
+    BRIA,
+    LONGCAT_IMAGE,
+    OVIS_IMAGE,
+    STABLE_DIFFUSION_3,
+    HUNYUAN_IMAGE,
+    AURA_FLOW,
+    COGVIEW4,
+)
+"""Families of images, beside Flux.1 and Qwen-Image."""
 
 MODELS: tuple[ModelFamily, ...] = (
     WAN,
@@ -70,6 +95,7 @@ MODELS: tuple[ModelFamily, ...] = (
     CONSISID,
     KANDINSKY6,
     MINIMAX_H3,
+    *IMAGE_MODELS,
 )
 
 

@@ -1,4 +1,4 @@
-"""Qwen-Image: text tokens, then image tokens, in one joint attention; further images (editing) stand behind the first."""
+"""Qwen-Image: text tokens, then image tokens, in one joint attention; references and layers are images behind the first."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ditattn.models.base import ModelFamily, TokenLayout, text_length
+from ditattn.plan.token_grids import TokenGrid
 
 __all__ = ["QWEN_IMAGE"]
 
@@ -14,14 +15,17 @@ def layout(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
     """`hidden_states` is packed `(B, S, C)`; `img_shapes` is, per sample, a list of (F, Y, X) in tokens, the generated image first.
 
     Raises:
-        ValueError: samples of one batch have different shapes.
+        ValueError: samples of one batch have different shapes, or there are fewer tokens than the shapes say.
     """
     shapes = [_listed(sample) for sample in arguments["img_shapes"]]
     if any(sample != shapes[0] for sample in shapes):
         raise ValueError(f"samples of one batch differ in img_shapes: {shapes}")
-    frames, rows, columns = shapes[0][0]
     batch, length, channels = arguments["hidden_states"].shape
-    return TokenLayout((batch, channels, frames, rows, columns), (1, 1, 1), text_length(arguments), length - frames * rows * columns)
+    grids, start = [], text_length(arguments)
+    for size in shapes[0]:
+        grids.append(TokenGrid(start, size))
+        start = grids[-1].stop
+    return TokenLayout.of_grids(batch, channels, grids, text_length(arguments) + length)
 
 
 def _listed(sample: Any) -> list[tuple[int, int, int]]:
@@ -34,5 +38,5 @@ QWEN_IMAGE = ModelFamily(
     transformer_classes=("QwenImageTransformer2DModel",),
     layout=layout,
     self_attention=r"transformer_blocks\.\d+\.attn",
-    notes="text before the image, protected; a batch of prompts of unequal length brings a mask with gaps and runs densely",
+    notes="text before the image, protected; every reference or layer has blocks of its own",
 )

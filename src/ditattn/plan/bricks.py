@@ -6,6 +6,7 @@ Each head may have the shape that suits it, since attention does not care about 
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from ditattn.errors import ConfigError
 from ditattn.plan.block_plan import BLOCK_SIZE
-from ditattn.plan.token_order import TokenOrder
+from ditattn.plan.token_grids import TokenGrid, grids_of_sequence
+from ditattn.plan.token_order import TokenOrder, grids_first
 
-__all__ = ["Brick", "brick_name", "brick_order", "brick_shapes", "parse_bricks"]
+__all__ = ["FLAT", "Brick", "brick_beside", "brick_name", "brick_names", "brick_order", "brick_shapes", "parse_bricks"]
 
 Brick = tuple[int, int, int]
 
@@ -62,26 +64,44 @@ def brick_name(brick: Brick) -> str:
     return "x".join(map(str, brick))
 
 
+def brick_beside(brick: Brick, grid: tuple[int, int, int]) -> Brick:
+    """The shape that a further grid has where the target has `brick`: the same where it fits, else the nearest that is offered for it."""
+    frames, rows, columns = grid
+    if brick[0] <= max(frames - 1, 1) and brick[1] <= rows and brick[2] <= columns:
+        return brick
+    return min(brick_shapes(grid), key=lambda one: sum(abs(math.log2(a / b)) for a, b in zip(one, brick, strict=True)))
+
+
+def brick_names(brick: Brick, further_grids: tuple[TokenGrid, ...]) -> str:
+    """For reports: "4x2x16", or "4x2x16 + 1x8x16" where further grids have another shape."""
+    return " + ".join(dict.fromkeys(map(brick_name, [brick, *(brick_beside(brick, grid.size) for grid in further_grids)])))
+
+
 def brick_order(
-    brick: Brick, grid: tuple[int, int, int], num_prefix_tokens: int = 0, num_suffix_tokens: int = 0, device: torch.device | str = "cpu"
+    brick: Brick,
+    grid: tuple[int, int, int],
+    num_prefix_tokens: int = 0,
+    num_suffix_tokens: int = 0,
+    device: torch.device | str = "cpu",
+    further_grids: tuple[TokenGrid, ...] = (),
 ) -> TokenOrder:
     """The order of a video of `grid` = (F, Y, X) tokens in bricks of one shape, the video first, then prefix and suffix. Cached.
 
     Of several frames the first one comes first, in flat bricks: it is denser than the others in models whose VAE compresses time. Bricks
-    that are cut by the edge of the grid stand behind the whole ones, so that these start at block boundaries.
+    that are cut by the edge of the grid stand behind the whole ones, so that these start at block boundaries. Further grids have bricks of
+    their own, of this shape where it fits.
     """
+    grids = grids_of_sequence(grid, num_prefix_tokens, num_suffix_tokens, further_grids)
     # tensors made in inference mode could not be used later where gradients are recorded
     with torch.inference_mode(False):
-        return _cached(brick, grid, num_prefix_tokens, num_suffix_tokens, torch.device(device))
+        return _cached(brick, grids, grids[0].stop + num_suffix_tokens, torch.device(device))
 
 
 @lru_cache(maxsize=64)
-def _cached(brick: Brick, grid: tuple[int, int, int], prefix: int, suffix: int, device: torch.device) -> TokenOrder:
-    frames, rows, columns = grid
-    num_video = frames * rows * columns
-    length = prefix + num_video + suffix
-    forward = torch.cat([prefix + bricks(grid, brick), torch.arange(prefix), torch.arange(prefix + num_video, length)])
-    return TokenOrder(forward.to(device), forward.argsort().to(device), (0, rows * columns), (0, num_video), length)
+def _cached(brick: Brick, grids: tuple[TokenGrid, ...], length: int, device: torch.device) -> TokenOrder:
+    target, *further = grids
+    orders = [bricks(target.size, brick), *(bricks(one.size, brick_beside(brick, one.size)) for one in further)]
+    return grids_first(grids, orders, length, device)
 
 
 def bricks(grid: tuple[int, int, int], brick: Brick) -> Tensor:

@@ -1,24 +1,42 @@
 """Orders of the video tokens and their exact inverses.
 
-A model's tokens are `[prefix][F x Y x X video tokens in raster order][suffix]`; prefix and suffix are text or condition tokens. An order
-puts tokens that attend to each other into the same block of 128. Every order is one index vector; its inverse is the argsort, so going
-there and back is the identity for every grid. Heads may have an order of their own each: then the index is one vector per key head.
+A model's tokens are `[prefix][F x Y x X video tokens in raster order][suffix]`; prefix and suffix are text or condition tokens, and may
+hold further grids. An order puts tokens that attend to each other into the same block of 128. Every order is one index vector; its inverse
+is the argsort, so going there and back is the identity for every grid. Heads may have an order of their own each: then the index is one
+vector per key head.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ditattn.errors import ConfigError, UnsupportedCall
-from ditattn.plan.block_plan import num_blocks
+from ditattn.plan.block_plan import BLOCK_SIZE, num_blocks
+from ditattn.plan.token_grids import TokenGrid, grids_of_sequence
 
-__all__ = ["TILE", "TokenOrder", "reordered", "token_order"]
+__all__ = ["TILE", "OrderedGrid", "Span", "TokenOrder", "grids_first", "reordered", "token_order"]
 
 TILE = 8
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class OrderedGrid:
+    """Where one of several grids stands in an order.
+
+    Attributes:
+        tokens: (start, stop) of its parts.
+        first_frame: likewise, of its first frame; empty for an image, which has no first-frame rule.
+    """
+
+    tokens: tuple[Span, ...]
+    first_frame: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +47,17 @@ class TokenOrder:
         forward: int64 `[S]` or `[G, S]`, position i of the new order holds token `forward[..., i]`; None is the identity.
         inverse: of the same shape, undoes `forward`; None is the identity.
         first_frame: `(start, stop)` of the first frame's tokens in the new order, of every head's where there are several.
-        video: `(start, stop)` of all video tokens in the new order, likewise.
+        video: `(start, stop)` of all video tokens in the new order, likewise; of several grids, from the first token to the last.
         length: S.
+        grids: where there are several grids, the place of each: the target, then the others as they stand in the sequence; else empty.
     """
 
     forward: Tensor | None
     inverse: Tensor | None
-    first_frame: tuple[int, int]
-    video: tuple[int, int]
+    first_frame: Span
+    video: Span
     length: int
+    grids: tuple[OrderedGrid, ...] = ()
 
     def check_length(self, length: int) -> None:
         """Raise UnsupportedCall unless the order is one of `length` tokens."""
@@ -60,6 +80,12 @@ class TokenOrder:
         if self.forward is not None and self.forward.ndim == 2 and heads % self.forward.shape[0]:
             raise UnsupportedCall(f"{heads} heads are not a multiple of the {self.forward.shape[0]} that have a token order of their own")
 
+    def of_heads(self, heads: slice) -> TokenOrder:
+        """The order of some key heads; itself where all heads share one."""
+        if self.forward is None or self.inverse is None or self.forward.ndim == 1:
+            return self
+        return replace(self, forward=self.forward[heads], inverse=self.inverse[heads])
+
     def apply(self, x: Tensor) -> Tensor:
         """`[B, S, ...]` in the model's order -> the new order; `[B, S, H, ...]` with H a multiple of G where every key head has its own."""
         return x if self.forward is None else reordered(x, self.forward)
@@ -69,13 +95,42 @@ class TokenOrder:
         return x if self.inverse is None else reordered(x, self.inverse)
 
     def protected_blocks(self, block_size: int, first_frame: bool, device: torch.device | str) -> Tensor:
-        """bool `[blocks]`: blocks that hold a prefix or suffix token, and with `first_frame` those that hold a first-frame token."""
+        """bool `[blocks]`: blocks that hold a prefix or suffix token, and with `first_frame` those that hold a first-frame token.
+
+        Of several grids: blocks whose tokens are not all of one grid, and with `first_frame` those with a token of a video's first frame.
+        """
         start = torch.arange(num_blocks(self.length, block_size), device=device) * block_size
         stop = (start + block_size).clamp(max=self.length)
-        protected = (start < self.video[0]) | (stop > self.video[1])
-        if first_frame:
-            protected = protected | ((start < self.first_frame[1]) & (stop > self.first_frame[0]))
+        grids = self.grids or (OrderedGrid((self.video,), (self.first_frame,)),)
+        protected = torch.ones_like(start, dtype=torch.bool)
+        for grid in grids:
+            protected = protected & (_overlap(start, stop, grid.tokens) < stop - start)
+        for grid in grids if first_frame else ():
+            protected = protected | (_overlap(start, stop, grid.first_frame) > 0)
         return protected
+
+    def blocks_of_grids(self, block_size: int = BLOCK_SIZE) -> tuple[Span, ...]:
+        """(start, stop) in blocks for each grid with a block of its own, as they stand in the order; together they are all blocks.
+
+        A block that no grid has to itself belongs to the grid before it.
+        """
+        spans = [(-(-start // block_size), stop // block_size) for start, stop in (grid.tokens[0] for grid in self.grids)]
+        starts = sorted(start for start, stop in spans if start < stop)
+        return tuple(itertools.pairwise([0, *starts[1:], num_blocks(self.length, block_size)]))
+
+    @property
+    def num_whole_blocks(self) -> int:
+        """In an order that puts grids first: how many whole blocks begin it, each of one grid."""
+        own = sum((stop - start) // BLOCK_SIZE for start, stop in (grid.tokens[0] for grid in self.grids))
+        return own or self.video[1] // BLOCK_SIZE
+
+
+def _overlap(start: Tensor, stop: Tensor, spans: tuple[Span, ...]) -> Tensor:
+    """int64 like `start`: how many tokens of each block lie in the spans."""
+    shared = torch.zeros_like(start)
+    for first, last in spans:
+        shared = shared + (stop.clamp(max=last) - start.clamp(min=first)).clamp(min=0)
+    return shared
 
 
 def reordered(x: Tensor, order: Tensor) -> Tensor:
@@ -97,7 +152,12 @@ def reordered(x: Tensor, order: Tensor) -> Tensor:
 
 
 def token_order(
-    name: str, grid: tuple[int, int, int], num_prefix_tokens: int = 0, num_suffix_tokens: int = 0, device: torch.device | str = "cpu"
+    name: str,
+    grid: tuple[int, int, int],
+    num_prefix_tokens: int = 0,
+    num_suffix_tokens: int = 0,
+    device: torch.device | str = "cpu",
+    further_grids: tuple[TokenGrid, ...] = (),
 ) -> TokenOrder:
     """The order `name` for a video of `grid` = (F, Y, X) tokens between prefix and suffix tokens. Cached.
 
@@ -105,34 +165,72 @@ def token_order(
     Each frame becomes its full 8x8 tiles (raster among tiles and within each), then its remainder rows at full width, then its remainder
     columns. In a grid that is not a multiple of 8 the first of several frames keeps its raster order.
 
+    Further grids, which stand among the prefix or suffix tokens, are ordered in the same way: `grids_first`.
+
     Raises:
-        ConfigError: no such order, or a size that is not positive.
+        ConfigError: no such order, a size that is not positive, or grids that overlap.
     """
     if name not in ("raster", "tile"):
         raise ConfigError(f"token_order must be 'tile' or 'raster', not '{name}'")
-    if min(grid) < 1 or num_prefix_tokens < 0 or num_suffix_tokens < 0:
-        raise ConfigError(
-            f"a token grid needs positive sizes, not {grid} with {num_prefix_tokens} prefix and {num_suffix_tokens} suffix tokens"
-        )
+    grids = grids_of_sequence(grid, num_prefix_tokens, num_suffix_tokens, further_grids)
     # tensors made in inference mode could not be used later where gradients are recorded
     with torch.inference_mode(False):
-        return _cached(name, tuple(grid), num_prefix_tokens, num_suffix_tokens, torch.device(device))
+        return _cached(name, grids, grids[0].stop + num_suffix_tokens, torch.device(device))
 
 
 @lru_cache(maxsize=32)
-def _cached(name: str, grid: tuple[int, int, int], prefix: int, suffix: int, device: torch.device) -> TokenOrder:
-    frames, rows, columns = grid
-    num_video = frames * rows * columns
-    length = prefix + num_video + suffix
-    if name == "raster":
-        return TokenOrder(None, None, (prefix, prefix + rows * columns), (prefix, prefix + num_video), length)
-    video = prefix + tile_order(grid)
-    before, after = torch.arange(prefix), torch.arange(prefix + num_video, length)
-    forward = torch.cat([video, before, after])
-    first_frame, span = (0, rows * columns), (0, num_video)
-    if torch.equal(forward, torch.arange(length)):
-        return TokenOrder(None, None, first_frame, span, length)
-    return TokenOrder(forward.to(device), torch.argsort(forward).to(device), first_frame, span, length)
+def _cached(name: str, grids: tuple[TokenGrid, ...], length: int, device: torch.device) -> TokenOrder:
+    if name == "tile":
+        order = grids_first(grids, [tile_order(grid.size) for grid in grids], length, device)
+        is_identity = torch.equal(order.forward, torch.arange(length, device=device))  # type: ignore[arg-type]
+        return replace(order, forward=None, inverse=None) if is_identity else order
+    places = [OrderedGrid(((grid.start, grid.stop),), _first_frame(grid, grid.start)) for grid in grids] if len(grids) > 1 else []
+    video = min(grid.start for grid in grids), max(grid.stop for grid in grids)
+    first_frame = grids[0].start, grids[0].start + grids[0].size[1] * grids[0].size[2]
+    return TokenOrder(None, None, first_frame, video, length, tuple(places))
+
+
+def grids_first(grids: tuple[TokenGrid, ...], orders: list[Tensor], length: int, device: torch.device) -> TokenOrder:
+    """The order of a sequence whose grids come first, each in its own order, and then all other tokens as they stood.
+
+    Where there are several grids, each has its whole blocks of 128 to itself: what is left of each stands behind the last of them, before
+    the other tokens.
+
+    Args:
+        grids: of the sequence, the target first.
+        orders: int64 `[F * Y * X]` for each grid, of its own tokens.
+        length: of the sequence.
+        device: where the index vectors lie.
+    """
+    ordered = [grid.start + order for grid, order in zip(grids, orders, strict=True)]
+    other = torch.ones(length, dtype=torch.bool)
+    for grid in grids:
+        other[grid.start : grid.stop] = False
+    whole = [len(tokens) // BLOCK_SIZE * BLOCK_SIZE if len(grids) > 1 else len(tokens) for tokens in ordered]
+    heads = [tokens[:count] for tokens, count in zip(ordered, whole, strict=True)]
+    tails = [tokens[count:] for tokens, count in zip(ordered, whole, strict=True)]
+    forward = torch.cat([*heads, *tails, other.nonzero().flatten()])
+    num_video = length - int(other.sum())
+    first_frame, video = (0, grids[0].size[1] * grids[0].size[2]), (0, num_video)
+    places = _places(grids, whole) if len(grids) > 1 else ()
+    return TokenOrder(forward.to(device), torch.argsort(forward).to(device), first_frame, video, length, places)
+
+
+def _places(grids: tuple[TokenGrid, ...], whole: list[int]) -> tuple[OrderedGrid, ...]:
+    """Where grids stand whose first tokens, `whole` of each, come one after the other, and then the rest of each."""
+    places = []
+    head, tail = 0, sum(whole)
+    for grid, count in zip(grids, whole, strict=True):
+        rest = grid.num_tokens - count
+        frame = grid.size[1] * grid.size[2] if grid.size[0] > 1 else 0
+        spans = ((head, head + min(frame, count)), (tail, tail + max(frame - count, 0)))
+        places.append(OrderedGrid(((head, head + count), (tail, tail + rest)), spans))
+        head, tail = head + count, tail + rest
+    return tuple(places)
+
+
+def _first_frame(grid: TokenGrid, start: int) -> tuple[Span, ...]:
+    return ((start, start + grid.size[1] * grid.size[2]),) if grid.size[0] > 1 else ()
 
 
 def tile_order(grid: tuple[int, int, int]) -> Tensor:

@@ -1,14 +1,17 @@
-"""Attention masks that only hide padded keys at the end, read as key lengths."""
+"""Attention masks that only hide padded keys, read as key lengths: at the end, or in the text before the video."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["KeyPadding", "MaskReader", "broadcastable"]
+from ditattn.backends.sparse import SparseAttentionMetadata
+
+__all__ = ["MASK_WITH_GAPS", "KeyPadding", "MaskReader", "VideoFirst", "broadcastable"]
 
 MASK_WITH_GAPS = "mask with gaps"
 OTHER_MASK = "mask that is not key padding"
@@ -24,31 +27,46 @@ class KeyPadding(NamedTuple):
 Reading = tuple[KeyPadding | None, str | None]
 
 
-class MaskReader:
-    """Reads each mask once: models pass one mask to all layers, and reading it waits for the device. One per forward.
+@dataclass(frozen=True)
+class VideoFirst:
+    """Another order of the tokens of each batch element: the video, the real text, the text that is padding.
 
-    Args:
-        of_pairs: masks are `[B, 1, S, S]`, true where both tokens are real, and every layer makes the same one anew.
+    The order of the keys means nothing to attention, so that padding in front of the video becomes padding at the end.
+
+    Attributes:
+        places: int64 `[B, S]`: token `s` of the new order is token `places[b, s]` of the model's.
+        inverse: int64 `[B, S]`, the way back.
+        metadata: of a call in this order.
     """
 
-    def __init__(self, of_pairs: bool = False) -> None:
-        self._of_pairs = of_pairs
+    places: Tensor
+    inverse: Tensor
+    metadata: SparseAttentionMetadata
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """`[B, S, H, D]` of the model's order in the new one."""
+        return torch.take_along_dim(x, self.places[:, :, None, None], dim=1)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The inverse of `arrange`."""
+        return torch.take_along_dim(x, self.inverse[:, :, None, None], dim=1)
+
+
+class MaskReader:
+    """Reads each mask once: models pass one mask to all layers, and reading it waits for the device. One per forward."""
+
+    def __init__(self) -> None:
         self._found = WeakIdKeyDictionary()
-        self._found_of_pairs: dict[torch.Size, Reading] = {}
+        self._moved = WeakIdKeyDictionary()
 
     def read(self, mask: Tensor, key: Tensor) -> Reading:
         """(padding, None) if `mask` pads the end of the keys, (None, None) if it hides nothing, else (None, reason).
 
         Args:
-            mask: `[B, T]` or `[B, 1, 1, T]`, B may be 1, or where masks are of pairs `[B, 1, T, T]`; other shapes and dtypes than bool
-                are no key padding.
+            mask: `[B, T]` or `[B, 1, 1, T]`, B may be 1; other shapes and dtypes than bool are no key padding.
             key: `[B, T, H, D]`.
         """
         mask4 = broadcastable(mask)
-        if self._of_pairs and mask4.dtype == torch.bool and mask4.ndim == 4 and mask4.shape[1:] == (1, key.shape[1], key.shape[1]):
-            if mask4.shape not in self._found_of_pairs:
-                self._found_of_pairs[mask4.shape] = _read_pairs(mask4[:, 0], key.shape[0])
-            return self._found_of_pairs[mask4.shape]
         if mask4.dtype != torch.bool or mask4.ndim != 4 or mask4.shape[1:3] != (1, 1) or mask4.shape[3] != key.shape[1]:
             return None, OTHER_MASK
         if mask not in self._found:
@@ -56,16 +74,42 @@ class MaskReader:
         found: Reading = self._found[mask]
         return found
 
+    def video_first(self, mask: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> VideoFirst | None:
+        """The order in which a mask with gaps pads the end of the keys; None if it hides a token of the video, or there is no grid.
+
+        Args:
+            mask: as of `read`, which found gaps in it.
+            key: `[B, T, H, D]`.
+            metadata: of the call in the model's order.
+        """
+        if mask not in self._moved:
+            keep = broadcastable(mask)[:, 0, 0].expand(key.shape[0], -1)
+            self._moved[mask] = _video_first(keep, metadata)
+        found: VideoFirst | None = self._moved[mask]
+        return found
+
+
+def _video_first(keep: Tensor, metadata: SparseAttentionMetadata) -> VideoFirst | None:
+    prefix, suffix = metadata.num_prefix_tokens, metadata.num_suffix_tokens
+    if metadata.num_tokens != keep.shape[1] or not bool(keep[:, prefix : keep.shape[1] - suffix].all()):
+        return None
+    rank = 2 - keep.long()
+    rank[:, prefix : keep.shape[1] - suffix] = 0
+    places = rank.argsort(dim=1, stable=True)
+    lengths = keep.sum(1)
+    moved = replace(
+        metadata,
+        num_prefix_tokens=0,
+        num_suffix_tokens=prefix + suffix,
+        key_lengths=lengths,
+        known_key_lengths=tuple(lengths.tolist()),
+    )
+    return VideoFirst(places, places.argsort(dim=1), moved)
+
 
 def broadcastable(mask: Tensor) -> Tensor:
     """A `[B, T]` key mask as `[B, 1, 1, T]`; others as they are."""
     return mask[:, None, None] if mask.ndim == 2 else mask
-
-
-def _read_pairs(both: Tensor, batch: int) -> Reading:
-    """The first token sees every real one, and a real token sees itself: `both` is `[B, S, S]`."""
-    keep = both.diagonal(dim1=1, dim2=2)
-    return _read(keep, batch) if torch.equal(both[:, 0], keep) else (None, OTHER_MASK)
 
 
 def _read(keep: Tensor, batch: int) -> Reading:

@@ -21,6 +21,8 @@ def build_attn_metadata(
     """The metadata of a step; without a layout the geometry stays unknown."""
     if not isinstance(config, SparseAttentionConfig):
         return builder.build(current_timestep=step.index)
+    # a builder of another package need not know of sequences that its models do not have
+    several = {} if layout is None or not layout.further_grids else {"further_grids": layout.further_grids}
     return builder.build(
         current_timestep=step.index,
         raw_latent_shape=None if layout is None else layout.raw_latent_shape,
@@ -29,6 +31,7 @@ def build_attn_metadata(
         num_steps=step.num_steps,
         num_prefix_tokens=0 if layout is None else layout.num_prefix_tokens,
         num_suffix_tokens=0 if layout is None else layout.num_suffix_tokens,
+        **several,
     )
 
 

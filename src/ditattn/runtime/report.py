@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ditattn.backends.base import CallRecord
 from ditattn.devices.clock import Stopwatch
+from ditattn.plan.token_grids import grid_name
 
 __all__ = ["AttentionReport", "ComponentLog", "ComponentReport"]
 
@@ -52,7 +54,8 @@ class ComponentLog:
         step_sources: forwards by where the step index came from.
         steps: indices of the steps that ran.
         schedule_steps: steps of the schedule; None if unknown.
-        token_orders: heads of all layers by the order that was chosen for them, summed over runs.
+        token_orders: for each layer and key head, how often which order was chosen.
+        token_grids: see ComponentReport.
         implementations: by op.
         stopwatch: time in attention.
     """
@@ -68,7 +71,8 @@ class ComponentLog:
     step_sources: Counter[str] = field(default_factory=Counter)
     steps: set[int] = field(default_factory=set)
     schedule_steps: int | None = None
-    token_orders: Counter[str] = field(default_factory=Counter)
+    token_orders: dict[int, list[Counter[str]]] = field(default_factory=dict)
+    token_grids: Counter[str] = field(default_factory=Counter)
     implementations: dict[str, set[str]] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
@@ -80,7 +84,10 @@ class ComponentLog:
         self.reused += record.reused
         if record.not_reused is not None:
             self.not_reused[record.not_reused] += 1
-        self.token_orders.update(record.token_orders or {})
+        if record.token_orders is not None:
+            heads = self.token_orders.setdefault(-1 if layer is None else layer, [Counter() for _ in record.token_orders])
+            for head, name in zip(heads, record.token_orders, strict=True):
+                head[name] += 1
 
     def note_step(self, index: int | None, num_steps: int | None, source: str) -> None:
         """A forward began in this step."""
@@ -88,6 +95,10 @@ class ComponentLog:
         if index is not None:
             self.steps.add(index)
         self.schedule_steps = num_steps
+
+    def note_grids(self, grids: Iterable[tuple[int, int, int]]) -> None:
+        """A forward began with these grids of tokens."""
+        self.token_grids[" + ".join(map(grid_name, grids))] += 1
 
     def note_implementation(self, op: str, name: str) -> None:
         """An implementation of an op serves some of the calls."""
@@ -112,10 +123,15 @@ class ComponentLog:
             step_sources=dict(self.step_sources.most_common()),
             steps_run=len(self.steps),
             schedule_steps=self.schedule_steps,
-            token_orders=dict(self.token_orders.most_common()),
+            token_orders=dict(sum((head for heads in self.token_orders.values() for head in heads), Counter()).most_common()),
+            token_grids=dict(self.token_grids.most_common()),
             implementations={op: ", ".join(sorted(names)) for op, names in self.implementations.items()},
             attention_ms=self.stopwatch.total_ms(),
         )
+
+    def head_orders(self) -> dict[int, list[str]]:
+        """The order that each key head of each layer chose most often, of the layers whose heads choose."""
+        return {layer: [head.most_common(1)[0][0] for head in heads] for layer, heads in sorted(self.token_orders.items()) if layer >= 0}
 
     def overall_densities(self) -> list[tuple[int, int, float]]:
         """(step, layer, overall density), of the calls whose step and layer are known."""
@@ -153,6 +169,8 @@ class ComponentReport:
         steps_run: different steps that ran: fewer than `schedule_steps` where a run begins in the middle (image to image).
         schedule_steps: steps of the schedule of the last forward; None if unknown.
         token_orders: where heads choose an order of the tokens, how many chose which ("frames x rows x columns"), over all layers and runs.
+        token_grids: forwards by their grids of tokens (frames x rows x columns), the generated one first: "1x64x64 + 1x64x64" with one
+            reference. Forwards of an unknown layout are not counted.
         implementations: which implementation of each op served; several, separated by commas, where calls differ in what they need.
         attention_ms: time in attention, order and selection included.
     """
@@ -173,6 +191,7 @@ class ComponentReport:
     steps_run: int
     schedule_steps: int | None
     token_orders: dict[str, int]
+    token_grids: dict[str, int]
     implementations: dict[str, str]
     attention_ms: float
 
@@ -185,7 +204,8 @@ class ComponentReport:
         if self.dense:
             parts.append(f"{self.dense} dense ({_counted(self.dense_reasons)})")
         ran = " / ".join(parts) or self._no_calls()
-        return f"{self.backend}: {ran}{self._part_of_schedule()}{self._served_as()}; {self.attention_ms / 1e3:.2f} s in attention"
+        notes = self._part_of_schedule() + self._several_grids() + self._served_as()
+        return f"{self.backend}: {ran}{notes}; {self.attention_ms / 1e3:.2f} s in attention"
 
     def _served_as(self) -> str:
         return f"; {self.model}" if "served as" in self.model else ""
@@ -194,6 +214,10 @@ class ComponentReport:
         if self.schedule_steps is None or not 0 < self.steps_run < self.schedule_steps:
             return ""
         return f"; {self.steps_run} of the schedule's {self.schedule_steps} steps ran"
+
+    def _several_grids(self) -> str:
+        several = {grids: count for grids, count in self.token_grids.items() if "+" in grids}
+        return f"; forwards by token grids: {_counted(several)}" if several else ""
 
     def _orders(self) -> str:
         return f"; token orders of the heads: {_counted(self.token_orders)}" if self.token_orders else ""

@@ -28,9 +28,10 @@ from ditattn.plan.reuse import ForwardId
 from ditattn.runtime.autocast import autocast_as_sdpa
 from ditattn.runtime.branches import ForwardCounter
 from ditattn.runtime.foreign_modes import native_sdpa, why_native
-from ditattn.runtime.key_padding import MaskReader, broadcastable
+from ditattn.runtime.key_padding import MASK_WITH_GAPS, MaskReader, VideoFirst, broadcastable
 from ditattn.runtime.metadata import build_attn_metadata, for_forward, for_length, for_sample
 from ditattn.runtime.report import AttentionReport, ComponentLog
+from ditattn.runtime.run_share import KEYS, RunShare, holds_for_the_run
 from ditattn.runtime.step import Step, StepClock
 
 __all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "running"]
@@ -54,6 +55,7 @@ class ServedModel:
         layers: paths of its self-attention modules, in order; a layer's number is its place here.
         served_layers: numbers of the layers whose calls come here, in the order in which a forward runs them; every layer's unless the
             host leaves some alone.
+        image_layers: numbers of the layers that see the image or video without the text.
         layers_by_count: a call whose layer is unknown (compiled graphs run no module hooks) is the next served call of the forward.
     """
 
@@ -71,6 +73,7 @@ class ServedModel:
         self.builder.prepare()
         self.log = ComponentLog(self.name, self.backend.name, self.config.model_dump())
         self.served_layers = list(range(len(self.layers)))
+        self.image_layers = frozenset(number for number, path in enumerate(self.layers) if self.family.is_image_only(path))
 
     def layer_of_call(self, call: int) -> int:
         """Number of the layer that makes the n-th served call of a forward; calls beyond the last layer go on counting."""
@@ -88,10 +91,16 @@ class Forward:
     id: ForwardId
     layout: TokenLayout | None
     metadata: AttentionMetadata
+    image_metadata: AttentionMetadata | None = None
+    key_mask: Tensor | None = None
     layer: int | None = None
     num_calls: int = 0
     records: list[CallRecord] = field(default_factory=list)
     masks: MaskReader = field(default_factory=MaskReader)
+
+    def metadata_of(self, layer: int | None) -> AttentionMetadata:
+        """The metadata of a layer's calls: layers that see the image alone have no text tokens."""
+        return self.image_metadata if self.image_metadata is not None and layer in self.model.image_layers else self.metadata
 
 
 class Probe(Protocol):
@@ -124,7 +133,8 @@ class DenoisingStage:
 
     Args:
         clock: tells the step of every forward.
-        strict: raise DenseInStrictMode where a sparse backend would run densely for a reason that nobody asked for.
+        strict: raise DenseInStrictMode where a sparse backend would run densely for a reason that nobody asked for, or in every call of
+            the run.
 
     Attributes:
         probe: sees every served call; None for none.
@@ -136,8 +146,9 @@ class DenoisingStage:
         self.models: list[ServedModel] = []
         self.not_served: dict[str, str] = {}
         self.probe: Probe | None = None
-        self._metadata: dict[str, tuple[tuple[Any, ...], AttentionMetadata]] = {}
+        self._metadata: dict[tuple[str, bool], tuple[tuple[Any, ...], AttentionMetadata]] = {}
         self._forwards = ForwardCounter()
+        self._share = RunShare()
 
     def enter(
         self, model: ServedModel, arguments: Mapping[str, Any], cache_context: Any = None, branch: str | None = None, driver: Any = None
@@ -158,8 +169,12 @@ class DenoisingStage:
             self._forget_plans()
         forward_id = self._forwards.read(model.name, step.index, branch)
         layout = _layout(model, arguments)
-        metadata = for_forward(self._build_attn_metadata(model, step, layout), forward_id)
-        forward = Forward(self, model, step, forward_id, layout, metadata, masks=MaskReader(model.family.masks_of_pairs))
+        if layout is not None:
+            model.log.note_grids([layout.grid, *(grid.size for grid in layout.further_grids)])
+        forward = Forward(self, model, step, forward_id, layout, self._metadata_of(model, step, layout, forward_id))
+        if model.image_layers and layout is not None:
+            forward.image_metadata = self._metadata_of(model, step, layout.without_text(), forward_id, image_only=True)
+        forward.key_mask = model.family.key_mask(model.model_config, arguments)
         _local.stack = [*others, forward]
         return forward
 
@@ -168,6 +183,9 @@ class DenoisingStage:
         stack: list[Forward] = _local.stack
         if forward in stack:
             del stack[stack.index(forward) :]
+        if forward.step.index is not None and forward.step.num_steps is not None and forward.step.index >= forward.step.num_steps - 1:
+            # nobody tells when a run ends; what is left of the last step changes little
+            self._warn_of_dense_run()
 
     def resume(self, forward: Forward) -> None:
         """Of the running forwards of this thread, calls now belong to this one."""
@@ -183,7 +201,12 @@ class DenoisingStage:
         self._metadata.clear()
         self._forget_plans()
 
+    def _warn_of_dense_run(self) -> None:
+        self._share.warn((model.backend.name, model.config) for model in self.models if model.backend.is_sparse)
+
     def _forget_plans(self) -> None:
+        self._warn_of_dense_run()
+        self._share.forget()
         self._forwards.end_run()
         for model in self.models:
             for impl in model.impls.values():
@@ -193,13 +216,15 @@ class DenoisingStage:
         """What ran so far."""
         return AttentionReport({model.name: model.log.report() for model in self.models}, dict(self.not_served))
 
-    def _build_attn_metadata(self, model: ServedModel, step: Step, layout: TokenLayout | None) -> AttentionMetadata:
+    def _metadata_of(
+        self, model: ServedModel, step: Step, layout: TokenLayout | None, forward_id: ForwardId, image_only: bool = False
+    ) -> AttentionMetadata:
         """The metadata of a step, built once and shared by all layers and branches with the same tokens."""
-        key = (step, layout)
-        cached = self._metadata.get(model.name)
+        key, place = (step, layout), (model.name, image_only)
+        cached = self._metadata.get(place)
         if cached is None or cached[0] != key:
-            cached = self._metadata[model.name] = (key, build_attn_metadata(model.builder, model.config, step, layout))
-        return cached[1]
+            cached = self._metadata[place] = (key, build_attn_metadata(model.builder, model.config, step, layout))
+        return for_forward(cached[1], forward_id)
 
     def attend(
         self,
@@ -218,6 +243,8 @@ class DenoisingStage:
             out = self._serve(forward, layer, call)
         for record in forward.records:
             model.log.add(forward.step.index, layer, record)
+            if model.backend.is_sparse and _is_self_attention(layer, query, key):
+                self._share.add(record)
         forward.records.clear()
         return out
 
@@ -230,16 +257,25 @@ class DenoisingStage:
         layer = _next_layer(forward, query, key)
         if self.strict and _is_self_attention(layer, query, key):
             self._refuse(reason, forward)
-        forward.model.log.add(forward.step.index, layer, CallRecord(reason))
+        record = CallRecord(reason)
+        forward.model.log.add(forward.step.index, layer, record)
+        if forward.model.backend.is_sparse and _is_self_attention(layer, query, key):
+            self._share.add(record)
 
     def _serve(self, forward: Forward, layer: int | None, call: DenseCall) -> Tensor:
         query, key, value = call.query, call.key, call.value
-        metadata = _of_call(forward, query, key)
+        metadata = _of_call(forward, layer, query, key)
         reason = NOT_SELF_ATTENTION if layer is None else None
+        moved: VideoFirst | None = None
         if call.attn_mask is not None and reason is None:
-            padding, reason = forward.masks.read(call.attn_mask, key)
+            mask = _key_mask(forward, call.attn_mask)
+            padding, reason = forward.masks.read(mask, key)
             metadata = metadata if padding is None else replace(metadata, **padding._asdict())
+            if reason == MASK_WITH_GAPS and isinstance(metadata, SparseAttentionMetadata) and not call.causal:
+                moved = forward.masks.video_first(mask, key, metadata)
         strict = self.strict and _is_self_attention(layer, query, key)
+        if moved is not None:
+            return self._serve_moved(forward, layer, call, moved, strict)
         if reason is not None:
             if strict:
                 self._refuse(reason, forward)
@@ -260,11 +296,32 @@ class DenoisingStage:
             self.probe.look(forward, layer, impl, query, key, value, metadata, out)
         return out
 
+    def _serve_moved(self, forward: Forward, layer: int | None, call: DenseCall, moved: VideoFirst, strict: bool) -> Tensor:
+        """A call whose masked tokens stand before the video: sparse with the video first, or torch's own."""
+        query, key, value = (moved.arrange(x) for x in (call.query, call.key, call.value))
+        impl = self._impl(forward.model, layer, replace(call, query=query, key=key, value=value, attn_mask=None), moved.metadata)
+        assert isinstance(impl, SparseAttentionImpl)
+        reason = impl.why_dense(query, key, moved.metadata)
+        if reason is not None:
+            if strict:
+                self._refuse(reason, forward)
+            forward.records.append(CallRecord(reason))
+            return _native(call)
+        out = impl.forward(query, key, value, moved.metadata)
+        if self.probe is not None:
+            self.probe.look(forward, layer, impl, query, key, value, moved.metadata, out)
+        return moved.restore(out)
+
     def _refuse(self, reason: str | None, forward: Forward) -> None:
-        """Raise for a dense call that nobody asked for."""
-        if reason is not None and reason not in EXPECTED_REASONS and forward.model.backend.is_sparse:
-            model = forward.model
+        """Raise for a dense call that nobody asked for, or that shows that the whole run will be dense."""
+        model, metadata = forward.model, forward.metadata
+        if reason is None or not model.backend.is_sparse:
+            return
+        if reason not in EXPECTED_REASONS:
             raise DenseInStrictMode(f"{model.backend.name} on {model.name} would run densely in step {forward.step.index}: {reason}")
+        if isinstance(metadata, SparseAttentionMetadata) and holds_for_the_run(reason, metadata, len(model.layers)):
+            asked = f"{KEYS[reason]}={getattr(model.config, KEYS[reason])}"
+            raise DenseInStrictMode(f"{model.backend.name} on {model.name} would run densely in every step: {reason} ({asked})")
 
     def _impl(self, model: ServedModel, layer: int | None, call: DenseCall, metadata: AttentionMetadata) -> AttentionImpl:
         """One implementation object per layer and call signature, made when first met."""
@@ -283,9 +340,9 @@ class DenoisingStage:
         return impl
 
 
-def _of_call(forward: Forward, query: Tensor, key: Tensor) -> AttentionMetadata:
-    """The metadata of a call that `_next_layer` has counted: that of the forward, except where a family's calls differ."""
-    family, metadata = forward.model.family, forward.metadata
+def _of_call(forward: Forward, layer: int | None, query: Tensor, key: Tensor) -> AttentionMetadata:
+    """The metadata of a call that `_next_layer` has counted: that of its layer, except where a family's calls differ."""
+    family, metadata = forward.model.family, forward.metadata_of(layer)
     if query.shape[1] != key.shape[1]:
         return metadata
     if family.suffix_varies:
@@ -328,6 +385,12 @@ def _layout(model: ServedModel, arguments: Mapping[str, Any]) -> TokenLayout | N
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         logger.debug("%s: token layout unknown: %s", model.name, error)
         return None
+
+
+def _key_mask(forward: Forward, mask: Tensor) -> Tensor:
+    """The mask of a call by keys: models that make a square one of it know it by their forward's arguments."""
+    is_square = mask.ndim == 4 and mask.shape[2] > 1
+    return forward.key_mask if is_square and forward.key_mask is not None else mask
 
 
 def _asked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None) -> DenseCall:

@@ -109,6 +109,12 @@ def test_rows_with_text_are_whole_and_no_part_of_the_budget() -> None:
     assert int(mask[:, :, :7].sum()) == round(2 * 7 * 10 * 0.25)
 
 
+def test_rows_may_all_be_whole() -> None:
+    """Text and a grid without a block of its own."""
+    rows = torch.ones(3, dtype=torch.bool)
+    assert bool(pick(torch.rand(2, 1, 3, 3), 0.75, rows, rows, rows.unsqueeze(0), 2).all())
+
+
 def test_a_planted_block_is_always_kept_and_empty_ones_never() -> None:
     costs = torch.rand(1, 4, 16, 16)
     costs[0, 1, 3, 9] = 50.0
@@ -138,7 +144,13 @@ def test_nan_is_kept() -> None:
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = parts_of(*(draw(1, 700, 4, 32, seed=seed) for seed in range(3)), raster(700))
-    before = estimate(*parts, 0.3)
-    monkeypatch.setattr(tail_error, "CHUNK_WEIGHTS", 1)
-    torch.testing.assert_close(estimate(*parts, 0.3), before)
+    drawn = [draw(1, 700, 4, 32, seed=seed) for seed in range(3)]
+    index = torch.stack([torch.randperm(700, generator=torch.Generator().manual_seed(head)) for head in range(4)])
+    for order in (raster(700), TokenOrder(index, index.argsort(-1), (0, 0), (0, 700), 700)):
+        parts = parts_of(*drawn, order)
+        before = estimate(*parts, 0.3)
+        with monkeypatch.context() as patch:
+            patch.setattr(tail_error, "CHUNK", 1)
+            again = parts_of(*drawn, order)
+            assert torch.equal(again[1].variances, parts[1].variances)
+            torch.testing.assert_close(estimate(*again, 0.3), before)

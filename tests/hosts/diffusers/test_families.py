@@ -20,7 +20,7 @@ import tiny_pipelines
 from ditattn.hosts.diffusers.install import denoisers
 from ditattn.models import MODELS, TokenLayout, family_of, known_class
 from ditattn.runtime.stage import DenoisingStage, Forward, running
-from tiny_pipelines import TinyPipeline
+from tiny_pipelines import TinyPipeline, latent_images, packed_images
 from tiny_pipelines.footprint import dispatcher_footprint, footprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,6 +73,9 @@ CASES = {
     "ltx video": Case(tiny_pipelines.ltx_video, "scheduler", 1),
     "cogvideox, DPM": Case(lambda: tiny_pipelines.cogvideox("CogVideoXDPMScheduler"), "schedule", 1),
     "cogvideox, DDIM": Case(lambda: tiny_pipelines.cogvideox("CogVideoXDDIMScheduler"), "schedule", 1),
+}
+
+VIDEOS = {
     "lucy edit": Case(tiny_pipelines.lucy_edit, "scheduler", 2),
     "wan vace": Case(tiny_pipelines.wan_vace, "scheduler", 2),
     "wan animate": Case(tiny_pipelines.wan_animate, "scheduler", 2),
@@ -80,8 +83,8 @@ CASES = {
     "skyreels v2, diffusion forcing": Case(tiny_pipelines.skyreels_v2_diffusion_forcing, "scheduler", 2),
     "chronoedit": Case(tiny_pipelines.chronoedit, "scheduler", 2),
     "anyflow": Case(tiny_pipelines.anyflow, "scheduler", 1, since="0.42"),
-    # three glyph tokens before the text, unused image tokens and padding behind it
-    "hunyuan video 1.5": Case(tiny_pipelines.hunyuan_video15, "scheduler", 2, text=(NONE, slice(3, 12)), densest=0.96, since="0.42"),
+    # unused image tokens and padding stand behind three glyph and nine text tokens
+    "hunyuan video 1.5": Case(tiny_pipelines.hunyuan_video15, "scheduler", 2, text=(NONE, slice(12)), densest=0.96, since="0.42"),
     "framepack": Case(tiny_pipelines.hunyuan_video_framepack, "scheduler", 1, text=(NONE, slice(6, None)), densest=0.9),
     "ltx 2": Case(tiny_pipelines.ltx2, "scheduler", 1, since="0.42"),
     "cosmos": Case(tiny_pipelines.cosmos, "scheduler", 2),
@@ -100,7 +103,35 @@ CASES = {
     "minimax h3": Case(tiny_pipelines.minimax_h3, "scheduler", 2, text=(slice(12), NONE), since="0.42"),
 }
 
-every_family = pytest.mark.parametrize("name", CASES)
+IMAGES = {
+    "flux 2": Case(packed_images.flux2, "scheduler", 1),
+    # images stand behind the image
+    "flux 3": Case(packed_images.flux3, "scheduler", 1, text=(slice(None), NONE)),
+    "chroma": Case(packed_images.chroma, "scheduler", 2),
+    "bria": Case(packed_images.bria, "scheduler", 1),
+    "bria fibo": Case(packed_images.bria_fibo, "scheduler", 1),
+    "longcat image": Case(packed_images.longcat_image, "scheduler", 1, text=(slice(None), NONE)),
+    "ovis image": Case(packed_images.ovis_image, "scheduler", 2),
+    "stable diffusion 3": Case(latent_images.stable_diffusion_3, "scheduler", 1),
+    "hunyuan image": Case(latent_images.hunyuan_image, "scheduler", 1),
+    # eight learned tokens stand before the text
+    "aura flow": Case(latent_images.aura_flow, "scheduler", 1, text=(slice(8, None), slice(None))),
+    "cogview 4": Case(latent_images.cogview4, "scheduler", 2),
+}
+CASES |= VIDEOS | IMAGES
+# text masked before the image, layers of the image alone, blocks of two kinds, square masks, a call per sample, a suffix that varies,
+# a packed sequence
+QUICK = {"chroma", "stable diffusion 3", "wan vace", "hunyuan video 1.5", "mochi", "motif video", "minimax h3"}
+
+
+def families(*left_out: str) -> pytest.MarkDecorator:
+    """Parametrises a test by the families' names; of those that came later, most are slow."""
+    slow = (VIDEOS.keys() | IMAGES.keys()) - QUICK
+    names = [name for name in CASES if name not in left_out]
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names])
+
+
+every_family = families()
 
 
 @cache
@@ -209,15 +240,13 @@ def test_bystanders_keep_their_own_attention(name: str) -> None:
         assert all(getattr(processor, "_attention_backend", None) is None for processor in _unserved_processors(tiny))
 
 
-# the prompt also modulates every token
-MODULATED = ("mochi",)
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name not in MODULATED])
+# Mochi's prompt also modulates every token
+@families("mochi")
 def test_text_stands_where_the_layout_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, _ = built(name)
     keys = _recorded_keys(monkeypatch)
-    changed = {"prompt": "a dog"} if "prompt" in tiny.arguments else {"prompt_embeds": tiny.arguments["prompt_embeds"] + 1}
+    embeddings = {key: value + 1 for key, value in tiny.arguments.items() if key in EMBEDDINGS}
+    changed: dict[str, Any] = {"prompt": "a dog"} if "prompt" in tiny.arguments else embeddings
     with ditattn.install(tiny.pipe, "torch_sdpa"):
         for arguments in ({}, changed):
             tiny.run(1, **arguments)
@@ -241,10 +270,10 @@ AXES = {
     "kandinsky 5": (0, 4, 1, 2, 3),
     "kandinsky 6": (0, 4, 1, 2, 3),
 }
-NOT_LATENTS = ("flux", "flux kontext", "qwen image", "ltx video", "ltx 2", "minimax h3")
+NOT_LATENTS = ("flux", "flux kontext", "qwen image", "ltx video", "ltx 2", "minimax h3", *IMAGES)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_LATENTS])
+@families(*NOT_LATENTS)
 def test_a_latent_pixel_is_the_token_that_the_layout_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, _ = built(name)
     transformer, calls = tiny.pipe.transformer, []
@@ -273,15 +302,20 @@ def _end_of_video(layout: TokenLayout) -> int:
     )
 
 
+EMBEDDINGS = ("prompt_embeds", "prompt_embeds_2", "prompt_embeds_t5", "prompt_embeds_llama3")
+
+
 def _recorded_keys(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, TokenLayout]]:
-    """Keys of the first self-attention call of every forward from now on, and the forward's layout."""
+    """Keys of every forward's first self-attention call over all tokens from now on, and the forward's layout."""
     recorded = []
+    seen: list[Forward] = []
     served = DenoisingStage.attend
 
     def record(stage: DenoisingStage, forward: Forward, query: Tensor, key: Tensor, *rest: Any) -> Tensor:
-        if forward.num_calls == 0:
+        if forward.layer not in forward.model.image_layers and all(forward is not one for one in seen):
             assert forward.layout is not None
             recorded.append((key.clone(), forward.layout))
+            seen.append(forward)
         return served(stage, forward, query, key, *rest)
 
     monkeypatch.setattr(DenoisingStage, "attend", record)

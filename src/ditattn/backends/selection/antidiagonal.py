@@ -11,6 +11,7 @@ flags for the forced columns are honoured, exactly the asked number of blocks is
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from ditattn.ops.block_estimate import STRIDE, block_estimate
 from ditattn.ops.block_estimate.pure_torch import estimate
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
+from ditattn.plan.token_order import Span
 
 __all__ = ["STRIDE", "select"]
 
@@ -39,12 +41,13 @@ def select(
     keep_sink: bool = True,
     keep_recent: bool = True,
     key_lengths: Tensor | None = None,
+    parts: tuple[Span, ...] = (),
     stride: int = STRIDE,
     block_size: int = BLOCK_SIZE,
 ) -> BlockPlan:
     """Keep the key blocks with the largest estimated mass.
 
-    On an NPU an operator of the installed packages estimates and picks, where one takes the call.
+    On an NPU an operator of the installed packages estimates and picks, where one takes the call and there is one part.
 
     Args:
         query: `[B, S, H, D]`.
@@ -56,6 +59,8 @@ def select(
         causal: only blocks up to the diagonal are valid.
         keep_sink, keep_recent: force the first and the last valid block of every row.
         key_lengths: integer `[B]`, real keys of each batch element.
+        parts: (start, stop) of the key blocks that have a budget each, one after the other: a row with K valid blocks in a part keeps the
+            best floor(K * (1 - sparsity)) of it, at least 1. Empty: all blocks are one part.
         stride: tokens folded together; divides `block_size`.
 
     Returns:
@@ -64,21 +69,13 @@ def select(
     Raises:
         UnsupportedCall: the stride does not divide the block size.
     """
-    mask = block_estimate(
-        query,
-        key,
-        scale=scale,
-        sparsity=sparsity,
-        threshold=threshold,
-        causal=causal,
-        forced_columns=keep_sink and keep_recent,
-        key_lengths=key_lengths,
-        stride=stride,
-        block_size=block_size,
-    )
+    facts: dict[str, Any] = {"scale": scale, "causal": causal, "key_lengths": key_lengths, "stride": stride, "block_size": block_size}
+    mask = None
+    if len(parts) < 2:
+        forced_columns = keep_sink and keep_recent
+        mask = block_estimate(query, key, sparsity=sparsity, threshold=threshold, forced_columns=forced_columns, **facts)
     if mask is None:
-        mass = estimate(query, key, scale=scale, causal=causal, key_lengths=key_lengths, stride=stride, block_size=block_size)
-        mask = _pick(mass, sparsity, threshold, causal, keep_sink, keep_recent)
+        mask = _pick(estimate(query, key, **facts), sparsity, threshold, causal, keep_sink, keep_recent, parts)
     mask = mask | protected
     if query.shape[1] == key.shape[1]:
         mask = mask | protected.unsqueeze(-1)
@@ -87,8 +84,10 @@ def select(
     return BlockPlan.from_mask(mask, query.shape[1], key.shape[1], block_size)
 
 
-def _pick(mass: Tensor, sparsity: float, threshold: float, causal: bool, keep_sink: bool, keep_recent: bool) -> Tensor:
-    """bool `[B, H, M, N]`: the best blocks of every row, and the forced ones."""
+def _pick(
+    mass: Tensor, sparsity: float, threshold: float, causal: bool, keep_sink: bool, keep_recent: bool, parts: tuple[Span, ...] = ()
+) -> Tensor:
+    """bool `[B, H, M, N]`: the best blocks of every row in every part, and the forced ones."""
     rows, columns = mass.shape[-2:]
     column = torch.arange(columns, device=mass.device)
     row = torch.arange(rows, device=mass.device).unsqueeze(-1)
@@ -97,16 +96,26 @@ def _pick(mass: Tensor, sparsity: float, threshold: float, causal: bool, keep_si
     forced = ((column == 0) & keep_sink) | ((column == num_valid - 1) & keep_recent)
     # forced blocks leave the ranking; invalid ones stand behind everything; NaN is kept, so that it reaches the output
     scores = mass.nan_to_num(nan=torch.inf).masked_fill(forced, 0.0).masked_fill(~valid, -1.0)
-    ranked, order = scores.sort(dim=-1, descending=True, stable=True)
-    chosen = torch.arange(columns, device=mass.device) < _num_chosen(ranked, num_valid, sparsity, threshold)
-    mask = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, chosen.expand_as(order))
+    capped = num_valid >= MIN_CAPPED_BLOCKS
+    best = [
+        _best(scores[..., start:stop], (num_valid - start).clamp(0, stop - start), capped, sparsity, threshold)
+        for start, stop in parts or ((0, columns),)
+    ]
+    mask = torch.cat(best, dim=-1)
     if causal:
         mask = mask | (num_valid <= 2)
     return (mask | forced) & valid
 
 
-def _num_chosen(ranked: Tensor, num_valid: Tensor, sparsity: float, threshold: float) -> Tensor:
-    """int64 `[B, H, M, 1]` or `[M, 1]`: length of the kept prefix of every ranked row."""
+def _best(scores: Tensor, num_valid: Tensor, capped: Tensor, sparsity: float, threshold: float) -> Tensor:
+    """bool like `scores`: the kept prefix of every ranked row."""
+    ranked, order = scores.sort(dim=-1, descending=True, stable=True)
+    chosen = torch.arange(scores.shape[-1], device=scores.device) < _num_chosen(ranked, num_valid, capped, sparsity, threshold)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, chosen.expand_as(order))
+
+
+def _num_chosen(ranked: Tensor, num_valid: Tensor, capped: Tensor, sparsity: float, threshold: float) -> Tensor:
+    """int64 `[B, H, M, 1]` or `[M, 1]`: length of the kept prefix of every ranked row; rows that are not `capped` ignore the sparsity."""
     wanted = num_valid
     if threshold < 1:
         cumulative = ranked.clamp(min=0).cumsum(-1)
@@ -114,4 +123,4 @@ def _num_chosen(ranked: Tensor, num_valid: Tensor, sparsity: float, threshold: f
     # in integers: 10 * (1 - 0.7) is 3, whatever floating point says, and no table of numbers has to travel to the device
     kept = Fraction(1 - sparsity).limit_denominator(MAX_DENOMINATOR)
     share = (num_valid * kept.numerator).div(kept.denominator, rounding_mode="floor").clamp(min=1)
-    return torch.where(num_valid >= MIN_CAPPED_BLOCKS, wanted.minimum(share), wanted)
+    return torch.where(capped, wanted.minimum(share), wanted)

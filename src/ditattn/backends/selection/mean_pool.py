@@ -8,7 +8,7 @@ from torch import Tensor
 from ditattn.ops.block_mean import block_mean
 from ditattn.ops.contract import without_autocast
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan, num_blocks, num_kept
-from ditattn.plan.token_order import TokenOrder
+from ditattn.plan.token_order import Span, TokenOrder
 
 __all__ = ["select"]
 
@@ -34,7 +34,8 @@ def select(
         query: `[B, S, H, D]`, in the model's order.
         key: `[B, T, G, D]`, H a multiple of G.
         scale: factor on the scores.
-        sparsity: asked share of key blocks to drop; every row keeps exactly `num_kept(N, sparsity)` blocks, and the protected ones.
+        sparsity: asked share of key blocks to drop; every row keeps exactly `num_kept(N, sparsity)` blocks, and the protected ones. Where
+            `order` has several grids: `num_kept` of the blocks of each, so that no grid is crowded out by another.
         protected: bool `[N]`, N = number of key blocks; kept as columns and, where S = T, as whole rows.
         key_lengths: integer `[B]`, real keys of each batch element. Blocks that hold padding leave the ranking; the one that also holds
             real keys is kept.
@@ -49,19 +50,24 @@ def select(
     k = k.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
     with without_autocast(query.device):
         scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * scale
-    keep = num_kept(num_blocks(key.shape[1], block_size), sparsity)
+    parts = order.blocks_of_grids(block_size) if order is not None else ((0, num_blocks(key.shape[1], block_size)),)
     scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if key_lengths is None:
-        mask = _top(scores, keep)
+        mask = _top_of_each(scores, parts, sparsity)
     else:
         start = torch.arange(scores.shape[-1], device=key.device) * block_size
         real = key_lengths.view(-1, 1, 1, 1)
         padded = (start + block_size).clamp(max=key.shape[1]) > real
-        mask = _top(scores.masked_fill(padded, -torch.inf), keep) | (padded & (start < real))
+        mask = _top_of_each(scores.masked_fill(padded, -torch.inf), parts, sparsity) | (padded & (start < real))
     mask = mask | protected
     if query.shape[1] == key.shape[1]:
         mask = mask | protected.unsqueeze(-1)
     return BlockPlan.from_mask(mask, query.shape[1], key.shape[1], block_size)
+
+
+def _top_of_each(scores: Tensor, parts: tuple[Span, ...], sparsity: float) -> Tensor:
+    """bool mask of the largest of the last axis: of each of its parts the share that the sparsity leaves."""
+    return torch.cat([_top(scores[..., start:stop], num_kept(stop - start, sparsity)) for start, stop in parts], dim=-1)
 
 
 def _top(scores: Tensor, keep: int) -> Tensor:

@@ -50,6 +50,10 @@ class Installation:
         """(step, layer, overall density) of every component: a dense call counts as 1."""
         return {model.name: model.log.overall_densities() for model in self._stage.models}
 
+    def head_orders(self) -> dict[str, dict[int, list[str]]]:
+        """By component and layer, the order of tokens that each key head chose most often, where heads choose (`permuted_sparse_attn`)."""
+        return {model.name: orders for model in self._stage.models if (orders := model.log.head_orders())}
+
     def watch(self, probe: Probe) -> None:
         """Let `probe` see every served call."""
         self._stage.probe = probe
@@ -57,6 +61,7 @@ class Installation:
     def remove(self) -> None:
         """Restore the pipeline. Calling it twice does nothing."""
         self._undo.close()
+        self._stage.reset()
 
     def on_remove(self, function: Callable[[], None]) -> None:
         """Undo steps run in reverse order."""
@@ -86,8 +91,9 @@ def install(
         backend: a backend or its name; None takes DITATTN_ATTENTION_BACKEND or torch_sdpa.
         components: other backends for single components, such as {"transformer_2": "torch_sdpa"}. `config` belongs to `backend` (without
             one, to the backend that the components name); a component with a different backend runs with that one's defaults.
-        strict: raise DenseInStrictMode instead of running densely for a reason that nobody asked for, and UnsupportedModel for a
-            model that is not known.
+        strict: raise DenseInStrictMode for a call that would run densely for a reason that nobody asked for, and for a run that would be
+            dense from end to end (no step after the dense first ones, short sequences, sparsity 0), and UnsupportedModel for a model that
+            is not known.
         config: keys of the backend's configuration, such as sparsity=0.5.
 
     Returns:
