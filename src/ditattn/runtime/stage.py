@@ -22,7 +22,7 @@ from ditattn.errors import DenseInStrictMode, UnsupportedCall
 from ditattn.models import ModelFamily, TokenLayout
 from ditattn.ops import dense_attention as dense_op
 from ditattn.ops.calls import DenseCall
-from ditattn.ops.contract import check_qkv, checked_scale
+from ditattn.ops.contract import check_qkv, checked_scale, refuse_gradients
 from ditattn.ops.table import choose
 from ditattn.plan.reuse import ForwardId
 from ditattn.runtime.autocast import autocast_as_sdpa
@@ -422,6 +422,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_ca
     return query.new_empty(query.shape)
 
 
+_attend.register_autograd(refuse_gradients)
+
+
 @torch.library.custom_op("ditattn::count_native", mutates_args=())
 def _count_native(out: Tensor, query: Tensor, key: Tensor, reason: str) -> Tensor:
     """The output of a call that was torch's own, counted when it runs: a compiled graph runs no Python of ours."""
@@ -434,6 +437,10 @@ def _count_native(out: Tensor, query: Tensor, key: Tensor, reason: str) -> Tenso
 @_count_native.register_fake
 def _(out: Tensor, query: Tensor, key: Tensor, reason: str) -> Tensor:
     return torch.empty_like(out)
+
+
+# the output passes through
+_count_native.register_autograd(lambda context, gradient: (gradient, None, None, None))
 
 
 def attend(
