@@ -18,13 +18,22 @@ from ditattn.models.bria import BRIA
 from ditattn.models.chroma import CHROMA
 from ditattn.models.cogvideox import COGVIDEOX
 from ditattn.models.cogview4 import COGVIEW4
+from ditattn.models.easyanimate import EASYANIMATE
 from ditattn.models.flux import FLUX
 from ditattn.models.flux2 import FLUX2
 from ditattn.models.flux3 import FLUX3
+from ditattn.models.helios import HELIOS
 from ditattn.models.hunyuan_image import HUNYUAN_IMAGE
 from ditattn.models.hunyuan_video import HUNYUAN_VIDEO
+from ditattn.models.hunyuan_video15 import HUNYUAN_VIDEO_15
+from ditattn.models.hunyuan_video_framepack import HUNYUAN_VIDEO_FRAMEPACK
+from ditattn.models.kandinsky5 import KANDINSKY5
+from ditattn.models.kandinsky6 import KANDINSKY6
 from ditattn.models.longcat_image import LONGCAT_IMAGE
+from ditattn.models.ltx2 import LTX2
 from ditattn.models.ltx_video import LTX_VIDEO
+from ditattn.models.minimax_h3 import MINIMAX_H3
+from ditattn.models.motif_video import MOTIF_VIDEO
 from ditattn.models.ovis_image import OVIS_IMAGE
 from ditattn.models.qwen_image import QWEN_IMAGE
 from ditattn.models.stable_diffusion_3 import STABLE_DIFFUSION_3
@@ -302,6 +311,18 @@ def test_a_family_is_found_by_its_classes(family: ModelFamily) -> None:
         ),
         (WAN_VACE, ["blocks.0.attn1", "vace_blocks.0.attn1"], ["vace_blocks.0.attn2", "blocks.0.attn2"]),
         (WAN_ANIMATE, ["blocks.0.attn1"], ["face_adapter.0", "blocks.0.attn2"]),
+        (
+            KANDINSKY5,
+            ["visual_transformer_blocks.0.self_attention"],
+            ["text_transformer_blocks.0.self_attention", "visual_transformer_blocks.0.cross_attention"],
+        ),
+        (
+            KANDINSKY6,
+            ["visual_transformer_blocks.0.video_dec_block.self_attention"],
+            ["visual_transformer_blocks.0.audio_dec_block.self_attention", "visual_transformer_blocks.0.va_cross_attention"],
+        ),
+        (LTX2, ["transformer_blocks.2.attn1"], ["transformer_blocks.2.audio_attn1", "transformer_blocks.2.audio_to_video_attn"]),
+        (MINIMAX_H3, ["transformer_blocks.0.attn"], ["token_refiner.blocks.0.attn"]),
         (LTX_VIDEO, ["transformer_blocks.2.attn1"], ["transformer_blocks.2.attn2"]),
     ],
     ids=lambda value: getattr(value, "name", None),
@@ -320,3 +341,113 @@ def test_the_control_branch_of_vace_runs_before_the_other_blocks() -> None:
     layers = {0: "blocks.0.attn1", 1: "blocks.1.attn1", 3: "vace_blocks.1.attn1", 2: "vace_blocks.0.attn1"}
     assert WAN_VACE.in_running_order(layers) == [2, 3, 0, 1]
     assert WAN.in_running_order({1: "blocks.1.attn1", 0: "blocks.0.attn1"}) == [0, 1]
+
+
+VIDEO = torch.empty(1, 4, 5, 32, 48)
+
+
+def text(length: int, batch: int = 1) -> Tensor:
+    return torch.empty(batch, length, 8)
+
+
+def test_hunyuan_video_15_has_image_and_two_texts_behind() -> None:
+    arguments = {"hidden_states": VIDEO, "image_embeds": text(7), "encoder_hidden_states_2": text(5), "encoder_hidden_states": text(12)}
+    layout = HUNYUAN_VIDEO_15.layout(config(patch_size=1, patch_size_t=1), arguments)
+    assert layout == TokenLayout((1, 4, 5, 32, 48), (1, 1, 1), 0, 24)
+
+
+@pytest.mark.parametrize(("image", "real"), [(0.0, 3 + 9), (1.0, 3 + 9 + 7)], ids=["text to video", "image to video"])
+def test_hunyuan_video_15_knows_which_tokens_are_real(image: float, real: int) -> None:
+    arguments = {
+        "hidden_states": torch.empty(2, 4, 1, 2, 3),
+        "image_embeds": torch.full((2, 7, 8), image),
+        "encoder_hidden_states_2": text(5, 2),
+        "encoder_attention_mask_2": torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]),
+        "encoder_hidden_states": text(12, 2),
+        "encoder_attention_mask": (torch.arange(12) < torch.tensor([[9], [2]])).long(),
+    }
+    keep = HUNYUAN_VIDEO_15.key_mask(config(patch_size=1, patch_size_t=1), arguments)
+    assert keep is not None
+    assert keep.shape == (2, 6 + 24)
+    assert torch.equal(keep[0], torch.arange(30) < 6 + real)
+    assert int(keep[1].sum()) == 6 + real - 9
+
+
+@pytest.mark.parametrize(("batch", "behind"), [(1, 6 + 25), (2, 6 + 40)], ids=["padded text is cut off", "a batch keeps it"])
+def test_framepack_has_earlier_frames_in_front(batch: int, behind: int) -> None:
+    mask = (torch.arange(40) < 25).long()[None].repeat(batch, 1)
+    arguments = {
+        "hidden_states": torch.empty(batch, 4, 9, 30, 44),
+        "image_embeds": text(6, batch),
+        "encoder_attention_mask": mask,
+        "latents_clean": torch.empty(batch, 4, 2, 30, 44),
+        "latents_history_2x": torch.empty(batch, 4, 2, 30, 44),
+        "latents_history_4x": torch.empty(batch, 4, 16, 30, 44),
+    }
+    layout = HUNYUAN_VIDEO_FRAMEPACK.layout(config(patch_size=2, patch_size_t=1), arguments)
+    # 30 x 44 latents do not fill patches of 4 and of 8: they are padded
+    assert (layout.num_prefix_tokens, layout.num_suffix_tokens) == (2 * 15 * 22 + 1 * 8 * 11 + 4 * 4 * 6, behind)
+
+
+def test_helios_takes_a_history_only_with_its_indices() -> None:
+    arguments = {
+        "hidden_states": VIDEO,
+        "latents_history_short": torch.empty(1, 4, 1, 32, 48),
+        "indices_latents_history_short": torch.zeros(1, 1),
+        "latents_history_mid": torch.empty(1, 4, 2, 32, 48),
+        "indices_latents_history_mid": None,
+    }
+    assert HELIOS.layout(config(patch_size=(1, 2, 2)), arguments).num_prefix_tokens == 16 * 24
+
+
+@pytest.mark.parametrize("image", [None, text(6)], ids=["text only", "with an image"])
+def test_motif_video_has_image_and_text_behind(image: Tensor | None) -> None:
+    arguments = {"hidden_states": VIDEO, "encoder_hidden_states": text(12), "image_embeds": image}
+    layout = MOTIF_VIDEO.layout(config(patch_size=2, patch_size_t=1), arguments)
+    assert (layout.num_prefix_tokens, layout.num_suffix_tokens) == (0, 12 if image is None else 18)
+
+
+@pytest.mark.parametrize("second", [None, text(7)], ids=["one encoder", "two encoders"])
+def test_easyanimate_has_its_texts_in_front(second: Tensor | None) -> None:
+    arguments = {"hidden_states": VIDEO, "encoder_hidden_states": text(12), "encoder_hidden_states_t5": second}
+    layout = EASYANIMATE.layout(config(patch_size=2), arguments)
+    assert (layout.num_prefix_tokens, layout.num_suffix_tokens) == (12 if second is None else 19, 0)
+
+
+def test_ltx2_has_keyframes_behind() -> None:
+    arguments = {"hidden_states": torch.empty(2, 30, 128), "num_frames": 2, "height": 3, "width": 4}
+    assert LTX2.layout(config(), arguments) == TokenLayout((2, 128, 2, 3, 4), (1, 1, 1), 0, 6)
+    with pytest.raises(ValueError, match="-18 after the video"):
+        LTX2.layout(config(), {**arguments, "height": 6})
+
+
+def test_kandinsky5_has_channels_last_and_refuses_its_own_sparse_attention() -> None:
+    arguments = {"hidden_states": torch.empty(1, 5, 32, 48, 4), "sparse_params": None}
+    assert KANDINSKY5.layout(config(patch_size=(1, 2, 2)), arguments) == TokenLayout((1, 4, 5, 32, 48), (1, 2, 2))
+    with pytest.raises(ValueError, match="8 x 8 squares"):
+        KANDINSKY5.layout(config(patch_size=(1, 2, 2)), {**arguments, "sparse_params": {"to_fractal": True}})
+
+
+def h3(video: Tensor, before: int = 9) -> TokenLayout:
+    """Nine tokens before the video: text, two of a reference, audio."""
+    tags = torch.tensor([1] * 3 + [0] * 2 + [2] * (before - 5) + [0] * len(video))
+    positions = torch.cat([torch.zeros(before, 3), video])
+    return MINIMAX_H3.layout(config(), {"position_ids": positions, "token_tags": tags, "hidden_states": torch.empty(1, len(video) + 2, 16)})
+
+
+GRID = torch.cartesian_prod(torch.tensor([7.0, 11.0]), torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([-1.0, -0.5, 0.5, 1.0]))
+
+
+def test_minimax_h3_ends_with_its_video() -> None:
+    assert h3(GRID) == TokenLayout((1, 16, 2, 3, 4), (1, 1, 1), 9, 0)
+
+
+@pytest.mark.parametrize("video", [GRID[:-1], GRID[:, [0, 2, 1]].contiguous(), GRID.flip(0)[:5]], ids=["short", "columns first", "part"])
+def test_minimax_h3_refuses_what_is_no_grid(video: Tensor) -> None:
+    with pytest.raises(ValueError, match="no grid"):
+        h3(video)
+
+
+def test_minimax_h3_refuses_a_sequence_without_video() -> None:
+    with pytest.raises(ValueError, match="no video"):
+        h3(GRID[:0])

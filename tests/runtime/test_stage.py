@@ -250,6 +250,53 @@ def test_layers_of_the_video_alone_have_no_text() -> None:
     assert report_of(stage).sparse == 2
 
 
+def with_family(model: ServedModel, **facts: Any) -> DenoisingStage:
+    model.family = replace(model.family, **facts)
+    return stage_of(model)
+
+
+# calls that differ within a forward
+
+
+def test_the_tokens_behind_the_video_may_differ_from_call_to_call() -> None:
+    stage = with_family(served(), suffix_varies=True)
+    with forward_of(stage) as forward:
+        for length in (LENGTH - TEXT, LENGTH, LENGTH + 500):
+            assert attend(*qkv(length=length)).shape[1] == length
+        attend(*qkv(length=LENGTH - TEXT - 1))
+    assert report_of(stage).sparse == 3
+    assert report_of(stage).dense_reasons == {"token count does not match the grid": 1}
+    assert forward.metadata.num_suffix_tokens == TEXT
+
+
+def test_without_that_another_number_of_tokens_runs_densely() -> None:
+    stage = stage_of(served())
+    with forward_of(stage):
+        attend(*qkv(length=LENGTH + 1))
+    assert report_of(stage).dense_reasons == {"token count does not match the grid": 1}
+
+
+def test_a_call_for_each_sample_counts_as_one_layer() -> None:
+    stage = with_family(served(skip_layers="1"), call_per_sample=True)
+    with forward_of(stage, latents=torch.empty(2, 4, FRAMES, 2 * ROWS, 2 * COLUMNS)):
+        for _ in range(4):
+            attend(*qkv())
+    assert report_of(stage).dense_reasons == {"skipped layer": 2}
+    densities = report_of(stage).sparse_density_by_layer
+    assert [layer for layer, density in densities.items() if density is not None] == [0]
+
+
+def test_each_sample_has_a_plan_of_its_own() -> None:
+    stage = with_family(served(plan_refresh_steps=3), call_per_sample=True)
+    records = []
+    for timestep in (900, 600):
+        with forward_of(stage, latents=torch.empty(2, 4, FRAMES, 2 * ROWS, 2 * COLUMNS), timestep=timestep):
+            records += [attend(*(part + shift for part in qkv())) for shift in (0.0, 1.0, 0.0, 1.0)]
+    assert report_of(stage).reused_plans == 4
+    for before, after in zip(records[:4], records[4:], strict=True):
+        assert torch.equal(before, after)
+
+
 def attend_once(stage: DenoisingStage, *arguments: Any) -> Tensor:
     with forward_of(stage):
         return attend(*arguments)

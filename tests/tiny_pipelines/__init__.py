@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tiny_pipelines.hunyuan import hunyuan_video15, hunyuan_video_framepack
 from tiny_pipelines.image import (
     flux,
     flux_kontext,
@@ -31,20 +32,46 @@ from tiny_pipelines.wan import (
     wan_vace,
     wan_with_token_timesteps,
 )
+from tiny_pipelines.worlds import (
+    allegro,
+    consisid,
+    cosmos,
+    easyanimate,
+    helios,
+    kandinsky5,
+    kandinsky6,
+    ltx2,
+    minimax_h3,
+    mochi,
+    motif_video,
+)
 
 __all__ = [
     "FAMILIES",
     "TinyPipeline",
+    "allegro",
     "anyflow",
     "chronoedit",
     "cogvideox",
+    "consisid",
+    "cosmos",
+    "easyanimate",
     "flux",
     "flux_kontext",
     "flux_with_hidden_image_tokens",
+    "helios",
     "hunyuan_video",
+    "hunyuan_video15",
+    "hunyuan_video_framepack",
+    "kandinsky5",
+    "kandinsky6",
+    "ltx2",
     "ltx_condition",
     "ltx_video",
     "lucy_edit",
+    "minimax_h3",
+    "mochi",
+    "motif_video",
     "qwen_image",
     "qwen_image_edit",
     "qwen_image_edit_plus",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ditattn.models.allegro import ALLEGRO
 from ditattn.models.anyflow import ANYFLOW
 from ditattn.models.aura_flow import AURA_FLOW
 from ditattn.models.base import DEFAULT_FRAME_RATE, ModelFamily, TokenLayout
@@ -12,13 +13,25 @@ from ditattn.models.chroma import CHROMA
 from ditattn.models.chronoedit import CHRONOEDIT
 from ditattn.models.cogvideox import COGVIDEOX
 from ditattn.models.cogview4 import COGVIEW4
+from ditattn.models.consisid import CONSISID
+from ditattn.models.cosmos import COSMOS
+from ditattn.models.easyanimate import EASYANIMATE
 from ditattn.models.flux import FLUX
 from ditattn.models.flux2 import FLUX2
 from ditattn.models.flux3 import FLUX3
+from ditattn.models.helios import HELIOS
 from ditattn.models.hunyuan_image import HUNYUAN_IMAGE
 from ditattn.models.hunyuan_video import HUNYUAN_VIDEO
+from ditattn.models.hunyuan_video15 import HUNYUAN_VIDEO_15
+from ditattn.models.hunyuan_video_framepack import HUNYUAN_VIDEO_FRAMEPACK
+from ditattn.models.kandinsky5 import KANDINSKY5
+from ditattn.models.kandinsky6 import KANDINSKY6
 from ditattn.models.longcat_image import LONGCAT_IMAGE
+from ditattn.models.ltx2 import LTX2
 from ditattn.models.ltx_video import LTX_VIDEO
+from ditattn.models.minimax_h3 import MINIMAX_H3
+from ditattn.models.mochi import MOCHI
+from ditattn.models.motif_video import MOTIF_VIDEO
 from ditattn.models.not_served import NOT_SERVED
 from ditattn.models.ovis_image import OVIS_IMAGE
 from ditattn.models.qwen_image import QWEN_IMAGE
@@ -33,7 +46,6 @@ __all__ = [
     "IMAGE_MODELS",
     "MODELS",
     "NOT_SERVED",
-    "OTHER_FRAME_RATES",
     "ModelFamily",
     "TokenLayout",
     "family_of",
@@ -70,11 +82,21 @@ MODELS: tuple[ModelFamily, ...] = (
     SKYREELS_V2,
     CHRONOEDIT,
     ANYFLOW,
+    HUNYUAN_VIDEO_15,
+    HUNYUAN_VIDEO_FRAMEPACK,
+    LTX2,
+    COSMOS,
+    KANDINSKY5,
+    MOCHI,
+    MOTIF_VIDEO,
+    HELIOS,
+    ALLEGRO,
+    EASYANIMATE,
+    CONSISID,
+    KANDINSKY6,
+    MINIMAX_H3,
     *IMAGE_MODELS,
 )
-
-OTHER_FRAME_RATES = {"MochiTransformer3DModel": 30}
-"""Frames per second of models that no backend serves: `ditattn generate` makes their videos all the same."""
 
 
 def find_family(transformer_class: str) -> ModelFamily | None:

@@ -18,6 +18,7 @@ __all__ = [
     "ModelFamily",
     "TokenLayout",
     "image_layout",
+    "num_patches",
     "one_more_than_a_multiple",
     "one_stream",
     "patch_triple",
@@ -149,6 +150,9 @@ class ModelFamily:
             dtype.
         untrue_notices: what its pipelines log although it is not so, by name of the logger: records that hold the text are dropped.
         dispatches: its processors go through diffusers' attention dispatcher; False means they call torch's SDPA directly.
+        suffix_varies: calls of one forward differ in how many tokens stand behind the video; what a call has beside prefix and video
+            stands there.
+        call_per_sample: its attention modules make one call for each sample of a batch.
         supported: names of the backends that make sense for it; None means every one.
         streams: TokenLayout -> lengths of the streams that context parallelism splits apart, in self-attention's order; None: not known.
         notes: one sentence for the compatibility matrix.
@@ -169,6 +173,8 @@ class ModelFamily:
     full_precision_vaes: frozenset[str] = frozenset()
     untrue_notices: Mapping[str, str] = field(default_factory=dict)
     dispatches: bool = True
+    suffix_varies: bool = False
+    call_per_sample: bool = False
     supported: frozenset[str] | None = None
     streams: Callable[[TokenLayout], tuple[int, ...]] | None = None
     notes: str = ""
@@ -198,6 +204,11 @@ def patch_triple(config: Any) -> tuple[int, int, int]:
 def video_only(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
     """For models whose `hidden_states` is `(B, C, T, H, W)` and whose self-attention sees nothing else."""
     return TokenLayout(tuple(arguments["hidden_states"].shape), patch_triple(config))
+
+
+def num_patches(latents: Tensor, patch: tuple[int, int, int]) -> int:
+    """Tokens of latents `(B, C, T, H, W)` that are padded to whole patches."""
+    return math.prod(math.ceil(size / p) for size, p in zip(latents.shape[2:], patch, strict=True))
 
 
 def image_layout(patch_size: int, arguments: Mapping[str, Any], prefix: int = 0, suffix: int = 0) -> TokenLayout:

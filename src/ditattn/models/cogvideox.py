@@ -7,7 +7,7 @@ from typing import Any
 
 from ditattn.models.base import ModelFamily, TokenLayout, patch_triple, text_length
 
-__all__ = ["COGVIDEOX"]
+__all__ = ["COGVIDEOX", "frame_rate", "layout"]
 
 
 def layout(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:

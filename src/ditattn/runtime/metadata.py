@@ -13,7 +13,7 @@ from ditattn.plan.reuse import ForwardId
 from ditattn.runtime.split import WHOLE, RankShare
 from ditattn.runtime.step import Step
 
-__all__ = ["build_attn_metadata", "check_layers", "for_forward"]
+__all__ = ["build_attn_metadata", "check_layers", "for_forward", "for_length", "for_sample"]
 
 
 def build_attn_metadata(
@@ -45,6 +45,23 @@ def for_forward(metadata: AttentionMetadata, forward_id: ForwardId) -> Attention
     """The metadata of a step as one forward of it needs it: where plans are reused, with its run and branch."""
     if isinstance(metadata, SparseAttentionMetadata) and metadata.reuse.reuses:
         return replace(metadata, forward_id=forward_id)
+    return metadata
+
+
+def for_length(metadata: AttentionMetadata, num_tokens: int) -> AttentionMetadata:
+    """The metadata of a forward for a call of that many tokens, all those beside prefix and video behind it."""
+    if not isinstance(metadata, SparseAttentionMetadata) or metadata.num_tokens in (None, num_tokens):
+        return metadata
+    assert metadata.num_tokens is not None
+    behind = metadata.num_suffix_tokens + num_tokens - metadata.num_tokens
+    return metadata if behind < 0 else replace(metadata, num_suffix_tokens=behind)
+
+
+def for_sample(metadata: AttentionMetadata, sample: int, batch: int) -> AttentionMetadata:
+    """The metadata of a forward for a call of one sample of a batch: where plans are reused, each sample has its own."""
+    if isinstance(metadata, SparseAttentionMetadata) and metadata.reuse.reuses:
+        number = metadata.forward_id.number * batch + sample
+        return replace(metadata, forward_id=replace(metadata.forward_id, number=number))
     return metadata
 
 

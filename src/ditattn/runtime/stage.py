@@ -29,7 +29,7 @@ from ditattn.runtime.autocast import autocast_as_sdpa
 from ditattn.runtime.branches import ForwardCounter
 from ditattn.runtime.foreign_modes import native_sdpa, why_native
 from ditattn.runtime.key_padding import MASK_WITH_GAPS, KeyPadding, MaskReader, VideoFirst, broadcastable
-from ditattn.runtime.metadata import build_attn_metadata, for_forward
+from ditattn.runtime.metadata import build_attn_metadata, for_forward, for_length, for_sample
 from ditattn.runtime.report import AttentionReport, ComponentLog
 from ditattn.runtime.run_share import KEYS, RunShare, holds_for_the_run
 from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit, rank_share
@@ -291,7 +291,7 @@ class DenoisingStage:
 
     def _serve(self, forward: Forward, layer: int | None, call: DenseCall) -> Tensor:
         query, key = call.query, call.key
-        metadata = forward.metadata_of(layer)
+        metadata = _of_call(forward, layer, query, key)
         reason = NOT_SELF_ATTENTION if layer is None else None
         if reason is None:
             _check_whole(forward, query, key)
@@ -389,6 +389,21 @@ class DenoisingStage:
         return impl
 
 
+def _of_call(forward: Forward, layer: int | None, query: Tensor, key: Tensor) -> AttentionMetadata:
+    """The metadata of a call that `_next_layer` has counted: that of its layer, except where a family's calls differ."""
+    family, metadata = forward.model.family, forward.metadata_of(layer)
+    if query.shape[1] != key.shape[1]:
+        return metadata
+    if family.suffix_varies:
+        metadata = for_length(metadata, key.shape[1])
+    batch = _calls_per_layer(forward)
+    return metadata if batch == 1 else for_sample(metadata, (forward.num_calls - 1) % batch, batch)
+
+
+def _calls_per_layer(forward: Forward) -> int:
+    return forward.layout.raw_latent_shape[0] if forward.model.family.call_per_sample and forward.layout is not None else 1
+
+
 def _next_layer(forward: Forward, query: Tensor, key: Tensor) -> int | None:
     """Number of the layer whose call begins; None for a call that is not the denoiser's self-attention."""
     call = forward.num_calls
@@ -398,7 +413,7 @@ def _next_layer(forward: Forward, query: Tensor, key: Tensor) -> int | None:
         # an adapter's cross-attention follows the self-attention of its layer
         call = max(call - 1, 0)
     counts = forward.layer is None and forward.model.layers_by_count
-    return forward.model.layer_of_call(call) if counts else forward.layer
+    return forward.model.layer_of_call(call // _calls_per_layer(forward)) if counts else forward.layer
 
 
 def _is_self_attention(forward: Forward, layer: int | None, query: Tensor, key: Tensor) -> bool:

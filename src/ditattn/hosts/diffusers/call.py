@@ -16,7 +16,7 @@ import torch
 from ditattn.errors import ConfigError
 from ditattn.hosts.diffusers.geometry import check_geometry, frames_to_ask
 from ditattn.hosts.diffusers.install import denoisers
-from ditattn.models import DEFAULT_FRAME_RATE, OTHER_FRAME_RATES, family_of, find_family, unwrapped
+from ditattn.models import DEFAULT_FRAME_RATE, family_of, find_family, unwrapped
 
 __all__ = ["CallTimes", "call_defaults", "call_pipeline", "check_arguments", "frame_rate", "makes_video"]
 
@@ -40,11 +40,8 @@ def frame_rate(pipe: Any) -> int:
     if "frame_rate" in _parameters(type(pipe)):
         return int(call_defaults(type(pipe))["frame_rate"])
     for module in denoisers(pipe).values():
-        name = type(unwrapped(module)).__name__
-        if family := find_family(name):
+        if family := find_family(type(unwrapped(module)).__name__):
             return family.frame_rate(pipe.config)
-        if name in OTHER_FRAME_RATES:
-            return OTHER_FRAME_RATES[name]
     return DEFAULT_FRAME_RATE
 
 

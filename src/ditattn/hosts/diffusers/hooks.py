@@ -149,6 +149,9 @@ class _SdpaRedirect(OwnMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         # torch takes the mode off while it runs, so that the SDPA call of our own kernel does not come back here
         run = _attend_bhsd if func is nn.functional.scaled_dot_product_attention else func
+        if func is Tensor.unflatten:
+            # the method is Python that calls super(), which torch.compile cannot trace from here; the function is the same
+            run = torch.unflatten
         return run(*args, **(kwargs or {}))
 
 
@@ -159,17 +162,28 @@ def redirect_sdpa(processor: Any) -> Any:
         TypeError: Python lets nobody derive such an object: a function, or a class with slots.
     """
     cls = type(processor)
+    if cls not in _redirected_classes:
+        _redirected_classes[cls] = _redirected(cls)
+    twin = copy.copy(processor)
+    twin.__class__ = _redirected_classes[cls]
+    return twin
 
-    class Redirected(cls):  # type: ignore[misc, valid-type]
+
+# one for all objects of a class, since torch.compile makes a graph for each class it meets
+_redirected_classes: dict[type, Any] = {}
+
+
+def _redirected(cls: Any) -> Any:
+    """A processor class whose calls of SDPA come to us."""
+
+    class Redirected(cls):
         # the attention module reads the signature to know which arguments to pass
         @functools.wraps(cls.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             with _SdpaRedirect():
                 return cls.__call__(self, *args, **kwargs)
 
-    twin = copy.copy(processor)
-    twin.__class__ = Redirected
-    return twin
+    return Redirected
 
 
 def _attend_bhsd(
