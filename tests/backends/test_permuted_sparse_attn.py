@@ -92,11 +92,54 @@ def test_the_orders_are_chosen_in_the_last_dense_step_and_last_for_the_run(monke
         layer.step(step, tensors)
     assert measured == [True] * 5, "five shapes, once, against the dense result"
     assert [record.reason for record in layer.records] == ["first steps"] * 3 + [None] * 2
-    assert sum(layer.records[3].token_orders.values()) == 2
+    assert len(layer.records[3].token_orders) == 2, "one for each head"
     assert layer.records[4].token_orders is None, "said once"
     layer.impl.end_run()
     layer.step(3, tensors)
     assert measured == [True] * 5 + [False] * 5, "a run without a dense step chooses by the estimate"
+
+
+def test_given_orders_are_taken_and_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend.PermutedSparseAttentionImpl, "_error", lambda *_: pytest.fail("it chose"))
+    tensors = planted(LENGTH)
+    layer = Layer(2, 32)
+    for step in (0, 1, 2):
+        layer.step(step, tensors, head_bricks=["16x4x2,1x8x16", "4x2x16"])
+    assert layer.records[-1].token_orders == ("16x4x2", "1x8x16")
+    temporal, spatial = layer.impl._chosen[1].forward
+    assert torch.equal(temporal, brick_order((16, 4, 2), GRID).forward)
+    assert torch.equal(spatial, brick_order((1, 8, 16), GRID).forward)
+
+
+def test_one_given_order_serves_all_heads_and_a_layer_without_one_chooses() -> None:
+    tensors = planted(LENGTH)
+    layer = Layer(2, 32)
+    layer.step(2, tensors, head_bricks=["4x2x16"])
+    assert layer.records[-1].token_orders == ("4x2x16", "4x2x16")
+    for head_bricks in ([""], []):
+        layer = Layer(2, 32)
+        layer.step(2, tensors, sparsity=0.88, head_bricks=head_bricks)
+        assert layer.records[-1].token_orders[0] == "1x8x16"
+        assert layer.records[-1].token_orders[1] != "1x8x16"
+
+
+@pytest.mark.parametrize(
+    ("grid", "head_bricks", "message"),
+    [
+        (GRID, ["16x4x2,1x8x16,4x2x16"], "layer 0 has 2 key heads, its entry names 3"),
+        ((5, 16, 16), ["1x8x16,16x4x2"], "16x4x2 does not fit the 5 x 16 x 16 tokens of this call"),
+        ((17, 16, 8), ["4x2x16"], "4x2x16 does not fit the 17 x 16 x 8 tokens"),
+    ],
+)
+def test_given_orders_of_another_model_or_size_are_refused(grid: tuple[int, int, int], head_bricks: list[str], message: str) -> None:
+    tensors = tuple(x[:, : grid[0] * grid[1] * grid[2]] for x in planted(LENGTH))
+    with pytest.raises(ConfigError, match=message):
+        Layer(2, 32).step(2, tensors, grid, head_bricks=head_bricks)
+
+
+def test_given_orders_are_read_when_the_configuration_is() -> None:
+    with pytest.raises(ConfigError, match=r"head_bricks: bricks: '4x2' is not of the form"):
+        PermutedSparseAttentionConfig.from_mapping({"head_bricks": ["4x2x16,4x2"]})
 
 
 def test_short_runs_choose_by_the_estimate_and_another_grid_chooses_anew() -> None:

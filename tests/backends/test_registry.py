@@ -122,8 +122,7 @@ def test_wrong_keys_and_values_are_named(wan: TinyPipeline) -> None:
 
 @pytest.mark.usefixtures("_installed")
 def test_strict_raises_where_a_call_would_run_densely(wan: TinyPipeline) -> None:
-    masked = tiny_pipelines.qwen_image(batch=2)
-    masked.arguments["prompt_embeds_mask"][1, 4:] = 0
+    masked = tiny_pipelines.flux_with_hidden_image_tokens()
     with ditattn.install(masked.pipe, NAME, strict=True, **SPARSE), pytest.raises(DenseInStrictMode, match="mask with gaps"):
         masked.run(1)
     # diffusers' call tells no number of steps, so a share of them is unknown

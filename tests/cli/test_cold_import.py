@@ -71,6 +71,7 @@ def test_importing_ours_costs_little_beside_torch():
         ["compare", "--help"],
         ["tune", "--help"],
         ["backends", "--help"],
+        ["models", "--help"],
         ["bench", "--help"],
         [],
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import yaml
 pytest.importorskip("torchmetrics", reason="SSIM comes from torchmetrics")
 
 from ditattn.backends.config import RainFusionAttentionConfig
+from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionConfig
 from ditattn.compare.metrics import pooled_psnr
 from ditattn.ops import cpu_library
+from ditattn.plan.bricks import parse_bricks
 from ditattn.tune import objective
 from ditattn.tune.sensitivity import Sensitivity
 from ditattn.values import parse_config
@@ -34,7 +37,8 @@ def options(wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return Sensitivity(found.errors, found.sparsities, (1.0, -0.9), 0.5)
 
     monkeypatch.setattr(Sensitivity, "from_readings", classmethod(as_if_faster))
-    return ["tune", "--model-path", wan_folder, "--prompt", "a red circle", *CALL, *FIXED, "--output-path", tmp_path / "out"]
+    backend = ("--attention-backend", "rain_fusion_attn")
+    return ["tune", "--model-path", wan_folder, "--prompt", "a red circle", *CALL, *FIXED, *backend, "--output-path", tmp_path / "out"]
 
 
 def files(folder: Path, pattern: str) -> list[Path]:
@@ -71,6 +75,24 @@ def test_the_file_is_a_configuration_and_the_state_holds_every_run(ditattn, opti
                    "--attention-backend-config", path)  # fmt: skip
     assert used.status == 0, used.err
     assert f"asked sparsity {config.sparsity}" in used.out
+
+
+def test_what_heads_choose_is_written_down_for_later_runs(ditattn, options, tmp_path):
+    """For the recommended backend, which is the default."""
+    at = options.index("--attention-backend")
+    done = ditattn(*options[:at], *options[at + 2 :], "--target-psnr", 20, "--budget-runs", 1, "--output-file-name", "tuned")
+    assert done.status in (0, 3), done.err
+    path = tmp_path / "out" / "tuned.yaml"
+    config = PermutedSparseAttentionConfig.from_mapping(parse_config(str(path)))
+    # one layer of two heads
+    assert [len(names.split(",")) for names in config.head_bricks] == [2]
+    assert all(parse_bricks(names) for names in config.head_bricks)
+    used = ditattn("generate", *options[1:5], *CALL, "--output-path", tmp_path / "video", "--output-file-name", "used.mp4",
+                   "--attention-backend", "permuted_sparse_attn", "--attention-backend-config", path)  # fmt: skip
+    assert used.status == 0, used.err
+    record = json.loads((tmp_path / "video" / "used.json").read_text())
+    counts = Counter(name for names in config.head_bricks for name in names.split(","))
+    assert record["attention"]["components"]["transformer"]["token_orders"] == counts
 
 
 def test_an_interrupted_tune_keeps_what_it_found_and_goes_on(ditattn, options, tmp_path, monkeypatch):

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 import ditattn
-from ditattn.backends.registry import BACKENDS, load_backend
+from ditattn.backends.registry import BACKENDS, RECOMMENDED_BACKEND, load_backend
 from ditattn.devices import find_device
 from ditattn.devices.npu import Npu
-from ditattn.models import MODELS
+from ditattn.models import MODELS, NOT_SERVED
+from ditattn.models.not_served import NOT_DESCRIBED
 from ditattn.ops import block_sparse_attention, dense_attention
 from ditattn.packages import TORCH_NPU
 
@@ -44,7 +45,9 @@ def test_every_backend_has_a_page_with_its_keys_and_defaults(backend: str) -> No
     documented = {cells[0].strip("`"): cells[2] for cells in rows(text, "## Configuration")}
     assert list(documented) == list(fields)
     for name, field in fields.items():
-        assert documented[name] == {"": "(none)", "True": "true", "False": "false"}.get(str(field.default), str(field.default)), name
+        assert documented[name] == {"": "(none)", "()": "(none)", "True": "true", "False": "false"}.get(
+            str(field.default), str(field.default)
+        ), name
 
 
 def test_every_model_family_is_in_the_matrix() -> None:
@@ -58,10 +61,16 @@ def test_every_model_family_is_in_the_matrix() -> None:
             assert (word == "yes") is (family.supported is None or backend in family.supported) or word.startswith("no: ")
 
 
+def test_every_reason_against_a_model_is_in_its_table() -> None:
+    table = rows((ROOT / "docs" / "compatibility.md").read_text(), "<!-- not served")
+    told = {name.strip("`"): reason for names, reason in table for name in names.split(", ")}
+    assert told == {name: reason for name, reason in NOT_SERVED.items() if reason != NOT_DESCRIBED}
+
+
 def test_device_table() -> None:
     table = rows((ROOT / "docs" / "compatibility.md").read_text(), "<!-- devices")
     assert [cells[0] for cells in table] == list(BACKENDS)
-    readme = rows((ROOT / "README.md").read_text(), "## Backends")
+    readme = rows((ROOT / "README.md").read_text(), "## Devices and backends")
     for backend, cells, short in zip(BACKENDS, table, readme, strict=True):
         assert (cells[1] == "yes") is (load_backend(backend).why_not(find_device("cpu")) is None)
         needs = [package.module for package in (*Npu.packages, *load_backend(backend).packages.get("npu", ()))]
@@ -72,7 +81,7 @@ def test_device_table() -> None:
         assert short[2:5] == cells[1:4]
         assert short[0].startswith(f"[`{backend}`]")
         kind = "sparse" if load_backend(backend).is_sparse else "dense"
-        assert short[1] == (f"{kind}, **recommended**" if load_backend(backend).recommended else kind)
+        assert short[1] == (f"{kind}, **recommended**" if backend == RECOMMENDED_BACKEND else kind)
 
 
 def test_names_in_the_guide_exist() -> None:

@@ -11,13 +11,26 @@ import torch
 from torch import Tensor
 
 from ditattn.models import MODELS, TokenLayout, find_family
+from ditattn.models.anyflow import ANYFLOW
+from ditattn.models.aura_flow import AURA_FLOW
 from ditattn.models.base import ModelFamily
+from ditattn.models.bria import BRIA
+from ditattn.models.chroma import CHROMA
 from ditattn.models.cogvideox import COGVIDEOX
+from ditattn.models.cogview4 import COGVIEW4
 from ditattn.models.flux import FLUX
+from ditattn.models.flux2 import FLUX2
+from ditattn.models.flux3 import FLUX3
+from ditattn.models.hunyuan_image import HUNYUAN_IMAGE
 from ditattn.models.hunyuan_video import HUNYUAN_VIDEO
+from ditattn.models.longcat_image import LONGCAT_IMAGE
 from ditattn.models.ltx_video import LTX_VIDEO
+from ditattn.models.ovis_image import OVIS_IMAGE
 from ditattn.models.qwen_image import QWEN_IMAGE
+from ditattn.models.stable_diffusion_3 import STABLE_DIFFUSION_3
 from ditattn.models.wan import WAN
+from ditattn.models.wan_animate import WAN_ANIMATE
+from ditattn.models.wan_vace import WAN_VACE
 from ditattn.plan.token_grids import TokenGrid
 
 
@@ -149,6 +162,64 @@ def test_qwen_image_refuses_fewer_tokens_than_the_image_has() -> None:
         qwen([[(1, 4, 6)]], 20)
 
 
+def packed(family: ModelFamily, ids: Tensor, length: int, **more: Any) -> TokenLayout:
+    arguments = {"hidden_states": torch.empty(2, length, 64), "img_ids": ids, "encoder_hidden_states": torch.empty(2, 10, 8)}
+    return family.layout(config(patch_size=1), {**arguments, **more})
+
+
+@pytest.mark.parametrize("family", [FLUX2, FLUX3, CHROMA, BRIA, OVIS_IMAGE], ids=lambda family: family.name)
+def test_relatives_of_flux_have_text_in_front_and_further_images_behind(family: ModelFamily) -> None:
+    ids = torch.cat([image_ids(4, 6), image_ids(3, 5, image=10)])
+    assert packed(family, ids, 39) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 15, (TokenGrid(34, (1, 3, 5)),))
+    with pytest.raises(ValueError, match="at the front"):
+        packed(family, ids.flip(0), 39)
+
+
+def test_flux3_takes_its_references_apart() -> None:
+    found = packed(FLUX3, image_ids(4, 6), 24, image_cond_hidden_states=torch.empty(2, 15, 64))
+    assert found == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 15)
+    assert found.without_text() == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1))
+
+
+def test_longcat_image_counts_rows_from_the_length_of_its_text() -> None:
+    ids = torch.cat([image_ids(4, 6, image=1), image_ids(3, 5, image=2)]) + torch.tensor([0, 512, 512])
+    assert packed(LONGCAT_IMAGE, ids, 39) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 15, (TokenGrid(34, (1, 3, 5)),))
+
+
+LATENTS = {"hidden_states": torch.empty(2, 16, 8, 12), "encoder_hidden_states": torch.empty(2, 9, 4)}
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix", "suffix"), [(STABLE_DIFFUSION_3, 0, 9), (AURA_FLOW, 17, 0), (COGVIEW4, 9, 0)], ids=lambda value: str(value)[:30]
+)
+def test_images_of_plain_latents(family: ModelFamily, prefix: int, suffix: int) -> None:
+    assert family.layout(config(patch_size=2), LATENTS) == TokenLayout((2, 16, 1, 8, 12), (1, 2, 2), prefix, suffix)
+
+
+def test_hunyuan_image_has_the_texts_of_two_encoders_behind() -> None:
+    second = {"encoder_hidden_states_2": torch.empty(2, 5, 4)}
+    assert HUNYUAN_IMAGE.layout(config(patch_size=(1, 1)), {**LATENTS, **second}) == TokenLayout((2, 16, 1, 8, 12), (1, 1, 1), 0, 14)
+    frames = {**LATENTS, "hidden_states": torch.empty(2, 16, 3, 8, 12), "encoder_hidden_states_2": None}
+    assert HUNYUAN_IMAGE.layout(config(patch_size=(1, 2, 2)), frames) == TokenLayout((2, 16, 3, 8, 12), (1, 2, 2), 0, 9)
+    with pytest.raises(ValueError, match="differ in their axes"):
+        HUNYUAN_IMAGE.layout(config(patch_size=(1, 2, 2)), LATENTS)
+
+
+@pytest.mark.parametrize(
+    ("family", "alone", "joint"),
+    [
+        (STABLE_DIFFUSION_3, "transformer_blocks.3.attn2", "transformer_blocks.3.attn"),
+        (FLUX3, "mode_blocks.image.0.attn", "single_transformer_blocks.0.attn"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_layers_of_the_image_alone_are_told_from_joint_ones(family: ModelFamily, alone: str, joint: str) -> None:
+    assert family.is_self_attention(alone)
+    assert family.is_self_attention(joint)
+    assert family.is_image_only(alone)
+    assert not family.is_image_only(joint)
+
+
 def test_ltx_video_takes_its_sizes_in_tokens() -> None:
     assert ltx(num_frames=2, height=3, width=4) == TokenLayout((2, 128, 2, 3, 4), (1, 1, 1), 0, 0)
 
@@ -229,6 +300,8 @@ def test_a_family_is_found_by_its_classes(family: ModelFamily) -> None:
             ["transformer_blocks.0.attn", "single_transformer_blocks.3.attn"],
             ["context_embedder.token_refiner.refiner_blocks.0.attn", "transformer_blocks.0.attn.to_q"],
         ),
+        (WAN_VACE, ["blocks.0.attn1", "vace_blocks.0.attn1"], ["vace_blocks.0.attn2", "blocks.0.attn2"]),
+        (WAN_ANIMATE, ["blocks.0.attn1"], ["face_adapter.0", "blocks.0.attn2"]),
         (LTX_VIDEO, ["transformer_blocks.2.attn1"], ["transformer_blocks.2.attn2"]),
     ],
     ids=lambda value: getattr(value, "name", None),
@@ -236,3 +309,14 @@ def test_a_family_is_found_by_its_classes(family: ModelFamily) -> None:
 def test_self_attention_is_told_from_the_rest(family: ModelFamily, served: list[str], left: list[str]) -> None:
     assert all(map(family.is_self_attention, served))
     assert not any(map(family.is_self_attention, left))
+
+
+def test_anyflow_has_time_before_channels() -> None:
+    layout = ANYFLOW.layout(config(patch_size=(1, 2, 2)), {"hidden_states": torch.empty(2, 5, 16, 32, 48)})
+    assert layout == TokenLayout((2, 16, 5, 32, 48), (1, 2, 2), 0, 0)
+
+
+def test_the_control_branch_of_vace_runs_before_the_other_blocks() -> None:
+    layers = {0: "blocks.0.attn1", 1: "blocks.1.attn1", 3: "vace_blocks.1.attn1", 2: "vace_blocks.0.attn1"}
+    assert WAN_VACE.in_running_order(layers) == [2, 3, 0, 1]
+    assert WAN.in_running_order({1: "blocks.1.attn1", 0: "blocks.0.attn1"}) == [0, 1]

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -137,6 +138,116 @@ def test_other_masks_run_densely_and_exactly_with_the_reason(mask: Tensor, reaso
     assert report_of(stage).dense_reasons == {reason: 1}
     with pytest.raises(DenseInStrictMode, match=f"rain_fusion_attn on transformer would run densely in step 0: {reason}"):
         attend_once(stage_of(served(), strict=True), q, k, v, mask)
+
+
+# text before the video
+
+
+def text_first(backend: str = "rain_fusion_attn", **config: Any) -> ServedModel:
+    model = served(backend, **config)
+    model.family = replace(
+        FAMILY,
+        layout=lambda config, arguments: TokenLayout(tuple(arguments["latents"].shape), (1, 2, 2), num_prefix_tokens=TEXT),
+        key_mask=lambda config, arguments: arguments.get("keep"),
+    )
+    return model
+
+
+def hidden_text(*counts: int) -> Tensor:
+    """bool [B, S]: so many tokens of the text are real, and all of the video."""
+    place = torch.arange(LENGTH)
+    return (place < torch.tensor(counts).unsqueeze(1)) | (place >= TEXT)
+
+
+@pytest.mark.parametrize(
+    ("backend", "order"),
+    [
+        ("rain_fusion_attn", "tile"),
+        ("rain_fusion_attn", "raster"),
+        ("block_sparse_attn", "raster"),
+        ("permuted_sparse_attn", "bricks"),
+    ],
+)
+def test_padding_of_a_text_before_the_video_runs_sparse_and_hides_the_padded_keys(backend: str, order: str) -> None:
+    q, k, v = qkv(2)
+    mask = hidden_text(TEXT, 9)
+    stage = stage_of(text_first(backend, sparsity=1e-4, token_order=order), strict=True)
+    with forward_of(stage):
+        out = attend(q, k, v, mask)
+    torch.testing.assert_close(out, dense(q, k, v, mask[:, None, None]), rtol=0, atol=1e-5)
+    assert (report_of(stage).sparse, report_of(stage).dense) == (1, 0)
+    k[1, 9:TEXT], v[1, 9:TEXT] = 9.0, 9.0
+    with forward_of(stage):
+        assert torch.equal(attend(q, k, v, mask)[1], out[1])
+
+
+def test_the_real_text_before_the_video_is_kept_whole() -> None:
+    q, k, v = qkv()
+    stage = stage_of(text_first(sparsity=0.9, first_frame_sink=False))
+    with forward_of(stage):
+        out = attend(q, k, v, hidden_text(9))
+        k[:, :9] += 1
+        moved = (attend(q, k, v, hidden_text(9)) - out).abs().amax((0, 2, 3))
+    # every query of the video looks at every real text token
+    assert bool((moved[TEXT:] > 1e-6).all())
+
+
+def test_a_square_mask_is_read_by_what_the_family_knows_of_it() -> None:
+    q, k, v = qkv()
+    keep = hidden_text(9)
+    square = keep[:, None, :, None] & keep[:, None, None, :]
+    stage = stage_of(text_first(sparsity=0.01))
+    with forward_of(stage, keep=keep):
+        out = attend(q, k, v, square)
+    assert report_of(stage).sparse == 1
+    torch.testing.assert_close(out[keep], dense(q, k, v, square)[keep], rtol=0, atol=1e-5)
+    stage = stage_of(text_first(sparsity=0.01))
+    with forward_of(stage):
+        attend(q, k, v, square)
+    assert report_of(stage).dense_reasons == {"mask that is not key padding": 1}
+
+
+@pytest.mark.parametrize(
+    ("backend", "config", "reason"),
+    [
+        ("rain_fusion_attn", {"skip_first_steps": 1}, "first steps"),
+        ("rain_fusion_attn", {"skip_layers": "0"}, "skipped layer"),
+        ("torch_sdpa", {}, "mask with gaps"),
+    ],
+)
+def test_dense_calls_with_padding_before_the_video_are_torchs_own(backend: str, config: dict[str, Any], reason: str) -> None:
+    q, k, v = qkv()
+    mask = hidden_text(9)
+    stage = stage_of(text_first(backend, **config))
+    with forward_of(stage):
+        assert torch.equal(attend(q, k, v, mask), dense(q, k, v, mask[:, None, None]))
+    assert report_of(stage).dense_reasons == {reason: 1}
+
+
+def test_a_mask_that_hides_video_tokens_runs_densely() -> None:
+    q, k, v = qkv()
+    mask = hidden_text(9)
+    mask[:, TEXT + 100] = False
+    stage = stage_of(text_first())
+    with forward_of(stage):
+        attend(q, k, v, mask)
+    assert report_of(stage).dense_reasons == {"mask with gaps": 1}
+
+
+def test_layers_of_the_video_alone_have_no_text() -> None:
+    model = served()
+    model.family = replace(FAMILY, image_only=r"blocks\.0\.attn")
+    model = ServedModel(model.name, model.family, None, model.backend, model.config, model.layers)
+    stage = stage_of(model, strict=True)
+    q, k, v = qkv()
+    with forward_of(stage) as forward:
+        for layer, length in ((0, LENGTH - TEXT), (1, LENGTH)):
+            forward.layer = layer
+            attend(*(x[:, :length] for x in (q, k, v)))
+        forward.layer = 0
+        with pytest.raises(DenseInStrictMode, match="token count does not match the grid"):
+            attend(q, k, v)
+    assert report_of(stage).sparse == 2
 
 
 def attend_once(stage: DenoisingStage, *arguments: Any) -> Tensor:

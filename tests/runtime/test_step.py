@@ -82,6 +82,15 @@ def test_a_run_that_begins_in_the_middle_begins_with_a_later_step(form: Any) -> 
     assert clock.read(None, None, form(600.0)) == Step(2, 4, "scheduler")
 
 
+def test_a_share_of_one_is_the_first_step_also_where_the_last_timestep_is_one() -> None:
+    # AuraFlow: the schedule ends at sigma 0.001, which is timestep 1, and the model takes timestep / 1000
+    clock = StepClock(lambda: schedule(1000.0, 500.5, 1.0, **NOBODY_STEPPED))
+    assert clock.read(None, None, torch.tensor([1.0])) == Step(0, 3, "scheduler")
+    # a model that takes the timestep itself, whose pipeline steps a copy of the scheduler
+    clock.reset()
+    assert [clock.read(None, None, t).index for t in (1000.0, 500.5, 1.0)] == [0, 1, 2]
+
+
 def test_schedulers_without_a_step_index_are_read_by_the_place_of_the_timestep() -> None:
     # CogVideoX's DPM and DDIM schedulers, video to video
     clock = StepClock(lambda: schedule(999.0, 749.0, 499.0, 249.0))

@@ -123,6 +123,15 @@ def _qwen_arguments(batch: int = 1) -> dict[str, Any]:
     }
 
 
+def flux_with_hidden_image_tokens() -> TinyPipeline:
+    """Flux.1 whose attention gets a mask that hides a token in the middle of the image."""
+    tiny = flux()
+    mask = torch.ones(1, 1, 1, 10 + 30 * 44, dtype=torch.bool)
+    mask[..., 500] = False
+    tiny.arguments["joint_attention_kwargs"] = {"attention_mask": mask}
+    return tiny
+
+
 def _flux_parts() -> dict[str, Any]:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 

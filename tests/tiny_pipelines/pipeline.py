@@ -35,6 +35,14 @@ class TinyPipeline:
         return latents
 
 
+def enlarge_weights(module: nn.Module) -> None:
+    """Weights at which every layer's output is as large as its input, for models that begin with small or zero ones."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+
+
 def noise(*shape: int, seed: int = 1) -> Tensor:
     """Normal noise that does not depend on what ran before."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -77,7 +77,7 @@ class CallRecord:
         order: the order of the tokens that the plan speaks of; None is the model's own.
         reused: the plan was made by an earlier call.
         not_reused: why the call made a plan of its own although the configuration lets plans serve longer; None where it need not be said.
-        token_orders: heads of the layer by the order that was chosen for them; None where none was chosen since the last record.
+        token_orders: name of the order that was chosen for each key head; None where none was chosen since the last record.
     """
 
     reason: str | None
@@ -85,7 +85,7 @@ class CallRecord:
     order: TokenOrder | None = None
     reused: bool = False
     not_reused: str | None = None
-    token_orders: Mapping[str, int] | None = None
+    token_orders: tuple[str, ...] | None = None
 
 
 class AttentionImpl(ABC):
@@ -176,7 +176,6 @@ class AttentionBackend(ABC):
         dtypes: by device type, where it does not take fp32, bf16 and fp16 alike.
         packages: by device type, what it needs beyond torch and the device's own packages.
         any_of: by device type, packages of which it needs one.
-        recommended: what a user without a reason to take another one should take.
         is_sparse, head_sizes: follow from `impl_cls`: it may drop key blocks; possible head sizes, empty means any.
     """
 
@@ -192,7 +191,6 @@ class AttentionBackend(ABC):
     any_of: ClassVar[Mapping[str, tuple[Package, ...]]] = {}
     is_sparse: ClassVar[bool] = False
     head_sizes: ClassVar[tuple[int, ...]] = ()
-    recommended: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -6,7 +6,7 @@ brings is measured in docs/backends/permuted_sparse_attn.md, which also names th
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,17 +25,19 @@ from ditattn.backends.sparse import (
     SparseAttentionMetadata,
     SparseAttentionMetadataBuilder,
 )
-from ditattn.errors import UnsupportedCall
+from ditattn.errors import ConfigError, UnsupportedCall
 from ditattn.ops import block_sparse_attention as sparse_op
 from ditattn.ops.pooled_tail import PooledTail
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
-from ditattn.plan.bricks import brick_names, brick_order, brick_shapes, parse_bricks
+from ditattn.plan.bricks import FLAT, Brick, brick_name, brick_names, brick_order, brick_shapes, parse_bricks
 from ditattn.plan.token_order import TokenOrder
 
 __all__ = ["PermutedSparseAttentionBackend", "PermutedSparseAttentionConfig", "PermutedSparseAttentionImpl"]
 
-# query blocks on which the candidates are compared with the dense result
-SAMPLE_BLOCKS = 8
+# query blocks on which the candidates are compared with the dense result: an eighth of all, within these bounds. Eight blocks are a quarter
+# of the smallest videos, where more would take longer than the choice is worth; of the largest a few say as much as many.
+SAMPLE_SHARE = 8
+SAMPLE_BLOCKS = 8, 32
 # sparse steps from which measuring the candidates pays; shorter runs choose by the estimate
 MEASURED_FROM_STEPS = 8
 # of the best blocks of every row, kept whatever other rows need
@@ -50,11 +52,14 @@ class PermutedSparseAttentionConfig(SparseAttentionConfig):
         first_frame_sink: every query keeps the blocks of a video's first frame; its own rows are chosen like others.
         bricks: the shapes to choose from, "frames x rows x columns" with a product of 128, such as "1x8x16,4x2x16"; "auto" takes what fits
             the grid.
+        head_bricks: for each layer the shape of every key head, or one for all of them, separated by commas, as `tune` found them; layers
+            without an entry choose from `bricks`.
         tail: a dropped block still counts through its mean key and mean value; False leaves it out.
     """
 
     token_order: Literal["bricks"] = "bricks"  # type: ignore[assignment]
     bricks: str = "auto"
+    head_bricks: tuple[str, ...] = ()
     tail: bool = True
 
     @field_validator("bricks")
@@ -62,6 +67,13 @@ class PermutedSparseAttentionConfig(SparseAttentionConfig):
     def _check_bricks(cls, value: str) -> str:
         if value != "auto" and not parse_bricks(value):
             raise ValueError("name at least one shape, such as 4x2x16, or auto")
+        return value
+
+    @field_validator("head_bricks")
+    @classmethod
+    def _check_head_bricks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for names in value:
+            parse_bricks(names)
         return value
 
 
@@ -101,7 +113,7 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
             raise UnsupportedCall("permuted_sparse_attn does not support causal attention; block_sparse_attn does")
         super().__init__(num_heads, head_size, softmax_scale, causal, *args, **kwargs)
         self._chosen: tuple[object, TokenOrder] | None = None
-        self._not_reported: dict[str, int] | None = None
+        self._not_reported: tuple[str, ...] | None = None
 
     def end_run(self) -> None:
         super().end_run()
@@ -150,21 +162,47 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         return self._chosen[1] if self._chosen is not None and self._chosen[0] == facts else None
 
     def _choose(self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, dense: Tensor | None) -> TokenOrder:
-        """Choose a brick for each key head: by the error on some query blocks, measured where the dense result is given, else estimated."""
-        assert metadata.latent_shape is not None
-        grid = metadata.latent_shape
-        bricks = brick_shapes(grid) if metadata.bricks == "auto" else parse_bricks(metadata.bricks)
-        tokens = (grid, metadata.num_prefix_tokens, metadata.num_suffix_tokens, query.device, metadata.further_grids)
-        candidates = [brick_order(brick, *tokens) for brick in bricks]
-        best = torch.zeros(key.shape[2], dtype=torch.long)
-        if len(candidates) > 1:
-            errors = [self._error(query, key, value, metadata, order, dense) for order in candidates]
-            # heads of a group share an order, since they share keys
-            best = torch.stack(errors).unflatten(1, (key.shape[2], -1)).sum(2).argmin(0).cpu()
-        order = _per_head(candidates, best)
+        """An order for each key head: the given one, or the one whose error on some query blocks is least."""
+        bricks = self._given_bricks(key.shape[2], metadata) or self._best_bricks(query, key, value, metadata, dense)
+        order = _per_head([_in_bricks(brick, metadata, query.device) for brick in bricks])
         self._chosen = (_facts(query, key, metadata), order)
-        self._not_reported = dict(Counter(brick_names(bricks[number], metadata.further_grids) for number in best.tolist()))
+        self._not_reported = tuple(brick_names(brick, metadata.further_grids) for brick in bricks)
         return order
+
+    def _given_bricks(self, heads: int, metadata: SparseAttentionMetadata) -> list[Brick] | None:
+        """Those of `head_bricks` for the key heads of this layer; None where it has none.
+
+        Raises:
+            ConfigError: for another number of heads, or for a grid that has other shapes to choose from.
+        """
+        given, layer, grid = metadata.head_bricks, self.layer_index, metadata.latent_shape
+        assert grid is not None
+        if layer is None or layer >= len(given) or not given[layer]:
+            return None
+        bricks = [parse_bricks(name)[0] for name in given[layer].split(",")]
+        if len(bricks) not in (1, heads):
+            raise ConfigError(f"head_bricks: layer {layer} has {heads} key heads, its entry names {len(bricks)}: give one for each, or one")
+        strange = [brick for brick in bricks if any(size > most for size, most in zip(brick[1:], grid[1:], strict=True)) and brick != FLAT]
+        if strange or max(bricks)[0] > max(grid[0] - 1, 1):
+            wrong = brick_name(strange[0] if strange else max(bricks))
+            raise ConfigError(
+                f"head_bricks: {wrong} does not fit the {' x '.join(map(str, grid))} tokens of this call; it was found at another size: "
+                "tune at this one, or leave the key out"
+            )
+        return bricks * heads if len(bricks) == 1 else bricks
+
+    def _best_bricks(
+        self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, dense: Tensor | None
+    ) -> list[Brick]:
+        """By the error on some query blocks: measured where the dense result is given, else estimated."""
+        assert metadata.latent_shape is not None
+        bricks = brick_shapes(metadata.latent_shape) if metadata.bricks == "auto" else parse_bricks(metadata.bricks)
+        if len(bricks) == 1:
+            return [bricks[0]] * key.shape[2]
+        errors = [self._error(query, key, value, metadata, _in_bricks(brick, metadata, query.device), dense) for brick in bricks]
+        # heads of a group share an order, since they share keys
+        best = torch.stack(errors).unflatten(1, (key.shape[2], -1)).sum(2).argmin(0)
+        return [bricks[number] for number in best.tolist()]
 
     def _error(
         self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, order: TokenOrder, dense: Tensor | None
@@ -211,17 +249,24 @@ def _forced(metadata: SparseAttentionMetadata, order: TokenOrder, device: torch.
 
 
 def _sample(order: TokenOrder, device: torch.device) -> Tensor:
-    """Evenly spaced whole query blocks of the grids: int64, at most SAMPLE_BLOCKS; the short block where there is no whole one."""
+    """Evenly spaced whole query blocks of the grids: int64; the short block where there is no whole one."""
     whole = max(order.num_whole_blocks, 1)
-    return torch.linspace(0, whole - 1, min(SAMPLE_BLOCKS, whole), device=device).round().long()
+    least, most = SAMPLE_BLOCKS
+    return torch.linspace(0, whole - 1, min(max(whole // SAMPLE_SHARE, least), most, whole), device=device).round().long()
 
 
-def _per_head(candidates: list[TokenOrder], best: Tensor) -> TokenOrder:
-    """Each head's own candidate as one order; all candidates have the grids first, each first frame at its beginning."""
-    if bool((best == best[0]).all()):
-        return candidates[int(best[0])]
-    forward, inverse = ([getattr(candidates[number], name) for number in best.tolist()] for name in ("forward", "inverse"))
-    return replace(candidates[0], forward=torch.stack(forward), inverse=torch.stack(inverse))
+def _in_bricks(brick: Brick, metadata: SparseAttentionMetadata, device: torch.device) -> TokenOrder:
+    assert metadata.latent_shape is not None
+    return brick_order(brick, metadata.latent_shape, metadata.num_prefix_tokens, metadata.num_suffix_tokens, device, metadata.further_grids)
+
+
+def _per_head(orders: Sequence[TokenOrder]) -> TokenOrder:
+    """Each head's own order as one; all of them have the grids first, each first frame at its beginning."""
+    first = orders[0]
+    if all(order is first for order in orders):
+        return first
+    forward, inverse = ([getattr(order, name) for order in orders] for name in ("forward", "inverse"))
+    return replace(first, forward=torch.stack(forward), inverse=torch.stack(inverse))
 
 
 class PermutedSparseAttentionBackend(SparseAttentionBackend):
@@ -230,4 +275,3 @@ class PermutedSparseAttentionBackend(SparseAttentionBackend):
     builder_cls = PermutedSparseAttentionMetadataBuilder
     config_cls = PermutedSparseAttentionConfig
     ops = ("block_sparse_attention", "block_mean", "dense_attention")
-    recommended = True

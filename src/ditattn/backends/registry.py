@@ -31,6 +31,7 @@ __all__ = [
     "BACKENDS",
     "DEFAULT_BACKEND",
     "ENTRY_POINTS",
+    "RECOMMENDED_BACKEND",
     "AttentionBackendEnum",
     "LeftOut",
     "backend_names",
@@ -56,6 +57,9 @@ BACKENDS: Mapping[str, str] = {
 
 DEFAULT_BACKEND = "torch_sdpa"
 """What serves where nobody names a backend: exact, and there on every device."""
+
+RECOMMENDED_BACKEND = "permuted_sparse_attn"
+"""What a user without a reason to take another sparse backend should take."""
 
 
 @dataclass(frozen=True)

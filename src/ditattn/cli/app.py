@@ -12,6 +12,7 @@ import typer
 from ditattn._version import __version__
 from ditattn.cli.backends import backends
 from ditattn.cli.bench import bench
+from ditattn.cli.models import models
 from ditattn.cli.options import command
 from ditattn.cli.settings import CompareSettings, GenerateSettings, TuneSettings
 from ditattn.cli.terminal import EXIT_INTERRUPTED, report_failure
@@ -46,6 +47,7 @@ app.command("generate")(command(GenerateSettings, "ditattn.cli.generate:run"))
 app.command("compare")(command(CompareSettings, "ditattn.cli.compare:run"))
 app.command("tune")(command(TuneSettings, "ditattn.cli.tune:run"))
 app.command("backends")(backends)
+app.command("models")(models)
 app.command("bench")(bench)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ditattn.backends.base import AttentionBackend
-from ditattn.backends.registry import usable_backends
+from ditattn.backends.registry import RECOMMENDED_BACKEND, usable_backends
 from ditattn.cli.device import why_no_device
 from ditattn.cli.job import ANY_HEAD_SIZE
 from ditattn.devices import DEVICES, Device, find_device
@@ -102,7 +102,7 @@ def _rows(device: Device, backend: type[AttentionBackend]) -> Iterator[Row]:
                 device=device_type,
                 backend=backend.name,
                 sparse=backend.is_sparse,
-                recommended=backend.recommended,
+                recommended=backend.name == RECOMMENDED_BACKEND,
                 operation=operation,
                 implementation=implementation.name,
                 automatic=implementation.automatic,
@@ -120,7 +120,7 @@ def _own_kernel(device: Device, backend: type[AttentionBackend], refused: str | 
         device=device.device_type,
         backend=backend.name,
         sparse=backend.is_sparse,
-        recommended=backend.recommended,
+        recommended=backend.name == RECOMMENDED_BACKEND,
         operation="attention",
         implementation=backend.name,
         automatic=True,

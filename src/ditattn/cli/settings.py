@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat
 
 from ditattn.backends.config import SparseAttentionConfig
-from ditattn.backends.registry import DEFAULT_BACKEND, backend_names
+from ditattn.backends.registry import DEFAULT_BACKEND, RECOMMENDED_BACKEND, backend_names
 from ditattn.errors import ConfigError
 from ditattn.tune.candidate import TUNED_KEYS
 from ditattn.values import KnownKeys, parse_config, parse_value
@@ -109,7 +109,7 @@ Grid = Annotated[dict[str, list[Any]], BeforeValidator(_axes)]
 BACKEND_NAMES = ", ".join(backend_names())
 COMPARED_NAMES = ", ".join(name for name in backend_names() if name != DEFAULT_BACKEND)
 SPARSE_KEYS = ", ".join(SparseAttentionConfig.model_fields)
-FIXED_KEYS = ", ".join(key for key in SparseAttentionConfig.model_fields if key not in TUNED_KEYS)
+FIXED_KEYS = ", ".join(key for key in SparseAttentionConfig.model_fields if key not in (*TUNED_KEYS, "preset"))
 
 SEEDS = Option(SAMPLING, "Repeat it for several: every prompt is made with every seed.")
 
@@ -277,7 +277,7 @@ class TuneSettings(CallSettings):
     ] = Field(default_factory=list)
     seed: Annotated[Seeds, SEEDS] = Field(default_factory=lambda: [42])
     attention_backend: Annotated[str, Option(ATTENTION, "A sparse backend.", metavar="NAME", before="component_attention_backends")] = (
-        "rain_fusion_attn"
+        RECOMMENDED_BACKEND
     )
     attention_backend_config: Annotated[
         Pairs,

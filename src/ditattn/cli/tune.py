@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +21,7 @@ from ditattn.compare.setting import REFERENCE, Clip
 from ditattn.errors import ConfigError
 from ditattn.ops import cpu_library
 from ditattn.tune.candidate import TUNED_KEYS, Candidate, Outcome, Target
+from ditattn.tune.head_orders import most_chosen_orders, setting_chooses_orders
 from ditattn.tune.objective import Objective, check, probe
 from ditattn.tune.result import Checked, Finding, count_clips, yaml_text
 from ditattn.tune.search import Search, disagreements
@@ -68,8 +69,13 @@ def run(settings: TuneSettings, *, debug: bool = False) -> None:
     if best is None:
         say(f"nothing meets the target ({request.target.words()}) faster than dense, in {len(state.outcomes)} runs: {_nearest(state)}")
         raise typer.Exit(EXIT_NOTHING_FOUND)
-    # there even if the check is interrupted
+    # there even if what follows is interrupted
     _write(path, _finding(request, state, sensitivity, best, None))
+    if setting_chooses_orders(request.setting):
+        say(f"orders: {count_clips(len(request.clips))} with the setting found, to see what heads choose")
+        orders = most_chosen_orders(references.workload, request.setting.with_keys(**best.keys), request.clips)
+        request = replace(request, setting=request.setting.with_keys(head_bricks=orders))
+        _write(path, _finding(request, state, sensitivity, best, None))
     say(f"check on {count_clips(len(request.held_out))} that nothing was tuned on")
     psnr, ssim, found = check(
         references, request.setting.with_keys(**best.keys), request.held_out, needs_ssim=request.target.ssim is not None
@@ -93,7 +99,7 @@ def _request(settings: TuneSettings) -> TuneRequest:
     backend = load_backend(settings.attention_backend)
     if not backend.is_sparse:
         raise ConfigError(f"{backend.name} is dense: there is nothing to tune; name a sparse backend")
-    if taken := sorted(set(settings.attention_backend_config) & set(TUNED_KEYS)):
+    if taken := sorted(set(settings.attention_backend_config) & {*TUNED_KEYS, "preset"}):
         raise ConfigError(f"{', '.join(taken)} cannot be held fixed: that is what tune finds")
     setting = Setting.parse(backend.name, settings.attention_backend_config, settings.component_attention_backends)
     # fails before a model is loaded where the backend lacks what is tuned

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ class Rendered:
         stages_ms, steps_ms: times of the call's parts, and of its denoising steps.
         report: what the attention did.
         densities: by component: (step, layer, overall density); a dense call counts as 1.
+        head_orders: by component and layer, the order of tokens that each key head chose, where heads choose.
     """
 
     frames: np.ndarray[Any, Any]
@@ -34,6 +35,7 @@ class Rendered:
     steps_ms: list[float]
     report: AttentionReport
     densities: dict[str, list[tuple[int, int, float]]]
+    head_orders: dict[str, dict[int, list[str]]] = field(default_factory=dict)
 
 
 class Workload(ABC):

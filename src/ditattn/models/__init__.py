@@ -4,17 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
+from ditattn.models.anyflow import ANYFLOW
+from ditattn.models.aura_flow import AURA_FLOW
 from ditattn.models.base import DEFAULT_FRAME_RATE, ModelFamily, TokenLayout
+from ditattn.models.bria import BRIA
+from ditattn.models.chroma import CHROMA
+from ditattn.models.chronoedit import CHRONOEDIT
 from ditattn.models.cogvideox import COGVIDEOX
+from ditattn.models.cogview4 import COGVIEW4
 from ditattn.models.flux import FLUX
+from ditattn.models.flux2 import FLUX2
+from ditattn.models.flux3 import FLUX3
+from ditattn.models.hunyuan_image import HUNYUAN_IMAGE
 from ditattn.models.hunyuan_video import HUNYUAN_VIDEO
+from ditattn.models.longcat_image import LONGCAT_IMAGE
 from ditattn.models.ltx_video import LTX_VIDEO
+from ditattn.models.not_served import NOT_SERVED
+from ditattn.models.ovis_image import OVIS_IMAGE
 from ditattn.models.qwen_image import QWEN_IMAGE
+from ditattn.models.skyreels_v2 import SKYREELS_V2
+from ditattn.models.stable_diffusion_3 import STABLE_DIFFUSION_3
 from ditattn.models.wan import WAN
+from ditattn.models.wan_animate import WAN_ANIMATE
+from ditattn.models.wan_vace import WAN_VACE
 
 __all__ = [
     "DEFAULT_FRAME_RATE",
+    "IMAGE_MODELS",
     "MODELS",
+    "NOT_SERVED",
     "OTHER_FRAME_RATES",
     "ModelFamily",
     "TokenLayout",
@@ -23,9 +41,37 @@ __all__ = [
     "known_class",
     "needs_full_precision",
     "unwrapped",
+    "why_not_served",
 ]
 
-MODELS: tuple[ModelFamily, ...] = (WAN, HUNYUAN_VIDEO, FLUX, QWEN_IMAGE, LTX_VIDEO, COGVIDEOX)
+IMAGE_MODELS: tuple[ModelFamily, ...] = (
+    FLUX2,
+    FLUX3,
+    CHROMA,
+    BRIA,
+    LONGCAT_IMAGE,
+    OVIS_IMAGE,
+    STABLE_DIFFUSION_3,
+    HUNYUAN_IMAGE,
+    AURA_FLOW,
+    COGVIEW4,
+)
+"""Families of images, beside Flux.1 and Qwen-Image."""
+
+MODELS: tuple[ModelFamily, ...] = (
+    WAN,
+    HUNYUAN_VIDEO,
+    FLUX,
+    QWEN_IMAGE,
+    LTX_VIDEO,
+    COGVIDEOX,
+    WAN_VACE,
+    WAN_ANIMATE,
+    SKYREELS_V2,
+    CHRONOEDIT,
+    ANYFLOW,
+    *IMAGE_MODELS,
+)
 
 OTHER_FRAME_RATES = {"MochiTransformer3DModel": 30}
 """Frames per second of models that no backend serves: `ditattn generate` makes their videos all the same."""
@@ -50,6 +96,11 @@ def family_of(module: Any) -> ModelFamily | None:
     """The family of a transformer, compiled or not, also of a subclass of a known one; None if it is of no known one."""
     name = known_class(module)
     return None if name is None else find_family(name)
+
+
+def why_not_served(module: Any) -> str | None:
+    """Why a transformer of no family is not served, where that is known of its class or of the nearest base class; else None."""
+    return next((NOT_SERVED[cls.__name__] for cls in type(unwrapped(module)).__mro__ if cls.__name__ in NOT_SERVED), None)
 
 
 def needs_full_precision(vae_class: str) -> bool:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from torch import Tensor
 
 from ditattn.errors import ConfigError
 from ditattn.plan.token_grids import TokenGrid, grids_of_sequence
 
-__all__ = ["DEFAULT_FRAME_RATE", "ModelFamily", "TokenLayout", "one_more_than_a_multiple", "patch_triple", "text_length"]
+__all__ = [
+    "DEFAULT_FRAME_RATE",
+    "ModelFamily",
+    "TokenLayout",
+    "image_layout",
+    "one_more_than_a_multiple",
+    "patch_triple",
+    "text_length",
+    "video_only",
+]
 
 DEFAULT_FRAME_RATE = 24
 """Frames per second where nothing else is known."""
@@ -25,6 +36,7 @@ class TokenLayout:
         patch_size: (t, h, w); the token grid is the latent grid divided by it.
         num_prefix_tokens, num_suffix_tokens: all tokens before and after the video tokens.
         further_grids: references, conditions or layers among those tokens. What is in no grid (text, audio) is kept whole.
+        num_image_suffix_tokens: of those after the video, how many follow it in layers without text too (padding of the image itself).
 
     Raises:
         ValueError: a latent shape without five axes or smaller than a patch, a negative count, as it comes from a sequence that is
@@ -36,6 +48,11 @@ class TokenLayout:
     num_prefix_tokens: int = 0
     num_suffix_tokens: int = 0
     further_grids: tuple[TokenGrid, ...] = ()
+    num_image_suffix_tokens: int = 0
+
+    def without_text(self) -> TokenLayout:
+        """The layout of layers that see the video or image alone."""
+        return replace(self, num_prefix_tokens=0, num_suffix_tokens=self.num_image_suffix_tokens, further_grids=())
 
     def __post_init__(self) -> None:
         if len(self.raw_latent_shape) != 5 or any(size < p for size, p in zip(self.raw_latent_shape[2:], self.patch_size, strict=True)):
@@ -63,7 +80,7 @@ class TokenLayout:
         """
         own = grids[target]
         further = tuple(grid for number, grid in enumerate(grids) if number != target)
-        return cls((batch, channels, *own.size), (1, 1, 1), own.start, length - own.stop, further)
+        return cls((batch, channels, *own.size), (1, 1, 1), own.start, length - own.stop, further_grids=further)
 
 
 def default_frame_rate(pipeline_config: Any) -> int:
@@ -83,6 +100,10 @@ def one_more_than_a_multiple(num_frames: int, factor: int) -> int:
     return num_frames
 
 
+def no_key_mask(config: Any, arguments: Mapping[str, Any]) -> None:
+    """Most models mask keys, if any, by what arrives at their attention."""
+
+
 def attention_head_dim(config: Any) -> int:
     """Under the name that most of diffusers' transformers give it."""
     return int(config.attention_head_dim)
@@ -97,9 +118,14 @@ class ModelFamily:
         transformer_classes: diffusers class names.
         layout: (model configuration, forward's named arguments) -> TokenLayout; may raise if the arguments are of an unknown form.
         self_attention: regular expression of the module paths that are self-attention (joint attention counts as self-attention).
+        runs_first: regular expression of those of them that a forward runs before all others, wherever the model registers them.
+        image_only: of these, the module paths whose sequence is the video or image without the text (`TokenLayout.without_text`).
+        key_mask: (model configuration, forward's named arguments) -> bool `[B, S]`, which tokens are real, where the model makes a square
+            mask of it in every layer anew; None where it does not.
         head_size: model configuration -> D of its self-attention.
         frame_rate: pipeline configuration -> frames per second that its videos are meant to be played at.
         size_multiple: heights and widths must be a multiple of it, whatever VAE and patch ask for.
+        pixels_per_token: height and width of what a token stands for, where it does not follow from VAE and patch.
         frames_to_ask: (frames wanted, frames per latent) -> the `num_frames` that makes the pipeline make exactly that many; raises
             ConfigError where nothing does.
         full_precision_vaes: class names of VAEs that lose quality in half precision and whose pipelines cast the latents to the VAE's own
@@ -114,9 +140,13 @@ class ModelFamily:
     transformer_classes: tuple[str, ...]
     layout: Callable[[Any, Mapping[str, Any]], TokenLayout]
     self_attention: str
+    runs_first: str = ""
+    image_only: str | None = None
+    key_mask: Callable[[Any, Mapping[str, Any]], Tensor | None] = no_key_mask
     head_size: Callable[[Any], int] = attention_head_dim
     frame_rate: Callable[[Any], int] = default_frame_rate
     size_multiple: int = 1
+    pixels_per_token: int | None = None
     frames_to_ask: Callable[[int, int], int] = one_more_than_a_multiple
     full_precision_vaes: frozenset[str] = frozenset()
     untrue_notices: Mapping[str, str] = field(default_factory=dict)
@@ -128,6 +158,14 @@ class ModelFamily:
         """True for the module paths that the family's backend serves."""
         return re.fullmatch(self.self_attention, path) is not None
 
+    def in_running_order(self, layers: Mapping[int, str]) -> list[int]:
+        """Numbers of layers, given by number and path, in the order in which a forward runs them."""
+        return sorted(layers, key=lambda number: (re.fullmatch(self.runs_first, layers[number]) is None, number))
+
+    def is_image_only(self, path: str) -> bool:
+        """True for the self-attention that sees no text although other layers of the model do."""
+        return self.image_only is not None and re.fullmatch(self.image_only, path) is not None
+
 
 def patch_triple(config: Any) -> tuple[int, int, int]:
     """(t, h, w) from a model configuration that holds a triple, or p and perhaps `patch_size_t`."""
@@ -136,6 +174,17 @@ def patch_triple(config: Any) -> tuple[int, int, int]:
         frames, rows, columns = patch
         return int(frames), int(rows), int(columns)
     return int(getattr(config, "patch_size_t", None) or 1), int(patch), int(patch)
+
+
+def video_only(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
+    """For models whose `hidden_states` is `(B, C, T, H, W)` and whose self-attention sees nothing else."""
+    return TokenLayout(tuple(arguments["hidden_states"].shape), patch_triple(config))
+
+
+def image_layout(patch_size: int, arguments: Mapping[str, Any], prefix: int = 0, suffix: int = 0) -> TokenLayout:
+    """The layout of a model whose `hidden_states` are the `(B, C, H, W)` of one image, with so many tokens before and after it."""
+    batch, channels, rows, columns = arguments["hidden_states"].shape
+    return TokenLayout((batch, channels, 1, rows, columns), (1, patch_size, patch_size), prefix, suffix)
 
 
 def text_length(arguments: Mapping[str, Any]) -> int:

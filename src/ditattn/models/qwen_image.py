@@ -38,6 +38,5 @@ QWEN_IMAGE = ModelFamily(
     transformer_classes=("QwenImageTransformer2DModel",),
     layout=layout,
     self_attention=r"transformer_blocks\.\d+\.attn",
-    notes="text before the image, protected; every reference or layer has blocks of its own; "
-    "a batch of prompts of unequal length brings a mask with gaps and runs densely",
+    notes="text before the image, protected; every reference or layer has blocks of its own",
 )

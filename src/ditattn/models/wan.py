@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from ditattn.models.base import DEFAULT_FRAME_RATE, ModelFamily, TokenLayout, one_more_than_a_multiple, patch_triple
+from ditattn.models.base import DEFAULT_FRAME_RATE, ModelFamily, one_more_than_a_multiple, video_only
 
-__all__ = ["WAN"]
-
-
-def layout(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
-    """`hidden_states` is `(B, C, T, H, W)`."""
-    return TokenLayout(tuple(arguments["hidden_states"].shape), patch_triple(config))
+__all__ = ["WAN", "frames_to_ask", "untrue_notices"]
 
 
 def frame_rate(pipeline_config: Any) -> int:
@@ -25,18 +19,20 @@ def frames_to_ask(num_frames: int, factor: int) -> int:
     return num_frames - 1 if factor == 1 else one_more_than_a_multiple(num_frames, factor)
 
 
-# the count is checked beforehand, and this appears even where their rounding gives what was asked
-ROUNDING_NOTICE = "num_frames - 1"
+def untrue_notices(*pipelines: str) -> dict[str, str]:
+    """Of the pipelines' files that warn of rounding `num_frames`: it is checked beforehand, and they warn even where it stays as asked."""
+    return {f"diffusers.pipelines.{name}": "num_frames - 1" for name in pipelines}
+
 
 WAN = ModelFamily(
     name="Wan 2.1, Wan 2.2",
     transformer_classes=("WanTransformer3DModel",),
-    layout=layout,
+    layout=video_only,
     self_attention=r"blocks\.\d+\.attn1",
     frame_rate=frame_rate,
     size_multiple=16,
     frames_to_ask=frames_to_ask,
     full_precision_vaes=frozenset({"AutoencoderKLWan"}),
-    untrue_notices={f"diffusers.pipelines.wan.{name}": ROUNDING_NOTICE for name in ("pipeline_wan", "pipeline_wan_i2v")},
-    notes="text and image to video; the two transformers of Wan 2.2 share one step count",
+    untrue_notices=untrue_notices("wan.pipeline_wan", "wan.pipeline_wan_i2v", "lucy.pipeline_lucy_edit"),
+    notes="text, image and video to video, Lucy Edit; the two transformers of Wan 2.2 share one step count",
 )

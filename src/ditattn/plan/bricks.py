@@ -17,7 +17,7 @@ from ditattn.plan.block_plan import BLOCK_SIZE
 from ditattn.plan.token_grids import TokenGrid, grids_of_sequence
 from ditattn.plan.token_order import TokenOrder, grids_first
 
-__all__ = ["Brick", "brick_beside", "brick_name", "brick_names", "brick_order", "brick_shapes", "parse_bricks"]
+__all__ = ["FLAT", "Brick", "brick_beside", "brick_name", "brick_names", "brick_order", "brick_shapes", "parse_bricks"]
 
 Brick = tuple[int, int, int]
 

@@ -80,6 +80,12 @@ class TokenOrder:
         if self.forward is not None and self.forward.ndim == 2 and heads % self.forward.shape[0]:
             raise UnsupportedCall(f"{heads} heads are not a multiple of the {self.forward.shape[0]} that have a token order of their own")
 
+    def of_heads(self, heads: slice) -> TokenOrder:
+        """The order of some key heads; itself where all heads share one."""
+        if self.forward is None or self.inverse is None or self.forward.ndim == 1:
+            return self
+        return replace(self, forward=self.forward[heads], inverse=self.inverse[heads])
+
     def apply(self, x: Tensor) -> Tensor:
         """`[B, S, ...]` in the model's order -> the new order; `[B, S, H, ...]` with H a multiple of G where every key head has its own."""
         return x if self.forward is None else reordered(x, self.forward)

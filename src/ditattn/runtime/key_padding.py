@@ -1,14 +1,17 @@
-"""Attention masks that only hide padded keys at the end, read as key lengths."""
+"""Attention masks that only hide padded keys, read as key lengths: at the end, or in the text before the video."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["KeyPadding", "MaskReader", "broadcastable"]
+from ditattn.backends.sparse import SparseAttentionMetadata
+
+__all__ = ["MASK_WITH_GAPS", "KeyPadding", "MaskReader", "VideoFirst", "broadcastable"]
 
 MASK_WITH_GAPS = "mask with gaps"
 OTHER_MASK = "mask that is not key padding"
@@ -24,11 +27,37 @@ class KeyPadding(NamedTuple):
 Reading = tuple[KeyPadding | None, str | None]
 
 
+@dataclass(frozen=True)
+class VideoFirst:
+    """Another order of the tokens of each batch element: the video, the real text, the text that is padding.
+
+    The order of the keys means nothing to attention, so that padding in front of the video becomes padding at the end.
+
+    Attributes:
+        places: int64 `[B, S]`: token `s` of the new order is token `places[b, s]` of the model's.
+        inverse: int64 `[B, S]`, the way back.
+        metadata: of a call in this order.
+    """
+
+    places: Tensor
+    inverse: Tensor
+    metadata: SparseAttentionMetadata
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """`[B, S, H, D]` of the model's order in the new one."""
+        return torch.take_along_dim(x, self.places[:, :, None, None], dim=1)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The inverse of `arrange`."""
+        return torch.take_along_dim(x, self.inverse[:, :, None, None], dim=1)
+
+
 class MaskReader:
     """Reads each mask once: models pass one mask to all layers, and reading it waits for the device. One per forward."""
 
     def __init__(self) -> None:
         self._found = WeakIdKeyDictionary()
+        self._moved = WeakIdKeyDictionary()
 
     def read(self, mask: Tensor, key: Tensor) -> Reading:
         """(padding, None) if `mask` pads the end of the keys, (None, None) if it hides nothing, else (None, reason).
@@ -44,6 +73,38 @@ class MaskReader:
             self._found[mask] = _read(mask4[:, 0, 0], key.shape[0])
         found: Reading = self._found[mask]
         return found
+
+    def video_first(self, mask: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> VideoFirst | None:
+        """The order in which a mask with gaps pads the end of the keys; None if it hides a token of the video, or there is no grid.
+
+        Args:
+            mask: as of `read`, which found gaps in it.
+            key: `[B, T, H, D]`.
+            metadata: of the call in the model's order.
+        """
+        if mask not in self._moved:
+            keep = broadcastable(mask)[:, 0, 0].expand(key.shape[0], -1)
+            self._moved[mask] = _video_first(keep, metadata)
+        found: VideoFirst | None = self._moved[mask]
+        return found
+
+
+def _video_first(keep: Tensor, metadata: SparseAttentionMetadata) -> VideoFirst | None:
+    prefix, suffix = metadata.num_prefix_tokens, metadata.num_suffix_tokens
+    if metadata.num_tokens != keep.shape[1] or not bool(keep[:, prefix : keep.shape[1] - suffix].all()):
+        return None
+    rank = 2 - keep.long()
+    rank[:, prefix : keep.shape[1] - suffix] = 0
+    places = rank.argsort(dim=1, stable=True)
+    lengths = keep.sum(1)
+    moved = replace(
+        metadata,
+        num_prefix_tokens=0,
+        num_suffix_tokens=prefix + suffix,
+        key_lengths=lengths,
+        known_key_lengths=tuple(lengths.tolist()),
+    )
+    return VideoFirst(places, places.argsort(dim=1), moved)
 
 
 def broadcastable(mask: Tensor) -> Tensor:

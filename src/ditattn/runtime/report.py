@@ -54,7 +54,7 @@ class ComponentLog:
         step_sources: forwards by where the step index came from.
         steps: indices of the steps that ran.
         schedule_steps: steps of the schedule; None if unknown.
-        token_orders: heads of all layers by the order that was chosen for them, summed over runs.
+        token_orders: for each layer and key head, how often which order was chosen.
         token_grids: see ComponentReport.
         implementations: by op.
         stopwatch: time in attention.
@@ -71,7 +71,7 @@ class ComponentLog:
     step_sources: Counter[str] = field(default_factory=Counter)
     steps: set[int] = field(default_factory=set)
     schedule_steps: int | None = None
-    token_orders: Counter[str] = field(default_factory=Counter)
+    token_orders: dict[int, list[Counter[str]]] = field(default_factory=dict)
     token_grids: Counter[str] = field(default_factory=Counter)
     implementations: dict[str, set[str]] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
@@ -84,7 +84,10 @@ class ComponentLog:
         self.reused += record.reused
         if record.not_reused is not None:
             self.not_reused[record.not_reused] += 1
-        self.token_orders.update(record.token_orders or {})
+        if record.token_orders is not None:
+            heads = self.token_orders.setdefault(-1 if layer is None else layer, [Counter() for _ in record.token_orders])
+            for head, name in zip(heads, record.token_orders, strict=True):
+                head[name] += 1
 
     def note_step(self, index: int | None, num_steps: int | None, source: str) -> None:
         """A forward began in this step."""
@@ -120,11 +123,15 @@ class ComponentLog:
             step_sources=dict(self.step_sources.most_common()),
             steps_run=len(self.steps),
             schedule_steps=self.schedule_steps,
-            token_orders=dict(self.token_orders.most_common()),
+            token_orders=dict(sum((head for heads in self.token_orders.values() for head in heads), Counter()).most_common()),
             token_grids=dict(self.token_grids.most_common()),
             implementations={op: ", ".join(sorted(names)) for op, names in self.implementations.items()},
             attention_ms=self.stopwatch.total_ms(),
         )
+
+    def head_orders(self) -> dict[int, list[str]]:
+        """The order that each key head of each layer chose most often, of the layers whose heads choose."""
+        return {layer: [head.most_common(1)[0][0] for head in heads] for layer, heads in sorted(self.token_orders.items()) if layer >= 0}
 
     def overall_densities(self) -> list[tuple[int, int, float]]:
         """(step, layer, overall density), of the calls whose step and layer are known."""

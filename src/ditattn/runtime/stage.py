@@ -28,7 +28,7 @@ from ditattn.plan.reuse import ForwardId
 from ditattn.runtime.autocast import autocast_as_sdpa
 from ditattn.runtime.branches import ForwardCounter
 from ditattn.runtime.foreign_modes import native_sdpa, why_native
-from ditattn.runtime.key_padding import MaskReader, broadcastable
+from ditattn.runtime.key_padding import MASK_WITH_GAPS, MaskReader, VideoFirst, broadcastable
 from ditattn.runtime.metadata import build_attn_metadata, for_forward
 from ditattn.runtime.report import AttentionReport, ComponentLog
 from ditattn.runtime.run_share import KEYS, RunShare, holds_for_the_run
@@ -53,7 +53,9 @@ class ServedModel:
         backend: backend class.
         config: validated configuration of the backend.
         layers: paths of its self-attention modules, in order; a layer's number is its place here.
-        served_layers: numbers of the layers whose calls come here, in order; every layer's unless the host leaves some alone.
+        served_layers: numbers of the layers whose calls come here, in the order in which a forward runs them; every layer's unless the
+            host leaves some alone.
+        image_layers: numbers of the layers that see the image or video without the text.
         layers_by_count: a call whose layer is unknown (compiled graphs run no module hooks) is the next served call of the forward.
     """
 
@@ -71,6 +73,7 @@ class ServedModel:
         self.builder.prepare()
         self.log = ComponentLog(self.name, self.backend.name, self.config.model_dump())
         self.served_layers = list(range(len(self.layers)))
+        self.image_layers = frozenset(number for number, path in enumerate(self.layers) if self.family.is_image_only(path))
 
     def layer_of_call(self, call: int) -> int:
         """Number of the layer that makes the n-th served call of a forward; calls beyond the last layer go on counting."""
@@ -88,10 +91,16 @@ class Forward:
     id: ForwardId
     layout: TokenLayout | None
     metadata: AttentionMetadata
+    image_metadata: AttentionMetadata | None = None
+    key_mask: Tensor | None = None
     layer: int | None = None
     num_calls: int = 0
     records: list[CallRecord] = field(default_factory=list)
     masks: MaskReader = field(default_factory=MaskReader)
+
+    def metadata_of(self, layer: int | None) -> AttentionMetadata:
+        """The metadata of a layer's calls: layers that see the image alone have no text tokens."""
+        return self.image_metadata if self.image_metadata is not None and layer in self.model.image_layers else self.metadata
 
 
 class Probe(Protocol):
@@ -137,7 +146,7 @@ class DenoisingStage:
         self.models: list[ServedModel] = []
         self.not_served: dict[str, str] = {}
         self.probe: Probe | None = None
-        self._metadata: dict[str, tuple[tuple[Any, ...], AttentionMetadata]] = {}
+        self._metadata: dict[tuple[str, bool], tuple[tuple[Any, ...], AttentionMetadata]] = {}
         self._forwards = ForwardCounter()
         self._share = RunShare()
 
@@ -162,8 +171,10 @@ class DenoisingStage:
         layout = _layout(model, arguments)
         if layout is not None:
             model.log.note_grids([layout.grid, *(grid.size for grid in layout.further_grids)])
-        metadata = for_forward(self._build_attn_metadata(model, step, layout), forward_id)
-        forward = Forward(self, model, step, forward_id, layout, metadata)
+        forward = Forward(self, model, step, forward_id, layout, self._metadata_of(model, step, layout, forward_id))
+        if model.image_layers and layout is not None:
+            forward.image_metadata = self._metadata_of(model, step, layout.without_text(), forward_id, image_only=True)
+        forward.key_mask = model.family.key_mask(model.model_config, arguments)
         _local.stack = [*others, forward]
         return forward
 
@@ -205,13 +216,15 @@ class DenoisingStage:
         """What ran so far."""
         return AttentionReport({model.name: model.log.report() for model in self.models}, dict(self.not_served))
 
-    def _build_attn_metadata(self, model: ServedModel, step: Step, layout: TokenLayout | None) -> AttentionMetadata:
+    def _metadata_of(
+        self, model: ServedModel, step: Step, layout: TokenLayout | None, forward_id: ForwardId, image_only: bool = False
+    ) -> AttentionMetadata:
         """The metadata of a step, built once and shared by all layers and branches with the same tokens."""
-        key = (step, layout)
-        cached = self._metadata.get(model.name)
+        key, place = (step, layout), (model.name, image_only)
+        cached = self._metadata.get(place)
         if cached is None or cached[0] != key:
-            cached = self._metadata[model.name] = (key, build_attn_metadata(model.builder, model.config, step, layout))
-        return cached[1]
+            cached = self._metadata[place] = (key, build_attn_metadata(model.builder, model.config, step, layout))
+        return for_forward(cached[1], forward_id)
 
     def attend(
         self,
@@ -251,12 +264,18 @@ class DenoisingStage:
 
     def _serve(self, forward: Forward, layer: int | None, call: DenseCall) -> Tensor:
         query, key, value = call.query, call.key, call.value
-        metadata = forward.metadata
+        metadata = forward.metadata_of(layer)
         reason = NOT_SELF_ATTENTION if layer is None else None
+        moved: VideoFirst | None = None
         if call.attn_mask is not None and reason is None:
-            padding, reason = forward.masks.read(call.attn_mask, key)
+            mask = _key_mask(forward, call.attn_mask)
+            padding, reason = forward.masks.read(mask, key)
             metadata = metadata if padding is None else replace(metadata, **padding._asdict())
+            if reason == MASK_WITH_GAPS and isinstance(metadata, SparseAttentionMetadata) and not call.causal:
+                moved = forward.masks.video_first(mask, key, metadata)
         strict = self.strict and _is_self_attention(layer, query, key)
+        if moved is not None:
+            return self._serve_moved(forward, layer, call, moved, strict)
         if reason is not None:
             if strict:
                 self._refuse(reason, forward)
@@ -276,6 +295,22 @@ class DenoisingStage:
         if self.probe is not None:
             self.probe.look(forward, layer, impl, query, key, value, metadata, out)
         return out
+
+    def _serve_moved(self, forward: Forward, layer: int | None, call: DenseCall, moved: VideoFirst, strict: bool) -> Tensor:
+        """A call whose masked tokens stand before the video: sparse with the video first, or torch's own."""
+        query, key, value = (moved.arrange(x) for x in (call.query, call.key, call.value))
+        impl = self._impl(forward.model, layer, replace(call, query=query, key=key, value=value, attn_mask=None), moved.metadata)
+        assert isinstance(impl, SparseAttentionImpl)
+        reason = impl.why_dense(query, key, moved.metadata)
+        if reason is not None:
+            if strict:
+                self._refuse(reason, forward)
+            forward.records.append(CallRecord(reason))
+            return _native(call)
+        out = impl.forward(query, key, value, moved.metadata)
+        if self.probe is not None:
+            self.probe.look(forward, layer, impl, query, key, value, moved.metadata, out)
+        return moved.restore(out)
 
     def _refuse(self, reason: str | None, forward: Forward) -> None:
         """Raise for a dense call that nobody asked for, or that shows that the whole run will be dense."""
@@ -335,6 +370,12 @@ def _layout(model: ServedModel, arguments: Mapping[str, Any]) -> TokenLayout | N
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         logger.debug("%s: token layout unknown: %s", model.name, error)
         return None
+
+
+def _key_mask(forward: Forward, mask: Tensor) -> Tensor:
+    """The mask of a call by keys: models that make a square one of it know it by their forward's arguments."""
+    is_square = mask.ndim == 4 and mask.shape[2] > 1
+    return forward.key_mask if is_square and forward.key_mask is not None else mask
 
 
 def _asked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None) -> DenseCall:

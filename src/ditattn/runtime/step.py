@@ -81,6 +81,7 @@ class StepClock:
         self._last_timestep: float | None = None
         self._last_index: int | None = None
         self._count = -1
+        self._is_share = True
         self._calls_before_first_step: dict[str | None, int] = {}
 
     def read(self, cache_context: Any, branch: str | None, timestep: Any, driver: Any = None) -> Step:
@@ -141,6 +142,7 @@ class StepClock:
     def _watch(self, value: float) -> bool:
         """Count changes of the timestep: lower is the next step, higher a new run. True if it changed."""
         before, self._last_timestep = self._last_timestep, value
+        self._is_share = self._is_share and value <= 1
         if before is None or value > before + SAME_TIMESTEP:
             self._count = 0
             return before is not None
@@ -150,12 +152,16 @@ class StepClock:
         return False
 
     def _place(self, scheduler: Any, value: float, tolerance: float) -> int | None:
-        """Index of a timestep in the schedule; None if it is not there. Some models take it as a share of the training steps."""
+        """Index of a timestep in the schedule; None if it is not there.
+
+        Some models take it as a share of the training steps. So 1 may be the first step, and is unless this run had a larger one.
+        """
         if self._schedule is None or self._schedule[0] is not scheduler.timesteps:
             # one transfer per schedule
             self._schedule = (scheduler.timesteps, [float(t) for t in torch.as_tensor(scheduler.timesteps).tolist()])
         training_steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
-        for wanted in (value, value * training_steps) if training_steps else (value,):
+        readings = (value, value * training_steps) if training_steps else (value,)
+        for wanted in reversed(readings) if self._is_share else readings:
             distances = [abs(t - wanted) for t in self._schedule[1]]
             nearest = min(range(len(distances)), key=distances.__getitem__, default=None)
             if nearest is not None and distances[nearest] <= SAME_TIMESTEP + tolerance * abs(wanted):

@@ -9,6 +9,7 @@ from typing import Any
 __all__ = ["TUNED_KEYS", "Candidate", "Outcome", "Target"]
 
 TUNED_KEYS = ("sparsity", "skip_first_steps", "skip_last_steps", "skip_layers")
+"""What the search sets. A preset would say nothing beside them."""
 
 
 @dataclass(frozen=True, order=True)

@@ -144,7 +144,13 @@ def test_nan_is_kept() -> None:
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = parts_of(*(draw(1, 700, 4, 32, seed=seed) for seed in range(3)), raster(700))
-    before = estimate(*parts, 0.3)
-    monkeypatch.setattr(tail_error, "CHUNK_WEIGHTS", 1)
-    torch.testing.assert_close(estimate(*parts, 0.3), before)
+    drawn = [draw(1, 700, 4, 32, seed=seed) for seed in range(3)]
+    index = torch.stack([torch.randperm(700, generator=torch.Generator().manual_seed(head)) for head in range(4)])
+    for order in (raster(700), TokenOrder(index, index.argsort(-1), (0, 0), (0, 700), 700)):
+        parts = parts_of(*drawn, order)
+        before = estimate(*parts, 0.3)
+        with monkeypatch.context() as patch:
+            patch.setattr(tail_error, "CHUNK", 1)
+            again = parts_of(*drawn, order)
+            assert torch.equal(again[1].variances, parts[1].variances)
+            torch.testing.assert_close(estimate(*again, 0.3), before)

@@ -54,6 +54,32 @@ def test_repeated_blocks_share_one_graph_in_all_steps() -> None:
     torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-5)
 
 
+# how many kinds of blocks with self-attention a family has
+KINDS_OF_BLOCKS = {
+    tiny_pipelines.wan_vace: 2,
+    tiny_pipelines.wan_animate: 1,
+    tiny_pipelines.skyreels_v2: 1,
+    tiny_pipelines.skyreels_v2_diffusion_forcing: 1,
+    tiny_pipelines.chronoedit: 1,
+    tiny_pipelines.anyflow: 1,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", KINDS_OF_BLOCKS, ids=lambda build: build.__name__)
+def test_each_kind_of_block_is_one_graph(build: Any) -> None:
+    if build is tiny_pipelines.anyflow:
+        pytest.importorskip("diffusers", minversion="0.42")
+    eager, expected = run(build())
+    tiny = build()
+    tiny.pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    compiled, report = run(tiny)
+    assert counters["stats"]["unique_graphs"] == KINDS_OF_BLOCKS[build]
+    assert not counters["graph_break"]
+    assert labels(report) == labels(expected)
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_the_fakes_describe_the_real_operation() -> None:
     # aot_eager traces through the fakes and runs the operations with the strides that they promised

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import ditattn
 import tiny_pipelines
 from ditattn.hosts.diffusers.install import denoisers
-from ditattn.models import TokenLayout
+from ditattn.models import MODELS, TokenLayout, known_class
 from ditattn.runtime.stage import DenoisingStage, Forward, running
-from tiny_pipelines import TinyPipeline
+from tiny_pipelines import TinyPipeline, latent_images, packed_images
 from tiny_pipelines.footprint import dispatcher_footprint, footprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,16 +40,19 @@ class Case:
         source: where the step comes from.
         forwards: forwards per step: 2 where the two CFG branches run one after the other.
         steps: steps of every denoiser.
+        since: the first diffusers that has the pipeline, of those that the package is meant to work with.
     """
 
     build: Callable[[], TinyPipeline]
     source: str
     forwards: int
     steps: dict[str, list[int]] = field(default_factory=lambda: {"transformer": [0, 1, 2]})
+    since: str = "0.38"
 
 
+DIFFUSERS = version.parse(diffusers.__version__)
 # from 0.41 on Wan's pipeline says the step; before, its scheduler does
-WAN_SOURCE = "cache_context" if version.parse(diffusers.__version__) >= version.parse("0.41") else "scheduler"
+WAN_SOURCE = "cache_context" if version.parse("0.41") <= DIFFUSERS else "scheduler"
 
 CASES = {
     "wan": Case(tiny_pipelines.wan, WAN_SOURCE, 2),
@@ -63,16 +66,52 @@ CASES = {
     "ltx video": Case(tiny_pipelines.ltx_video, "scheduler", 1),
     "cogvideox, DPM": Case(lambda: tiny_pipelines.cogvideox("CogVideoXDPMScheduler"), "schedule", 1),
     "cogvideox, DDIM": Case(lambda: tiny_pipelines.cogvideox("CogVideoXDDIMScheduler"), "schedule", 1),
+    "lucy edit": Case(tiny_pipelines.lucy_edit, "scheduler", 2),
+    "wan vace": Case(tiny_pipelines.wan_vace, "scheduler", 2),
+    "wan animate": Case(tiny_pipelines.wan_animate, "scheduler", 2),
+    "skyreels v2": Case(tiny_pipelines.skyreels_v2, "scheduler", 2),
+    "skyreels v2, diffusion forcing": Case(tiny_pipelines.skyreels_v2_diffusion_forcing, "scheduler", 2),
+    "chronoedit": Case(tiny_pipelines.chronoedit, "scheduler", 2),
+    "anyflow": Case(tiny_pipelines.anyflow, "scheduler", 1, since="0.42"),
 }
 
-every_family = pytest.mark.parametrize("name", CASES)
+IMAGES = {
+    "flux 2": Case(packed_images.flux2, "scheduler", 1),
+    "flux 3": Case(packed_images.flux3, "scheduler", 1),
+    "chroma": Case(packed_images.chroma, "scheduler", 2),
+    "bria": Case(packed_images.bria, "scheduler", 1),
+    "bria fibo": Case(packed_images.bria_fibo, "scheduler", 1),
+    "longcat image": Case(packed_images.longcat_image, "scheduler", 1),
+    "ovis image": Case(packed_images.ovis_image, "scheduler", 2),
+    "stable diffusion 3": Case(latent_images.stable_diffusion_3, "scheduler", 1),
+    "hunyuan image": Case(latent_images.hunyuan_image, "scheduler", 1),
+    "aura flow": Case(latent_images.aura_flow, "scheduler", 1),
+    "cogview 4": Case(latent_images.cogview4, "scheduler", 2),
+}
+CASES |= IMAGES
+# one whose text is masked before the image, one with layers of the image alone
+QUICK = {"chroma", "stable diffusion 3"}
+
+every_family = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in IMAGES.keys() - QUICK else []) for name in CASES]
+)
 
 
 @cache
 def built(name: str) -> tuple[TinyPipeline, Tensor]:
     """A pipeline, shared by the tests of a family since each must leave it as it was, and its native latents."""
-    tiny = CASES[name].build()
+    case = CASES[name]
+    if version.parse(case.since) > DIFFUSERS:
+        pytest.skip(f"diffusers {DIFFUSERS} does not have it: since {case.since}")
+    tiny = case.build()
     return tiny, tiny.run(NUM_STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(version.parse("0.42") > DIFFUSERS, reason="an older diffusers has fewer families")
+def test_every_family_is_run_here() -> None:
+    run = {known_class(denoiser) for case in CASES.values() for denoiser in denoisers(case.build().pipe).values()}
+    assert run == {name for family in MODELS for name in family.transformer_classes}
 
 
 @every_family
@@ -167,7 +206,8 @@ def test_bystanders_keep_their_own_attention(name: str) -> None:
 def test_text_stands_where_the_layout_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, _ = built(name)
     keys = _recorded_keys(monkeypatch)
-    changed = {"prompt": "a dog"} if "prompt" in tiny.arguments else {"prompt_embeds": tiny.arguments["prompt_embeds"] + 1}
+    embeddings = {key: value + 1 for key, value in tiny.arguments.items() if key in EMBEDDINGS}
+    changed: dict[str, Any] = {"prompt": "a dog"} if "prompt" in tiny.arguments else embeddings
     with ditattn.install(tiny.pipe, "torch_sdpa"):
         for arguments in ({}, changed):
             tiny.run(1, **arguments)
@@ -177,7 +217,8 @@ def test_text_stands_where_the_layout_says(name: str, monkeypatch: pytest.Monkey
     for (before, _), (after, _) in zip(keys[:half], keys[half:], strict=True):
         moved |= (before != after).any(-1).any(-1).any(0)
     position = torch.arange(len(moved))
-    expected = (position < layout.num_prefix_tokens) | (position >= len(moved) - _num_text_behind(name, layout))
+    first, last = REGISTERS.get(name, 0), len(moved) - _num_text_behind(name, layout)
+    expected = ((position >= first) & (position < layout.num_prefix_tokens)) | (position >= last)
     assert torch.equal(moved, expected)
 
 
@@ -202,15 +243,24 @@ def test_a_latent_pixel_is_the_token_that_the_layout_says(name: str, monkeypatch
     assert moved == [layout.num_prefix_tokens + (2 * rows + 3) * columns + 5]
 
 
+EMBEDDINGS = ("prompt_embeds", "prompt_embeds_2", "prompt_embeds_t5", "prompt_embeds_llama3")
+# learned tokens before the text
+REGISTERS = {"aura flow": 8}
+# what stands behind the image is images too
+REFERENCES_BEHIND = ("flux kontext", "flux 3", "longcat image")
+
+
 def _recorded_keys(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, TokenLayout]]:
-    """Keys of the first self-attention call of every forward from now on, and the forward's layout."""
+    """Keys of every forward's first self-attention call over all tokens from now on, and the forward's layout."""
     recorded = []
+    seen: list[Forward] = []
     served = DenoisingStage.attend
 
     def record(stage: DenoisingStage, forward: Forward, query: Tensor, key: Tensor, *rest: Any) -> Tensor:
-        if forward.num_calls == 0:
+        if forward.layer not in forward.model.image_layers and all(forward is not one for one in seen):
             assert forward.layout is not None
             recorded.append((key.clone(), forward.layout))
+            seen.append(forward)
         return served(stage, forward, query, key, *rest)
 
     monkeypatch.setattr(DenoisingStage, "attend", record)
@@ -218,8 +268,8 @@ def _recorded_keys(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, TokenL
 
 
 def _num_text_behind(name: str, layout: TokenLayout) -> int:
-    # the masked end of HunyuanVideo's text is text too; Kontext's suffix is an image
-    return 0 if name == "flux kontext" else layout.num_suffix_tokens
+    # the masked end of HunyuanVideo's text is text too
+    return 0 if name in REFERENCES_BEHIND else layout.num_suffix_tokens
 
 
 @contextlib.contextmanager

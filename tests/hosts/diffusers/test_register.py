@@ -118,9 +118,7 @@ def test_a_run_after_one_that_raised_begins_at_step_zero(wan: TinyPipeline, erro
 
 
 def test_strict_applies(wan: TinyPipeline) -> None:
-    # the Qwen batch whose prompts are of unequal length
-    tiny = tiny_pipelines.qwen_image(batch=2)
-    tiny.arguments["prompt_embeds_mask"][1, 4:] = 0
+    tiny = tiny_pipelines.flux_with_hidden_image_tokens()
     with ditattn.register(strict=True, **SPARSE):
         tiny.pipe.transformer.set_attention_backend("rain_fusion_attn")
         with pytest.raises(DenseInStrictMode, match="mask with gaps"):

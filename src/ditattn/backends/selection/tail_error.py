@@ -24,8 +24,8 @@ SUB_TOKENS = 16
 PER_BLOCK = BLOCK_SIZE // SUB_TOKENS
 # queries of a block are looked at in this many groups
 QUERY_GROUPS = 2
-# 64 MiB of fp32 weights at a time
-CHUNK_WEIGHTS = 16 * 2**20
+# 16 MiB of fp32 at a time: more goes through a CPU's main memory at every step (2.4x slower at 64 MiB)
+CHUNK = 4 * 2**20
 
 
 class SubBlocks(NamedTuple):
@@ -59,8 +59,19 @@ def sub_blocks(x: Tensor, order: TokenOrder, key_lengths: Tensor | None = None, 
     found = _sub_means(x, order, key_lengths)
     if not variances:
         return found
-    squares = _sub_means(x.float().square(), order, key_lengths).means
-    return found._replace(variances=(squares - found.means.square()).clamp(min=0))
+    return found._replace(variances=(_mean_squares(x, order, key_lengths) - found.means.square()).clamp(min=0))
+
+
+def _mean_squares(x: Tensor, order: TokenOrder, key_lengths: Tensor | None) -> Tensor:
+    """Sub-block means of every element's square, a few heads at a time: fresh memory for all of them costs more than the means do."""
+    step = max(1, CHUNK // (x.shape[0] * x.shape[1] * x.shape[3]))
+    room = torch.empty_like(x[:, :, :step], dtype=torch.float32, memory_format=torch.contiguous_format)
+    found = []
+    for start in range(0, x.shape[2], step):
+        part = x[:, :, start : start + step]
+        squares = room[:, :, : part.shape[2]].copy_(part).square_()
+        found.append(_sub_means(squares, order.of_heads(slice(start, start + step)), key_lengths).means)
+    return torch.cat(found, 1)
 
 
 def _sub_means(x: Tensor, order: TokenOrder, key_lengths: Tensor | None) -> SubBlocks:
@@ -106,7 +117,7 @@ def estimate(query: SubBlocks, key: SubBlocks, value: SubBlocks, scale: float) -
         for b in range(batch):
             row = min(b, key.counts.shape[0] - 1)
             logs = key.counts[row].log(), key_counts[row].log()
-            step = max(1, CHUNK_WEIGHTS // (queries.shape[2] * key.means.shape[2]))
+            step = max(1, CHUNK // (queries.shape[2] * key.means.shape[2]))
             for start in range(0, heads, step):
                 chosen = torch.arange(start, min(start + step, heads), device=queries.device)
                 theirs = chosen // group
@@ -134,24 +145,29 @@ def _grouped(query: SubBlocks) -> Tensor:
 def _costs(
     q: Tensor, k: Tensor, k_var: Tensor, v: Tensor, k_mean: Tensor, v_mean: Tensor, log_sub: Tensor, log_block: Tensor, scale: float
 ) -> Tensor:
-    """Heads side by side: q `[H, A, D]`, k, k_var and v `[H, N * 8, D]`, block means `[H, N, D]` -> `[H, M, N]`."""
-    fine = scale * (q @ k.mT) + scale * scale / 2 * (q.square() @ k_var.mT) + log_sub
-    coarse = scale * (q @ k_mean.mT) + log_block
-    top = torch.maximum(fine.amax(-1, keepdim=True), coarse.amax(-1, keepdim=True))
-    fine, coarse = (fine - top).exp(), (coarse - top).exp()
-    total = fine.sum(-1, keepdim=True)
-    fine, coarse = fine / total, coarse / total
-    out = fine @ v
+    """Heads side by side: q `[H, A, D]`, k, k_var and v `[H, N * 8, D]`, block means `[H, N, D]` -> `[H, M, N]`.
+
+    Keys are the rows here and queries the columns, so that the eight weights of a block stand in consecutive rows: sums over them run over
+    whole vectors, and products within a block need no copy.
+    """
+    heads, queries, _ = q.shape
+    # one product for both terms of the exponent
+    scaled = torch.cat([scale * q, scale * scale / 2 * q.square()], -1)
+    fine = torch.baddbmm(log_sub[None, :, None].expand(heads, -1, queries), torch.cat([k, k_var], -1), scaled.mT)
+    coarse = torch.baddbmm(log_block[None, :, None].expand(heads, -1, queries), k_mean, scale * q.mT)
+    top = torch.maximum(fine.amax(1, keepdim=True), coarse.amax(1, keepdim=True))
+    fine, coarse = fine.sub_(top).exp_(), coarse.sub_(top).exp_()
+    total = fine.sum(1, keepdim=True)
+    out = (v.mT @ fine) / total
     # the values of a block around its mean: the error is sum_b w_b (v_b - v) + (sum_b w_b - w) (v - o)
     around = v.unflatten(1, (-1, PER_BLOCK)) - v_mean.unsqueeze(2)
-    gram = around @ around.mT
-    weights = fine.unflatten(2, (-1, PER_BLOCK))
-    excess = weights.sum(-1) - coarse
-    spread = torch.einsum("hanb,hnbc,hanc->han", weights, gram, weights)
-    to_mean = (around * v_mean.unsqueeze(2)).sum(-1).unsqueeze(1) - (out @ around.flatten(1, 2).mT).unflatten(2, (-1, PER_BLOCK))
-    distance = (v_mean.square().sum(-1).unsqueeze(1) - 2 * (out @ v_mean.mT) + out.square().sum(-1, keepdim=True)).clamp(min=0)
-    cost = spread + 2 * excess * (weights * to_mean).sum(-1) + excess.square() * distance
-    return cost.clamp(min=0).unflatten(1, (-1, QUERY_GROUPS)).mean(2)
+    weights = fine.unflatten(1, (-1, PER_BLOCK))
+    excess = weights.sum(2) - coarse
+    to_out = (around * v_mean.unsqueeze(2)).sum(-1, keepdim=True) - (around.flatten(1, 2) @ out).unflatten(1, (-1, PER_BLOCK))
+    spread = (weights * ((around @ around.mT) @ weights + 2 * excess.unsqueeze(2) * to_out)).sum(2)
+    distance = (v_mean.square().sum(-1, keepdim=True) - 2 * (v_mean @ out) + out.square().sum(1, keepdim=True)).clamp(min=0)
+    cost = ((spread + excess.square() * distance) / total.square()).clamp(min=0)
+    return cost.unflatten(2, (-1, QUERY_GROUPS)).mean(3).mT
 
 
 def pick(costs: Tensor, sparsity: float, columns: Tensor, rows: Tensor, valid: Tensor, least: int) -> Tensor:

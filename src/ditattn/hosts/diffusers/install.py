@@ -21,7 +21,7 @@ from ditattn.hosts.diffusers.copies import copies_are_plain
 from ditattn.hosts.diffusers.dispatcher import add_private_backend
 from ditattn.hosts.diffusers.execution import execution_device
 from ditattn.hosts.diffusers.hooks import add_layer_hooks, add_root_hook, is_listening, redirect_sdpa
-from ditattn.models import MODELS, ModelFamily, family_of, known_class, unwrapped
+from ditattn.models import MODELS, ModelFamily, family_of, known_class, unwrapped, why_not_served
 from ditattn.runtime.metadata import check_layers
 from ditattn.runtime.report import AttentionReport
 from ditattn.runtime.stage import DenoisingStage, Probe, ServedModel
@@ -49,6 +49,10 @@ class Installation:
     def overall_densities(self) -> dict[str, list[tuple[int, int, float]]]:
         """(step, layer, overall density) of every component: a dense call counts as 1."""
         return {model.name: model.log.overall_densities() for model in self._stage.models}
+
+    def head_orders(self) -> dict[str, dict[int, list[str]]]:
+        """By component and layer, the order of tokens that each key head chose most often, where heads choose (`permuted_sparse_attn`)."""
+        return {model.name: orders for model in self._stage.models if (orders := model.log.head_orders())}
 
     def watch(self, probe: Probe) -> None:
         """Let `probe` see every served call."""
@@ -171,7 +175,8 @@ def _install_one(
     family = family_of(module)
     if family is None:
         known = ", ".join(cls for family in MODELS for cls in family.transformer_classes)
-        what = f"{type(module).__name__} is not a known model family"
+        reason = why_not_served(module)
+        what = f"{type(module).__name__} is not " + ("a known model family" if reason is None else f"served: {reason}")
         _leave_alone(stage, name, f"{what}, so its attention stays as it was (known: {known})")
         return
     if is_listening(module):
@@ -186,7 +191,7 @@ def _install_one(
     if refused and len(refused) == len(modules):
         return
     layers = {number: part for number, (path, part) in enumerate(modules.items()) if path not in refused}
-    served.served_layers = list(layers)
+    served.served_layers = family.in_running_order({number: served.layers[number] for number in layers})
     stage.models.append(served)
     handle.on_remove(add_root_hook(module, stage, served))
     handle.on_remove(add_layer_hooks(layers))

@@ -15,7 +15,7 @@ import transformers
 from ditattn.errors import ModelNotLoaded
 from ditattn.models import needs_full_precision
 
-__all__ = ["load_pipeline", "no_loading_bars", "pipeline_class", "read_index"]
+__all__ = ["config_of", "load_pipeline", "no_loading_bars", "pipeline_class", "read_index"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -38,6 +38,18 @@ def read_index(model_path: str, revision: str | None = None) -> dict[str, Any]:
     source = str(path) if path.exists() else model_path
     with _in_one_sentence(model_path):
         return dict(diffusers.DiffusionPipeline.load_config(source, revision=revision))
+
+
+def config_of(model_path: str, component: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """The `config.json` of a model's component, or of a folder that holds one model. Reads one small file.
+
+    Raises:
+        ModelNotLoaded: there is none.
+    """
+    path = Path(model_path).expanduser()
+    with _in_one_sentence(model_path):
+        found = diffusers.AutoModel.load_config(str(path) if path.exists() else model_path, subfolder=component, revision=revision)
+    return dict(found)
 
 
 def pipeline_class(index: dict[str, Any]) -> type | None:

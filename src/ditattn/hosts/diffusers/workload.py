@@ -46,7 +46,7 @@ class PipelineWorkload(Workload):
         arguments = {**self.arguments(clip.prompt), **changes}
         with install_setting(self.pipe, setting, strict=self.strict) as handle:
             frames, times = call_pipeline(self.pipe, arguments, seed=clip.seed)
-            return Rendered(frames, times.stages, times.steps, handle.report(), handle.overall_densities())
+            return Rendered(frames, times.stages, times.steps, handle.report(), handle.overall_densities(), handle.head_orders())
 
     def probe(self, settings: Sequence[Setting], clip: Clip) -> list[list[CellReading]]:
         probe = SparseProbe([_sparse_models(self.pipe, setting) for setting in settings])

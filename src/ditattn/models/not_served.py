@@ -1,0 +1,72 @@
+"""Transformers of diffusers that are not served, and why: one sentence each, so that none is missing in silence.
+
+`tests/hosts/diffusers/test_every_transformer.py` walks the transformers of the installed diffusers: each is of a family or stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = ["NOT_SERVED"]
+
+NOT_DESCRIBED = "where its tokens stand has not been described yet"
+AUDIO = "its tokens are audio, which has no rows and columns to choose blocks of"
+LINEAR = "its self-attention is linear, without a softmax whose blocks could be dropped"
+SHORT_SEQUENCES = "its attention runs within a frame, or along time for each place, so sequences are too short to gain from dropping blocks"
+
+NOT_SERVED: Mapping[str, str] = {
+    "AceStepTransformer1DModel": AUDIO,
+    "AllegroTransformer3DModel": NOT_DESCRIBED,
+    "AnyFlowFARTransformer3DModel": "it makes chunk after chunk, causally, with a FlexAttention mask that is no tensor and cached keys",
+    "BriaFibo2Transformer2DModel": NOT_DESCRIBED,
+    "CogView3PlusTransformer2DModel": NOT_DESCRIBED,
+    "ConsisIDTransformer3DModel": NOT_DESCRIBED,
+    "Cosmos3OmniTransformer": NOT_DESCRIBED,
+    "CosmosTransformer3DModel": NOT_DESCRIBED,
+    "DiTTransformer2DModel": "its images have 1024 tokens at most, too few to gain from dropping blocks",
+    "DreamLiteTransformer2DModel": "it is a block of a U-Net, whose sequences differ in length from block to block",
+    "EasyAnimateTransformer3DModel": NOT_DESCRIBED,
+    "ErnieImageTransformer2DModel": NOT_DESCRIBED,
+    "GlmImageTransformer2DModel": NOT_DESCRIBED,
+    "HeliosTransformer3DModel": NOT_DESCRIBED,
+    "HiDreamImageTransformer2DModel": NOT_DESCRIBED,
+    "HunyuanDiT2DModel": NOT_DESCRIBED,
+    "HunyuanVideo15Transformer3DModel": NOT_DESCRIBED,
+    "HunyuanVideoFramepackTransformer3DModel": NOT_DESCRIBED,
+    "Ideogram4Transformer2DModel": NOT_DESCRIBED,
+    "JoyImageEditPlusTransformer3DModel": NOT_DESCRIBED,
+    "JoyImageEditTransformer3DModel": NOT_DESCRIBED,
+    "Kandinsky5Transformer3DModel": NOT_DESCRIBED,
+    "Kandinsky6SRTransformer3DModel": NOT_DESCRIBED,
+    "Kandinsky6Transformer3DModel": NOT_DESCRIBED,
+    "Krea2Transformer2DModel": NOT_DESCRIBED,
+    "LTX2VideoTransformer3DModel": NOT_DESCRIBED,
+    "LatteTransformer3DModel": SHORT_SEQUENCES,
+    "LongCatAudioDiTTransformer": AUDIO,
+    "Lumina2Transformer2DModel": NOT_DESCRIBED,
+    "LuminaNextDiT2DModel": NOT_DESCRIBED,
+    "MiniMaxH3Transformer3DModel": NOT_DESCRIBED,
+    "MiniMaxMusic3RVQDepthDecoder": "it decodes a few audio codes one after the other, causally",
+    "MiniMaxMusic3Transformer1DModel": AUDIO,
+    "MochiTransformer3DModel": NOT_DESCRIBED,
+    "MotifVideoTransformer3DModel": NOT_DESCRIBED,
+    "NucleusMoEImageTransformer2DModel": NOT_DESCRIBED,
+    "OmniGenTransformer2DModel": NOT_DESCRIBED,
+    "PRXTransformer2DModel": NOT_DESCRIBED,
+    "PixArtTransformer2DModel": NOT_DESCRIBED,
+    "PriorTransformer": "its sequence is a prompt and one embedding of an image",
+    "QwenImage21Transformer2DModel": NOT_DESCRIBED,
+    "RFD4ProteinaTransformer": "its tokens are residues of a protein, and every pair of them adds a bias to the softmax",
+    "SanaTransformer2DModel": LINEAR,
+    "SanaVideoTransformer3DModel": LINEAR,
+    "SanaWMLTX2RefinerTransformer3DModel": "it refines a few frames at a time, whose queries look at cached keys of a sliding window",
+    "SanaWMTransformer3DModel": "three layers of four are linear recurrences; the fourth calls torch's SDPA outside an attention processor",
+    "StableAudio3DiTModel": AUDIO,
+    "StableAudioDiTModel": AUDIO,
+    "T5FilmDecoder": "its tokens are the spectrogram of notes, without rows and columns to choose blocks of",
+    "Transformer2DModel": "it is a block of a U-Net, whose sequences differ in length from block to block",
+    "TransformerTemporalModel": SHORT_SEQUENCES,
+    "WanAnimate2Transformer3DModel": "its queries look at cached keys of the reference too, by a FlexAttention mask that is no tensor",
+    "ZImageTransformer2DModel": NOT_DESCRIBED,
+}
+"""By class name; a class leaves when its family comes."""
