@@ -25,6 +25,7 @@ from ditattn.ops.calls import DenseCall
 from ditattn.ops.contract import check_qkv, checked_scale
 from ditattn.ops.table import choose
 from ditattn.plan.reuse import ForwardId
+from ditattn.runtime.arrangement import Arrangement
 from ditattn.runtime.autocast import autocast_as_sdpa
 from ditattn.runtime.branches import ForwardCounter
 from ditattn.runtime.foreign_modes import native_sdpa, why_native
@@ -243,7 +244,7 @@ class DenoisingStage:
             out = self._serve(forward, layer, call)
         for record in forward.records:
             model.log.add(forward.step.index, layer, record)
-            if model.backend.is_sparse and _is_self_attention(layer, query, key):
+            if model.backend.is_sparse and _is_self_attention(forward, layer, query, key):
                 self._share.add(record)
         forward.records.clear()
         return out
@@ -255,11 +256,11 @@ class DenoisingStage:
             DenseInStrictMode: the installation is strict.
         """
         layer = _next_layer(forward, query, key)
-        if self.strict and _is_self_attention(layer, query, key):
+        if self.strict and _is_self_attention(forward, layer, query, key):
             self._refuse(reason, forward)
         record = CallRecord(reason)
         forward.model.log.add(forward.step.index, layer, record)
-        if forward.model.backend.is_sparse and _is_self_attention(layer, query, key):
+        if forward.model.backend.is_sparse and _is_self_attention(forward, layer, query, key):
             self._share.add(record)
 
     def _serve(self, forward: Forward, layer: int | None, call: DenseCall) -> Tensor:
@@ -273,9 +274,11 @@ class DenoisingStage:
             metadata = metadata if padding is None else replace(metadata, **padding._asdict())
             if reason == MASK_WITH_GAPS and isinstance(metadata, SparseAttentionMetadata) and not call.causal:
                 moved = forward.masks.video_first(mask, key, metadata)
-        strict = self.strict and _is_self_attention(layer, query, key)
-        if moved is not None:
-            return self._serve_moved(forward, layer, call, moved, strict)
+        strict = self.strict and _is_self_attention(forward, layer, query, key)
+        extra = _extra_queries(forward, call)
+        if isinstance(metadata, SparseAttentionMetadata) and (moved is not None or (reason is None and any(extra))):
+            arrangement = Arrangement(metadata if moved is None else moved.metadata, moved, extra)
+            return self._serve_arranged(forward, layer, call, arrangement, strict)
         if reason is not None:
             if strict:
                 self._refuse(reason, forward)
@@ -296,21 +299,23 @@ class DenoisingStage:
             self.probe.look(forward, layer, impl, query, key, value, metadata, out)
         return out
 
-    def _serve_moved(self, forward: Forward, layer: int | None, call: DenseCall, moved: VideoFirst, strict: bool) -> Tensor:
-        """A call whose masked tokens stand before the video: sparse with the video first, or torch's own."""
-        query, key, value = (moved.arrange(x) for x in (call.query, call.key, call.value))
-        impl = self._impl(forward.model, layer, replace(call, query=query, key=key, value=value, attn_mask=None), moved.metadata)
+    def _serve_arranged(self, forward: Forward, layer: int | None, call: DenseCall, arrangement: Arrangement, strict: bool) -> Tensor:
+        """A call that a sparse method can serve in another arrangement: sparse in that one, or torch's own as the model asked it."""
+        metadata = arrangement.metadata
+        impl = self._impl(forward.model, layer, replace(call, attn_mask=None), metadata)
         assert isinstance(impl, SparseAttentionImpl)
-        reason = impl.why_dense(query, key, moved.metadata)
+        # arranged, there are as many queries as keys
+        reason = impl.why_dense(call.key, call.key, metadata)
         if reason is not None:
             if strict:
                 self._refuse(reason, forward)
             forward.records.append(CallRecord(reason))
             return _native(call)
-        out = impl.forward(query, key, value, moved.metadata)
+        arranged = arrangement.arranged(call)
+        out = impl.forward(arranged.query, arranged.key, arranged.value, metadata)
         if self.probe is not None:
-            self.probe.look(forward, layer, impl, query, key, value, moved.metadata, out)
-        return moved.restore(out)
+            self.probe.look(forward, layer, impl, arranged.query, arranged.key, arranged.value, metadata, out)
+        return arrangement.answer(out)
 
     def _refuse(self, reason: str | None, forward: Forward) -> None:
         """Raise for a dense call that nobody asked for, or that shows that the whole run will be dense."""
@@ -343,7 +348,7 @@ class DenoisingStage:
 def _next_layer(forward: Forward, query: Tensor, key: Tensor) -> int | None:
     """Number of the layer whose call begins; None for a call that is not the denoiser's self-attention."""
     call = forward.num_calls
-    if query.shape[1] == key.shape[1]:
+    if query.shape[1] == key.shape[1] or _are_queries_of_the_image(forward, query, key):
         forward.num_calls += 1
     else:
         # an adapter's cross-attention follows the self-attention of its layer
@@ -352,9 +357,25 @@ def _next_layer(forward: Forward, query: Tensor, key: Tensor) -> int | None:
     return forward.model.layer_of_call(call) if counts else forward.layer
 
 
-def _is_self_attention(layer: int | None, query: Tensor, key: Tensor) -> bool:
+def _is_self_attention(forward: Forward, layer: int | None, query: Tensor, key: Tensor) -> bool:
     """False for cross-attention, also where it is an adapter's own inside a self-attention module: strictness is not about it."""
-    return layer is not None and query.shape[1] == key.shape[1]
+    return layer is not None and (query.shape[1] == key.shape[1] or _are_queries_of_the_image(forward, query, key))
+
+
+def _are_queries_of_the_image(forward: Forward, query: Tensor, key: Tensor) -> bool:
+    """True where the text is keys only, and these are the image's queries with the keys of all tokens."""
+    layout = forward.layout
+    if layout is None or not forward.model.family.text_is_keys_only:
+        return False
+    text = layout.num_prefix_tokens + layout.num_suffix_tokens
+    return query.shape[1] + text == key.shape[1] == layout.num_tokens
+
+
+def _extra_queries(forward: Forward, call: DenseCall) -> tuple[int, int]:
+    """Tokens before and after the queries that are keys only."""
+    if forward.layout is None or call.causal or not _are_queries_of_the_image(forward, call.query, call.key):
+        return 0, 0
+    return forward.layout.num_prefix_tokens, forward.layout.num_suffix_tokens
 
 
 def _observe(record: CallRecord) -> None:

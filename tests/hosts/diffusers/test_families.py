@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import ditattn
 import tiny_pipelines
-from ditattn.hosts.diffusers.install import denoisers
-from ditattn.models import MODELS, TokenLayout, known_class
+from ditattn.hosts.diffusers.install import denoisers, self_attention_modules
+from ditattn.models import MODELS, TokenLayout, family_of, known_class
 from ditattn.runtime.stage import DenoisingStage, Forward, running
 from tiny_pipelines import TinyPipeline, latent_images, packed_images
 from tiny_pipelines.footprint import dispatcher_footprint, footprint
@@ -77,7 +77,7 @@ CASES = {
 
 IMAGES = {
     "flux 2": Case(packed_images.flux2, "scheduler", 1),
-    "flux 3": Case(packed_images.flux3, "scheduler", 1),
+    "flux 3": Case(packed_images.flux3, "scheduler", 1, since="0.42"),
     "chroma": Case(packed_images.chroma, "scheduler", 2),
     "bria": Case(packed_images.bria, "scheduler", 1),
     "bria fibo": Case(packed_images.bria_fibo, "scheduler", 1),
@@ -87,10 +87,22 @@ IMAGES = {
     "hunyuan image": Case(latent_images.hunyuan_image, "scheduler", 1),
     "aura flow": Case(latent_images.aura_flow, "scheduler", 1),
     "cogview 4": Case(latent_images.cogview4, "scheduler", 2),
+    "cogview 3 plus": Case(latent_images.cogview3_plus, "scheduler", 1),
+    "krea 2": Case(packed_images.krea2, "scheduler", 2, since="0.42"),
+    "z image": Case(latent_images.z_image, "scheduler", 1),
+    "lumina 2": Case(latent_images.lumina2, "scheduler", 2),
+    "hidream": Case(latent_images.hidream_image, "scheduler", 1),
+    "ernie image": Case(latent_images.ernie_image, "scheduler", 1, since="0.42"),
+    "glm image": Case(latent_images.glm_image, "scheduler", 1),
+    "joyimage edit": Case(latent_images.joyimage_edit, "scheduler", 1, since="0.42"),
+    "joyimage edit plus": Case(latent_images.joyimage_edit_plus, "scheduler", 1, since="0.42"),
+    "pixart": Case(latent_images.pixart, "scheduler", 1),
+    "prx": Case(latent_images.prx, "scheduler", 1),
+    "nucleusmoe image": Case(packed_images.nucleusmoe_image, "scheduler", 1, since="0.42"),
 }
 CASES |= IMAGES
-# one whose text is masked before the image, one with layers of the image alone
-QUICK = {"chroma", "stable diffusion 3"}
+# one whose text is masked before the image, one with layers of the image alone, one whose text is keys only
+QUICK = {"chroma", "stable diffusion 3", "prx"}
 
 every_family = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in IMAGES.keys() - QUICK else []) for name in CASES]
@@ -111,7 +123,8 @@ def built(name: str) -> tuple[TinyPipeline, Tensor]:
 @pytest.mark.skipif(version.parse("0.42") > DIFFUSERS, reason="an older diffusers has fewer families")
 def test_every_family_is_run_here() -> None:
     run = {known_class(denoiser) for case in CASES.values() for denoiser in denoisers(case.build().pipe).values()}
-    assert run == {name for family in MODELS for name in family.transformer_classes}
+    # test_qwen_image21.py: its first step makes no calls that come here
+    assert run | {"QwenImage21Transformer2DModel"} == {name for family in MODELS for name in family.transformer_classes}
 
 
 @every_family
@@ -206,48 +219,42 @@ def test_bystanders_keep_their_own_attention(name: str) -> None:
 def test_text_stands_where_the_layout_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, _ = built(name)
     keys = _recorded_keys(monkeypatch)
-    embeddings = {key: value + 1 for key, value in tiny.arguments.items() if key in EMBEDDINGS}
+    embeddings = {key: _moved(value) for key, value in tiny.arguments.items() if key in EMBEDDINGS}
     changed: dict[str, Any] = {"prompt": "a dog"} if "prompt" in tiny.arguments else embeddings
     with ditattn.install(tiny.pipe, "torch_sdpa"):
         for arguments in ({}, changed):
             tiny.run(1, **arguments)
-    half, (key, layout) = len(keys) // 2, keys[0]
-    # of the two CFG branches, or of the two halves of a batch, one has the changed prompt
-    moved = torch.zeros(key.shape[1], dtype=torch.bool)
-    for (before, _), (after, _) in zip(keys[:half], keys[half:], strict=True):
-        moved |= (before != after).any(-1).any(-1).any(0)
-    position = torch.arange(len(moved))
-    first, last = REGISTERS.get(name, 0), len(moved) - _num_text_behind(name, layout)
-    expected = ((position >= first) & (position < layout.num_prefix_tokens)) | (position >= last)
-    assert torch.equal(moved, expected)
+    half, num_changed = len(keys) // 2, 0
+    for (before, layout), (after, _) in zip(keys[:half], keys[half:], strict=True):
+        moved = (before != after).any(-1).any(-1).any(0)
+        # of the two CFG branches, or of the two halves of a batch, one has the changed prompt
+        num_changed += bool(moved.any())
+        position = torch.arange(len(moved))
+        first, last = REGISTERS.get(name, 0), len(moved) - TEXT_BEHIND.get(name, layout.num_suffix_tokens)
+        expected = ((position >= first) & (position < layout.num_prefix_tokens)) | (position >= last)
+        if layout.num_prefix_tokens + layout.num_suffix_tokens and moved.any():
+            assert torch.equal(moved, expected)
+    assert num_changed == (0 if name in TEXT_IN_CROSS_ATTENTION else half // CASES[name].forwards)
 
 
-@pytest.mark.parametrize("name", ["wan", "wan image to video", "hunyuan video", "cogvideox, DPM"])
-def test_a_latent_pixel_is_the_token_that_the_layout_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny, _ = built(name)
-    transformer, calls = tiny.pipe.transformer, []
-    keys = _recorded_keys(monkeypatch)
-    spy = transformer.register_forward_pre_hook(lambda _module, _args, arguments: calls.append(dict(arguments)), with_kwargs=True)
-    with spy, ditattn.install(tiny.pipe, "torch_sdpa"):
-        tiny.run(1)
-        keys.clear()
-        latents = calls[0]["hidden_states"].clone()
-        transformer(**calls[0])
-        by_axis = latents if name != "cogvideox, DPM" else latents.transpose(1, 2)
-        by_axis[:, :, 2, 2 * 3 + 1, 2 * 5] += 1
-        transformer(**{**calls[0], "hidden_states": latents})
-    (before, layout), (after, _) = keys
-    frames, rows, columns = (size // patch for size, patch in zip(layout.raw_latent_shape[2:], layout.patch_size, strict=True))
-    moved = (before != after).any(-1).any(-1).any(0).nonzero().flatten().tolist()
-    assert frames * rows * columns + layout.num_prefix_tokens + layout.num_suffix_tokens == before.shape[1]
-    assert moved == [layout.num_prefix_tokens + (2 * rows + 3) * columns + 5]
+def _moved(embeddings: Any) -> Any:
+    return [one + 1 for one in embeddings] if isinstance(embeddings, list) else embeddings + 1
 
 
 EMBEDDINGS = ("prompt_embeds", "prompt_embeds_2", "prompt_embeds_t5", "prompt_embeds_llama3")
 # learned tokens before the text
 REGISTERS = {"aura flow": 8}
-# what stands behind the image is images too
-REFERENCES_BEHIND = ("flux kontext", "flux 3", "longcat image")
+# behind the image stand other images too, or padding of the image
+TEXT_BEHIND = {
+    "flux kontext": 0,
+    "flux 3": 0,
+    "longcat image": 0,
+    "hidream": 22,
+    "joyimage edit": 10,
+    "joyimage edit plus": 12,
+    "z image": 32,
+}
+TEXT_IN_CROSS_ATTENTION = {name for name in CASES if name.startswith(("wan", "ltx", "pixart"))}
 
 
 def _recorded_keys(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, TokenLayout]]:
@@ -267,11 +274,6 @@ def _recorded_keys(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, TokenL
     return recorded
 
 
-def _num_text_behind(name: str, layout: TokenLayout) -> int:
-    # the masked end of HunyuanVideo's text is text too
-    return 0 if name in REFERENCES_BEHIND else layout.num_suffix_tokens
-
-
 @contextlib.contextmanager
 def _raising_in_call(number: int, denoiser: nn.Module) -> Iterator[None]:
     """The last attention module of a denoiser raises in its n-th call."""
@@ -287,7 +289,7 @@ def _raising_in_call(number: int, denoiser: nn.Module) -> Iterator[None]:
 
 
 def _unserved_processors(tiny: TinyPipeline) -> list[object]:
-    served = {"attn1", "attn"}
+    served = [part for model in denoisers(tiny.pipe).values() for part in self_attention_modules(model, family_of(model)).values()]
     parts = [part for part in tiny.pipe.components.values() if isinstance(part, nn.Module)]
-    modules = [(path, module) for part in parts for path, module in part.named_modules() if hasattr(module, "processor")]
-    return [module.processor for path, module in modules if path.rsplit(".", 1)[-1] not in served or "refiner" in path]
+    modules = [module for part in parts for module in part.modules() if hasattr(module, "processor")]
+    return [module.processor for module in modules if all(module is not one for one in served)]
