@@ -15,7 +15,7 @@ import ditattn as package
 from ditattn.cli.models import compressed
 from ditattn.hosts.diffusers.forecast import forecast
 from ditattn.hosts.diffusers.load import load_pipeline
-from ditattn.models import MODELS
+from ditattn.models import MODELS, NOT_SERVED
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_a_head_size_that_no_sparse_kernel_takes_is_told(told):
 
 def test_a_model_that_is_not_served_and_why(told, ditattn):
     (one,) = told("DiTTransformer2DModel")
-    assert (one["family"], one["layers"]) == (None, [])
+    assert (one["family"], one["layers"], one["reason"]) == (None, [], NOT_SERVED["DiTTransformer2DModel"])
     assert ditattn("models", "DiTTransformer2DModel").out == f"DiTTransformer2DModel: not served: {one['reason']}\n"
 
 
@@ -130,7 +130,7 @@ def test_a_model_that_is_not_served_and_why(told, ditattn):
         ("NoSuchModel", "'NoSuchModel' is no class of diffusers"),
         ("StableDiffusionPipeline", "StableDiffusionPipeline has no component named transformer"),
         ("./nowhere", "no such folder: ./nowhere"),
-        ("AutoencoderKL", "AutoencoderKL is of no known family"),
+        ("AutoencoderKL", "AutoencoderKL: not served: it is of no known family"),
     ],
 )
 def test_what_is_no_model_is_refused_in_one_line(ditattn, model, message):

@@ -19,27 +19,38 @@ from ditattn.models.chroma import CHROMA
 from ditattn.models.cogvideox import COGVIDEOX
 from ditattn.models.cogview4 import COGVIEW4
 from ditattn.models.easyanimate import EASYANIMATE
+from ditattn.models.ernie_image import ERNIE_IMAGE
 from ditattn.models.flux import FLUX
 from ditattn.models.flux2 import FLUX2
 from ditattn.models.flux3 import FLUX3
+from ditattn.models.glm_image import GLM_IMAGE
 from ditattn.models.helios import HELIOS
+from ditattn.models.hidream_image import HIDREAM_IMAGE
 from ditattn.models.hunyuan_image import HUNYUAN_IMAGE
 from ditattn.models.hunyuan_video import HUNYUAN_VIDEO
 from ditattn.models.hunyuan_video15 import HUNYUAN_VIDEO_15
 from ditattn.models.hunyuan_video_framepack import HUNYUAN_VIDEO_FRAMEPACK
+from ditattn.models.joyimage import JOYIMAGE
 from ditattn.models.kandinsky5 import KANDINSKY5
 from ditattn.models.kandinsky6 import KANDINSKY6
+from ditattn.models.krea2 import KREA2
 from ditattn.models.longcat_image import LONGCAT_IMAGE
 from ditattn.models.ltx2 import LTX2
 from ditattn.models.ltx_video import LTX_VIDEO
+from ditattn.models.lumina2 import LUMINA2
 from ditattn.models.minimax_h3 import MINIMAX_H3
 from ditattn.models.motif_video import MOTIF_VIDEO
+from ditattn.models.nucleusmoe_image import NUCLEUSMOE_IMAGE
 from ditattn.models.ovis_image import OVIS_IMAGE
+from ditattn.models.pixart import PIXART
+from ditattn.models.prx import PRX
 from ditattn.models.qwen_image import QWEN_IMAGE
+from ditattn.models.qwen_image21 import QWEN_IMAGE21
 from ditattn.models.stable_diffusion_3 import STABLE_DIFFUSION_3
 from ditattn.models.wan import WAN
 from ditattn.models.wan_animate import WAN_ANIMATE
 from ditattn.models.wan_vace import WAN_VACE
+from ditattn.models.z_image import Z_IMAGE
 from ditattn.plan.token_grids import TokenGrid
 
 
@@ -195,11 +206,13 @@ def test_longcat_image_counts_rows_from_the_length_of_its_text() -> None:
     assert packed(LONGCAT_IMAGE, ids, 39) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 10, 15, (TokenGrid(34, (1, 3, 5)),))
 
 
-LATENTS = {"hidden_states": torch.empty(2, 16, 8, 12), "encoder_hidden_states": torch.empty(2, 9, 4)}
+LATENTS = {"hidden_states": torch.empty(2, 16, 8, 12), "encoder_hidden_states": torch.empty(2, 9, 4), "text_bth": torch.empty(2, 5, 4)}
 
 
 @pytest.mark.parametrize(
-    ("family", "prefix", "suffix"), [(STABLE_DIFFUSION_3, 0, 9), (AURA_FLOW, 17, 0), (COGVIEW4, 9, 0)], ids=lambda value: str(value)[:30]
+    ("family", "prefix", "suffix"),
+    [(STABLE_DIFFUSION_3, 0, 9), (AURA_FLOW, 17, 0), (COGVIEW4, 9, 0), (GLM_IMAGE, 9, 0), (PRX, 9, 0), (PIXART, 0, 0), (ERNIE_IMAGE, 0, 5)],
+    ids=lambda value: str(value)[:30],
 )
 def test_images_of_plain_latents(family: ModelFamily, prefix: int, suffix: int) -> None:
     assert family.layout(config(patch_size=2), LATENTS) == TokenLayout((2, 16, 1, 8, 12), (1, 2, 2), prefix, suffix)
@@ -214,9 +227,76 @@ def test_hunyuan_image_has_the_texts_of_two_encoders_behind() -> None:
         HUNYUAN_IMAGE.layout(config(patch_size=(1, 2, 2)), LATENTS)
 
 
+def test_z_image_pads_image_and_text_to_multiples_of_32() -> None:
+    arguments = {"x": [torch.empty(16, 1, 60, 88)] * 2, "cap_feats": [torch.empty(20, 8), torch.empty(33, 8)]}
+    found = Z_IMAGE.layout(config(), arguments)
+    assert found == TokenLayout((2, 16, 1, 60, 88), (1, 2, 2), 0, 24 + 64, num_image_suffix_tokens=24)
+    assert found.without_text().num_tokens == 30 * 44 + 24
+    with pytest.raises(ValueError, match="differ in size"):
+        Z_IMAGE.layout(config(), {**arguments, "x": [torch.empty(16, 1, 60, 88), torch.empty(16, 1, 88, 60)]})
+    with pytest.raises(AttributeError):
+        Z_IMAGE.layout(config(), {**arguments, "x": [[torch.empty(16, 1, 60, 88)]]})
+
+
+def test_krea2_reads_the_image_from_the_positions_behind_the_text() -> None:
+    positions = torch.cat([torch.zeros(9, 3), image_ids(4, 6)])
+    arguments = {"hidden_states": torch.empty(2, 24, 64), "encoder_hidden_states": torch.empty(2, 9, 3, 8), "position_ids": positions}
+    assert KREA2.layout(config(), arguments) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 9, 0)
+
+
+def test_lumina2_counts_the_real_text_only() -> None:
+    arguments = {**LATENTS, "encoder_attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0]])}
+    assert LUMINA2.layout(config(patch_size=2), arguments) == TokenLayout((2, 16, 1, 8, 12), (1, 2, 2), 3, 0)
+    with pytest.raises(ValueError, match=r"differ in length: \[2, 3\]"):
+        LUMINA2.layout(config(patch_size=2), {**arguments, "encoder_attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])})
+
+
+@pytest.mark.parametrize(("rows", "columns", "padding"), [(8, 12, 1024 - 24), (12, 12, 0)])
+def test_hidream_pads_images_that_are_not_square(rows: int, columns: int, padding: int) -> None:
+    arguments = {
+        "hidden_states": torch.empty(1, 16, rows, columns),
+        "encoder_hidden_states_t5": torch.empty(1, 7, 8),
+        "encoder_hidden_states_llama3": torch.empty(3, 1, 5, 8),
+    }
+    layout = HIDREAM_IMAGE.layout(config(patch_size=2, max_resolution=(64, 64)), arguments)
+    assert layout == TokenLayout((1, 16, 1, rows, columns), (1, 2, 2), 0, padding + 7 + 10)
+    with pytest.raises(ValueError, match="packed"):
+        HIDREAM_IMAGE.layout(config(patch_size=2, max_resolution=(64, 64)), {**arguments, "hidden_states": torch.empty(1, 24, 64)})
+
+
+def test_joyimage_has_the_image_first_and_given_ones_behind() -> None:
+    text = {"encoder_hidden_states": torch.empty(1, 9, 4)}
+    patch = config(patch_size=[1, 2, 2])
+    several = JOYIMAGE.layout(patch, {**text, "hidden_states": torch.empty(1, 3, 16, 1, 8, 12)})
+    assert (several.grid, several.num_prefix_tokens, several.num_suffix_tokens) == ((1, 4, 6), 0, 2 * 24 + 9)
+    assert several.further_grids == (TokenGrid(24, (1, 4, 6)), TokenGrid(48, (1, 4, 6)))
+    alone = JOYIMAGE.layout(patch, {**text, "hidden_states": torch.empty(1, 16, 1, 8, 12)})
+    assert (alone.grid, alone.num_suffix_tokens, alone.further_grids) == ((1, 4, 6), 9, ())
+    plus = {**text, "hidden_states": torch.empty(1, 50, 16, 1, 2, 2), "shape_list": [[(1, 4, 6), (1, 3, 5)]]}
+    assert JOYIMAGE.layout(patch, plus) == TokenLayout((1, 16, 1, 4, 6), (1, 1, 1), 0, 26 + 9, (TokenGrid(24, (1, 3, 5)),))
+    with pytest.raises(ValueError, match="differ in shape_list"):
+        JOYIMAGE.layout(patch, {**plus, "shape_list": [[(1, 4, 6)], [(1, 6, 4)]]})
+
+
+@pytest.mark.parametrize("shapes", [(1, 4, 6), [(1, 4, 6)], [(1, 4, 6), (1, 4, 6)]])
+def test_nucleusmoe_image_has_its_text_behind(shapes: Any) -> None:
+    arguments = {"hidden_states": torch.empty(2, 24, 64), "encoder_hidden_states": torch.empty(2, 9, 4), "img_shapes": shapes}
+    assert NUCLEUSMOE_IMAGE.layout(config(), arguments) == TokenLayout((2, 64, 1, 4, 6), (1, 1, 1), 0, 9)
+    with pytest.raises(ValueError, match="differ in img_shapes"):
+        NUCLEUSMOE_IMAGE.layout(config(), {**arguments, "img_shapes": [(1, 4, 6), (1, 6, 4)]})
+
+
+def test_qwen_image21_has_text_and_given_images_before_the_image() -> None:
+    places = torch.tensor([[False] * 5 + [True] * 4 + [False] * 2 + [True] * 6])
+    arguments = {"hidden_states": torch.empty(1, 40, 64), "img_shapes": [[(1, 4, 4), (1, 4, 6)]], "img_mask": places}
+    assert QWEN_IMAGE21.layout(config(), arguments) == TokenLayout((1, 64, 1, 4, 6), (1, 1, 1), 7 + 16, 0)
+
+
 @pytest.mark.parametrize(
     ("family", "alone", "joint"),
     [
+        (Z_IMAGE, "noise_refiner.1.attention", "layers.1.attention"),
+        (LUMINA2, "noise_refiner.1.attn", "layers.1.attn"),
         (STABLE_DIFFUSION_3, "transformer_blocks.3.attn2", "transformer_blocks.3.attn"),
         (FLUX3, "mode_blocks.image.0.attn", "single_transformer_blocks.0.attn"),
     ],

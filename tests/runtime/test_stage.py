@@ -23,6 +23,7 @@ from ditattn.ops import block_sparse_attention, dense_attention
 from ditattn.ops.calls import DenseCall, SparseCall
 from ditattn.ops.contract import call_facts
 from ditattn.ops.table import choose
+from ditattn.plan.token_grids import TokenGrid
 from ditattn.runtime import key_padding, stage
 from ditattn.runtime.metadata import check_layers
 from ditattn.runtime.report import ComponentReport
@@ -232,6 +233,47 @@ def test_a_mask_that_hides_video_tokens_runs_densely() -> None:
     with forward_of(stage):
         attend(q, k, v, mask)
     assert report_of(stage).dense_reasons == {"mask with gaps": 1}
+
+
+def test_further_grids_move_with_the_video_and_the_text_goes_behind_them() -> None:
+    further = TokenGrid(TEXT + FRAMES * ROWS * COLUMNS, (1, ROWS, COLUMNS))
+    model = text_first(sparsity=0.01)
+    model.family = replace(
+        model.family,
+        layout=lambda config, arguments: TokenLayout(
+            tuple(arguments["latents"].shape), (1, 2, 2), TEXT, further.num_tokens, further_grids=(further,)
+        ),
+    )
+    q, k, v = qkv(2, further.stop)
+    place = torch.arange(further.stop)
+    mask = (place < torch.tensor([[TEXT], [9]])) | (place >= TEXT)
+    stage = stage_of(model, strict=True)
+    with forward_of(stage) as forward:
+        out = attend(q, k, v, mask)
+        moved = forward.masks.video_first(mask, k, forward.metadata)
+    torch.testing.assert_close(out, dense(q, k, v, mask[:, None, None]), rtol=0, atol=1e-5)
+    assert report_of(stage).sparse == 1
+    assert (moved.metadata.num_prefix_tokens, moved.metadata.num_suffix_tokens) == (0, further.num_tokens + TEXT)
+    assert moved.metadata.further_grids == (TokenGrid(further.start - TEXT, further.size),)
+    assert moved.places[1].tolist() == [*range(TEXT, further.stop), *range(TEXT)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backend", ["rain_fusion_attn", "block_sparse_attn", "permuted_sparse_attn"])
+def test_queries_of_the_video_alone_run_sparse_with_the_keys_of_the_text(backend: str, masked: bool) -> None:
+    model = text_first(backend, sparsity=1e-4)
+    model.family = replace(model.family, text_is_keys_only=True)
+    q, k, v = qkv()
+    q, mask = q[:, TEXT:], hidden_text(9) if masked else None
+    stage = stage_of(model, strict=True)
+    with forward_of(stage):
+        out = attend(q, k, v, mask)
+    torch.testing.assert_close(out, dense(q, k, v, None if mask is None else mask[:, None, None]), rtol=0, atol=1e-5)
+    assert (report_of(stage).sparse, report_of(stage).dense) == (1, 0)
+    # other lengths are cross-attention, which strictness is not about
+    with forward_of(stage):
+        attend(q[:, 1:], k, v)
+    assert report_of(stage).dense_reasons == {"query and key lengths differ": 1}
 
 
 def test_layers_of_the_video_alone_have_no_text() -> None:

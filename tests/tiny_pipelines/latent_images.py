@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tiny_pipelines.packed_images import COLUMNS, ROWS, vae
 from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, enlarge_weights, noise
+from tiny_pipelines.transformer_loop import looped
 
 WIDTH = HEADS * HEAD_SIZE
 # the tiny VAE makes one latent of a pixel, and a patch is 2 x 2 latents
@@ -140,3 +141,268 @@ def cogview4() -> TinyPipeline:
     parts: dict[str, Any] = {"scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": transformer, "vae": vae()}
     text = {"prompt_embeds": noise(1, 16, 24), "negative_prompt_embeds": noise(1, 16, 24, seed=2), "guidance_scale": 2.0}
     return TinyPipeline(CogView4Pipeline(**parts, text_encoder=None, tokenizer=None), {**text, "height": 48, "width": 112})
+
+
+def cogview3_plus() -> TinyPipeline:
+    """CogView 3 Plus, whose pipeline wants multiples of 8 and a scheduler of its own: in a loop."""
+    from diffusers import CogView3PlusTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = CogView3PlusTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=LAYERS,
+        attention_head_dim=HEAD_SIZE,
+        num_attention_heads=HEADS,
+        text_embed_dim=24,
+        time_embed_dim=16,
+        condition_dim=8,
+        pos_embed_max_size=64,
+        sample_size=2 * COLUMNS,
+    )
+    enlarge_weights(transformer)
+    sizes = torch.tensor([[2 * ROWS, 2 * COLUMNS]])
+
+    def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
+        conditions = {"original_size": sizes, "target_size": sizes, "crop_coords": torch.zeros(1, 2)}
+        return {"hidden_states": latents, "encoder_hidden_states": text, "timestep": timestep, **conditions}
+
+    return looped(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 10, 24))
+
+
+def z_image() -> TinyPipeline:
+    """Z-Image: a layer of the image alone, then a joint one; the image is padded by 24 tokens, the texts to 32."""
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=WIDTH,
+        n_layers=LAYERS - 1,
+        n_refiner_layers=1,
+        n_heads=HEADS,
+        n_kv_heads=HEADS,
+        cap_feat_dim=24,
+        axes_dims=[8, 12, 12],
+        axes_lens=[64, 64, 64],
+    )
+    enlarge_weights(transformer)
+    # the pads are empty memory
+    torch.nn.init.normal_(transformer.x_pad_token)
+    torch.nn.init.normal_(transformer.cap_pad_token)
+    parts: dict[str, Any] = {"scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": transformer, "vae": vae()}
+    text = {"prompt_embeds": [noise(32, 24)], "negative_prompt_embeds": [noise(12, 24, seed=2)], "guidance_scale": 2.0}
+    return TinyPipeline(ZImagePipeline(**parts, text_encoder=None, tokenizer=None), {**text, **PIXELS})
+
+
+def lumina2() -> TinyPipeline:
+    """Lumina Image 2: a layer of the image alone, then a joint one; 12 text tokens, of which 9 and 4 are real."""
+    from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
+
+    torch.manual_seed(0)
+    transformer = Lumina2Transformer2DModel(
+        sample_size=2 * COLUMNS,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=WIDTH,
+        num_layers=LAYERS - 1,
+        num_refiner_layers=1,
+        num_attention_heads=HEADS,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(8, 12, 12),
+        axes_lens=(64, 64, 64),
+        cap_feat_dim=24,
+    )
+    enlarge_weights(transformer)
+    parts: dict[str, Any] = {"scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": transformer, "vae": vae()}
+    text = {
+        "prompt_embeds": noise(1, 12, 24),
+        "prompt_attention_mask": first(9, of=12),
+        "negative_prompt_embeds": noise(1, 12, 24, seed=2),
+        "negative_prompt_attention_mask": first(4, of=12),
+        "guidance_scale": 2.0,
+    }
+    # its pipeline counts 8 pixels to a latent whatever the VAE does
+    return TinyPipeline(Lumina2Pipeline(**parts, text_encoder=None, tokenizer=None), {**text, "height": 16 * ROWS, "width": 16 * COLUMNS})
+
+
+def hidream_image() -> TinyPipeline:
+    """HiDream: 24 x 44 image tokens padded to 36 x 36, text of T5 and of three layers of Llama."""
+    from diffusers import HiDreamImageTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = HiDreamImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=LAYERS - 1,
+        attention_head_dim=HEAD_SIZE,
+        num_attention_heads=HEADS,
+        caption_channels=[24, 16],
+        text_emb_dim=20,
+        num_routed_experts=2,
+        num_activated_experts=1,
+        axes_dims_rope=(8, 12, 12),
+        max_resolution=(72, 72),
+        llama_layers=[0, 1],
+    )
+    enlarge_weights(transformer)
+
+    def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
+        llama = torch.stack([text[:, :6, :16], text[:, :6, 8:]])
+        named = {"encoder_hidden_states_t5": text, "encoder_hidden_states_llama3": llama, "pooled_embeds": noise(1, 20)}
+        return {"hidden_states": latents, "timesteps": timestep, **named}
+
+    return looped(transformer, arguments_of, (1, 4, 48, 88), noise(1, 10, 24))
+
+
+def ernie_image() -> TinyPipeline:
+    """ERNIE-Image: 12 text tokens of which 9 are real."""
+    from diffusers import ErnieImageTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = ErnieImageTransformer2DModel(
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        num_layers=LAYERS,
+        ffn_hidden_size=48,
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        text_in_dim=24,
+        rope_axes_dim=(8, 12, 12),
+    )
+    enlarge_weights(transformer)
+
+    def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
+        return {"hidden_states": latents, "timestep": timestep, "text_bth": text, "text_lens": torch.tensor([9])}
+
+    return looped(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 12, 24))
+
+
+def glm_image() -> TinyPipeline:
+    """GLM-Image."""
+    from diffusers import GlmImageTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = GlmImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=LAYERS,
+        attention_head_dim=HEAD_SIZE,
+        num_attention_heads=HEADS,
+        text_embed_dim=24,
+        time_embed_dim=16,
+        condition_dim=8,
+        prior_vq_quantizer_codebook_size=32,
+    )
+    enlarge_weights(transformer)
+    prior = torch.arange(ROWS * COLUMNS).remainder(32).unsqueeze(0)
+    sizes = torch.tensor([[2.0 * ROWS, 2.0 * COLUMNS]])
+
+    def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
+        return {
+            "hidden_states": latents,
+            "encoder_hidden_states": text,
+            "prior_token_id": prior,
+            "prior_token_drop": torch.zeros_like(prior, dtype=torch.bool),
+            "timestep": timestep - 1,
+            "target_size": sizes,
+            "crop_coords": torch.zeros(1, 2),
+        }
+
+    return looped(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 10, 24))
+
+
+JOYIMAGE: dict[str, Any] = {
+    "patch_size": [1, 2, 2],
+    "in_channels": 4,
+    "hidden_size": WIDTH,
+    "num_attention_heads": HEADS,
+    "text_dim": 24,
+    "num_layers": LAYERS,
+    "rope_dim_list": [8, 12, 12],
+}
+
+
+def joyimage_edit() -> TinyPipeline:
+    """JoyImage Edit: an image of 20 x 28 tokens, and one of the same size that it is made from."""
+    from diffusers import JoyImageEditTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = JoyImageEditTransformer3DModel(**JOYIMAGE)
+    enlarge_weights(transformer)
+    given = noise(1, 1, 4, 1, 40, 56, seed=3)
+
+    def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
+        # the model moves the last one, which is the image itself, to the front and back
+        return {"hidden_states": torch.cat([given, latents], 1), "timestep": timestep, "encoder_hidden_states": text}
+
+    return looped(transformer, arguments_of, (1, 1, 4, 1, 40, 56), noise(1, 10, 24), image_last=True)
+
+
+def joyimage_edit_plus() -> TinyPipeline:
+    """JoyImage Edit Plus: an image of 30 x 36 tokens, one of 8 x 12 behind it, 4 patches of padding, 12 text tokens of which 9 are real."""
+    from diffusers import JoyImageEditPlusTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = JoyImageEditPlusTransformer3DModel(**JOYIMAGE)
+    enlarge_weights(transformer)
+    given = torch.cat([noise(1, 96, 4, 1, 2, 2, seed=3), torch.zeros(1, 4, 4, 1, 2, 2)], 1)
+
+    def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
+        return {
+            "hidden_states": torch.cat([latents, given], 1),
+            "timestep": timestep,
+            "encoder_hidden_states": text,
+            "encoder_hidden_states_mask": first(9, of=12).float(),
+            "shape_list": [[(1, 30, 36), (1, 8, 12)]],
+        }
+
+    return looped(transformer, arguments_of, (1, 1080, 4, 1, 2, 2), noise(1, 12, 24))
+
+
+def pixart() -> TinyPipeline:
+    """PixArt Sigma: the image in self-attention, the text in cross-attention."""
+    from diffusers import PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_SIZE,
+        in_channels=4,
+        out_channels=4,
+        num_layers=LAYERS,
+        cross_attention_dim=WIDTH,
+        sample_size=2 * COLUMNS,
+        caption_channels=24,
+        use_additional_conditions=False,
+    )
+    enlarge_weights(transformer)
+
+    def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
+        named = {"encoder_attention_mask": first(9, of=12), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+        return {"hidden_states": latents, "encoder_hidden_states": text, "timestep": timestep, **named}
+
+    return looped(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 12, 24))
+
+
+def prx() -> TinyPipeline:
+    """PRX: 12 text tokens of which 9 are real, as keys before those of the image."""
+    from diffusers import PRXTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = PRXTransformer2DModel(
+        in_channels=4, patch_size=2, context_in_dim=24, hidden_size=WIDTH, mlp_ratio=1.5, num_heads=HEADS, depth=LAYERS, axes_dim=[16, 16]
+    )
+    enlarge_weights(transformer)
+
+    def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
+        mask = first(9, of=12)
+        return {"hidden_states": latents, "timestep": timestep / 1000, "encoder_hidden_states": text, "attention_mask": mask}
+
+    return looped(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 12, 24))

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, noise
+from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, enlarge_weights, noise
 from tiny_pipelines.transformer_loop import looped
 
 ROWS, COLUMNS = 30, 44
@@ -171,3 +171,116 @@ def ovis_image() -> TinyPipeline:
     negative = {"negative_prompt": None, "negative_prompt_embeds": noise(1, 10, 40, seed=2)}
     text = {"prompt_embeds": noise(1, 10, 40), **negative, "guidance_scale": 2.0}
     return TinyPipeline(OvisImagePipeline(**parts, vae=vae()), {**text, "height": 2 * ROWS, "width": 2 * COLUMNS})
+
+
+def krea2() -> TinyPipeline:
+    """Krea 2: 12 text tokens of which 9 are real, of two layers of the text encoder."""
+    from diffusers import AutoencoderKLQwenImage, Krea2Pipeline, Krea2Transformer2DModel
+
+    torch.manual_seed(0)
+    transformer = Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=LAYERS,
+        attention_head_dim=HEAD_SIZE,
+        num_attention_heads=HEADS,
+        num_key_value_heads=1,
+        intermediate_size=48,
+        timestep_embed_dim=16,
+        text_hidden_dim=24,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=32,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=ROPE_AXES,
+    )
+    enlarge_weights(transformer)
+    autoencoder = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "transformer": transformer}
+    pipe = Krea2Pipeline(**parts, vae=autoencoder, text_encoder=None, tokenizer=None, text_encoder_select_layers=(0, 1))
+    text = {
+        "prompt_embeds": noise(1, 12, 2, 24),
+        "prompt_embeds_mask": torch.arange(12).lt(9).unsqueeze(0),
+        "negative_prompt_embeds": noise(1, 12, 2, 24, seed=2),
+        "negative_prompt_embeds_mask": torch.arange(12).lt(4).unsqueeze(0),
+        "guidance_scale": 2.0,
+    }
+    return TinyPipeline(pipe, {**text, "height": 4 * ROWS, "width": 4 * COLUMNS})
+
+
+def nucleusmoe_image() -> TinyPipeline:
+    """NucleusMoE-Image without its experts: 12 text tokens of which 9 are real, as keys after those of the image."""
+    from diffusers import NucleusMoEImageTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = NucleusMoEImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=LAYERS,
+        attention_head_dim=HEAD_SIZE,
+        num_attention_heads=HEADS,
+        num_key_value_heads=1,
+        joint_attention_dim=24,
+        axes_dims_rope=ROPE_AXES,
+        moe_enabled=False,
+    )
+    enlarge_weights(transformer)
+
+    def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
+        return {
+            "hidden_states": latents,
+            "img_shapes": [(1, ROWS, COLUMNS)],
+            "encoder_hidden_states": text,
+            "encoder_hidden_states_mask": torch.arange(12).lt(9).unsqueeze(0),
+            "timestep": timestep / 1000,
+        }
+
+    return looped(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 12, 24))
+
+
+def qwen_image21(use_cache: bool = True) -> TinyPipeline:
+    """Qwen-Image 2.1 with an image of 8 x 8 tokens that is given: 9 text tokens, its tokens, then the image's."""
+    from diffusers import QwenImage21Transformer2DModel
+    from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
+
+    torch.manual_seed(0)
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=16,
+        out_channels=16,
+        num_layers=LAYERS,
+        attention_head_dim=HEAD_SIZE,
+        num_attention_heads=HEADS,
+        context_in_dim=24,
+        axes_dims_rope=ROPE_AXES,
+    )
+    enlarge_weights(transformer)
+    # in the text encoder's sequence an image has a place for four of its tokens
+    places = torch.zeros(1, 9 + 16 + ROWS * COLUMNS // 4, dtype=torch.bool)
+    places[:, 5:21], places[:, 25:] = True, True
+    given, caches = noise(1, 64, 16, seed=3), {}
+
+    def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
+        is_first = float(timestep[0]) == 1000
+        if is_first:
+            caches["own"] = QwenImage21KVCache(LAYERS)
+        cached = {"kv_cache": caches["own"], "kv_cache_mode": "extract" if is_first else "cached"} if use_cache else {}
+        return {
+            "hidden_states": torch.cat([given, latents], 1),
+            "encoder_hidden_states": text,
+            "timestep": timestep / 1000,
+            "img_shapes": [[(1, 8, 8), (1, ROWS, COLUMNS)]],
+            "img_mask": places,
+            **cached,
+        }
+
+    return looped(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 25, 24), image_last=True)

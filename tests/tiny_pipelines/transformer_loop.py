@@ -34,6 +34,7 @@ class TransformerLoop(DiffusionPipeline):
         generator: torch.Generator,
         output_type: str,
         return_dict: bool,
+        image_last: bool = False,
     ) -> tuple[Tensor]:
         latents = torch.randn(*shape, generator=generator)
         self.scheduler.set_timesteps(num_inference_steps)
@@ -41,14 +42,22 @@ class TransformerLoop(DiffusionPipeline):
             named = arguments_of(latents, prompt_embeds, timestep.expand(len(latents)))
             (predicted, *_) = self.transformer(**named, return_dict=False)
             predicted = torch.stack(predicted) if isinstance(predicted, list) else predicted
-            # reference images stand behind the image
-            predicted = predicted[:, : latents.shape[1]]
+            # reference images stand behind the image, or before it
+            predicted = predicted[:, -latents.shape[1] :] if image_last else predicted[:, : latents.shape[1]]
             latents = self.scheduler.step(predicted, timestep, latents, return_dict=False)[0]
         self.maybe_free_model_hooks()
         return (latents,)
 
 
-def looped(transformer: nn.Module, arguments_of: Arguments, shape: tuple[int, ...], prompt_embeds: Tensor) -> TinyPipeline:
-    """A transformer in its loop. `arguments_of` also gets the changed embeddings of tests that move the text."""
-    arguments = {"arguments_of": arguments_of, "shape": shape, "prompt_embeds": prompt_embeds}
+def looped(
+    transformer: nn.Module, arguments_of: Arguments, shape: tuple[int, ...], prompt_embeds: Tensor, image_last: bool = False
+) -> TinyPipeline:
+    """A transformer in its loop.
+
+    Args:
+        arguments_of: also gets the changed embeddings of tests that move the text.
+        shape: of the latents.
+        image_last: given images stand before the image in what the model predicts.
+    """
+    arguments = {"arguments_of": arguments_of, "shape": shape, "prompt_embeds": prompt_embeds, "image_last": image_last}
     return TinyPipeline(TransformerLoop(transformer, FlowMatchEulerDiscreteScheduler()), arguments)

@@ -16,30 +16,41 @@ from ditattn.models.cogview4 import COGVIEW4
 from ditattn.models.consisid import CONSISID
 from ditattn.models.cosmos import COSMOS
 from ditattn.models.easyanimate import EASYANIMATE
+from ditattn.models.ernie_image import ERNIE_IMAGE
 from ditattn.models.flux import FLUX
 from ditattn.models.flux2 import FLUX2
 from ditattn.models.flux3 import FLUX3
+from ditattn.models.glm_image import GLM_IMAGE
 from ditattn.models.helios import HELIOS
+from ditattn.models.hidream_image import HIDREAM_IMAGE
 from ditattn.models.hunyuan_image import HUNYUAN_IMAGE
 from ditattn.models.hunyuan_video import HUNYUAN_VIDEO
 from ditattn.models.hunyuan_video15 import HUNYUAN_VIDEO_15
 from ditattn.models.hunyuan_video_framepack import HUNYUAN_VIDEO_FRAMEPACK
+from ditattn.models.joyimage import JOYIMAGE
 from ditattn.models.kandinsky5 import KANDINSKY5
 from ditattn.models.kandinsky6 import KANDINSKY6
+from ditattn.models.krea2 import KREA2
 from ditattn.models.longcat_image import LONGCAT_IMAGE
 from ditattn.models.ltx2 import LTX2
 from ditattn.models.ltx_video import LTX_VIDEO
+from ditattn.models.lumina2 import LUMINA2
 from ditattn.models.minimax_h3 import MINIMAX_H3
 from ditattn.models.mochi import MOCHI
 from ditattn.models.motif_video import MOTIF_VIDEO
 from ditattn.models.not_served import NOT_SERVED
+from ditattn.models.nucleusmoe_image import NUCLEUSMOE_IMAGE
 from ditattn.models.ovis_image import OVIS_IMAGE
+from ditattn.models.pixart import PIXART
+from ditattn.models.prx import PRX
 from ditattn.models.qwen_image import QWEN_IMAGE
+from ditattn.models.qwen_image21 import QWEN_IMAGE21
 from ditattn.models.skyreels_v2 import SKYREELS_V2
 from ditattn.models.stable_diffusion_3 import STABLE_DIFFUSION_3
 from ditattn.models.wan import WAN
 from ditattn.models.wan_animate import WAN_ANIMATE
 from ditattn.models.wan_vace import WAN_VACE
+from ditattn.models.z_image import Z_IMAGE
 
 __all__ = [
     "DEFAULT_FRAME_RATE",
@@ -67,6 +78,17 @@ IMAGE_MODELS: tuple[ModelFamily, ...] = (
     HUNYUAN_IMAGE,
     AURA_FLOW,
     COGVIEW4,
+    Z_IMAGE,
+    KREA2,
+    LUMINA2,
+    HIDREAM_IMAGE,
+    ERNIE_IMAGE,
+    GLM_IMAGE,
+    JOYIMAGE,
+    PIXART,
+    PRX,
+    NUCLEUSMOE_IMAGE,
+    QWEN_IMAGE21,
 )
 """Families of images, beside Flux.1 and Qwen-Image."""
 

@@ -72,6 +72,11 @@ class TokenLayout:
         frames, rows, columns = (size // p for size, p in zip(self.raw_latent_shape[2:], self.patch_size, strict=True))
         return frames, rows, columns
 
+    @property
+    def num_tokens(self) -> int:
+        """Length of the whole sequence."""
+        return self.num_prefix_tokens + math.prod(self.grid) + self.num_suffix_tokens
+
     @classmethod
     def of_grids(cls, batch: int, channels: int, grids: Sequence[TokenGrid], length: int, target: int = 0) -> TokenLayout:
         """The layout of a sequence of packed tokens.
@@ -140,6 +145,7 @@ class ModelFamily:
         image_only: of these, the module paths whose sequence is the video or image without the text (`TokenLayout.without_text`).
         key_mask: (model configuration, forward's named arguments) -> bool `[B, S]`, which tokens are real, where the model makes a square
             mask of it in every layer anew; None where it does not.
+        text_is_keys_only: queries are the image's alone, keys are those of all tokens.
         head_size: model configuration -> D of its self-attention.
         frame_rate: pipeline configuration -> frames per second that its videos are meant to be played at.
         size_multiple: heights and widths must be a multiple of it, whatever VAE and patch ask for.
@@ -165,6 +171,7 @@ class ModelFamily:
     runs_first: str = ""
     image_only: str | None = None
     key_mask: Callable[[Any, Mapping[str, Any]], Tensor | None] = no_key_mask
+    text_is_keys_only: bool = False
     head_size: Callable[[Any], int] = attention_head_dim
     frame_rate: Callable[[Any], int] = default_frame_rate
     size_multiple: int = 1

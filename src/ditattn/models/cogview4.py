@@ -1,4 +1,4 @@
-"""CogView 4: text tokens, then image tokens, in one joint attention that calls torch's SDPA directly."""
+"""CogView 3 Plus and 4: text tokens, then image tokens, in one joint attention that calls torch's SDPA directly."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def layout(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
 
 
 COGVIEW4 = ModelFamily(
-    name="CogView 4",
-    transformer_classes=("CogView4Transformer2DModel",),
+    name="CogView 3 Plus, 4",
+    transformer_classes=("CogView3PlusTransformer2DModel", "CogView4Transformer2DModel"),
     layout=layout,
     self_attention=r"transformer_blocks\.\d+\.attn1",
     size_multiple=16,

@@ -11,38 +11,27 @@ __all__ = ["NOT_SERVED"]
 
 NOT_DESCRIBED = "where its tokens stand has not been described yet"
 AUDIO = "its tokens are audio, which has no rows and columns to choose blocks of"
+HEADS = "its heads have {} elements, which no sparse kernel takes"
 LINEAR = "its self-attention is linear, without a softmax whose blocks could be dropped"
 SHORT_SEQUENCES = "its attention runs within a frame, or along time for each place, so sequences are too short to gain from dropping blocks"
 
 NOT_SERVED: Mapping[str, str] = {
     "AceStepTransformer1DModel": AUDIO,
     "AnyFlowFARTransformer3DModel": "it makes chunk after chunk, causally, with a FlexAttention mask that is no tensor and cached keys",
-    "BriaFibo2Transformer2DModel": NOT_DESCRIBED,
-    "CogView3PlusTransformer2DModel": NOT_DESCRIBED,
+    "BriaFibo2Transformer2DModel": "how many summary tokens stand before its image is decided inside its forward",
     "Cosmos3OmniTransformer": "its queries are the video and its keys text and video: lengths that differ, for which no plan is made yet",
     "DiTTransformer2DModel": "its images have 1024 tokens at most, too few to gain from dropping blocks",
     "DreamLiteTransformer2DModel": "it is a block of a U-Net, whose sequences differ in length from block to block",
-    "ErnieImageTransformer2DModel": NOT_DESCRIBED,
-    "GlmImageTransformer2DModel": NOT_DESCRIBED,
-    "HiDreamImageTransformer2DModel": NOT_DESCRIBED,
-    "HunyuanDiT2DModel": NOT_DESCRIBED,
-    "Ideogram4Transformer2DModel": NOT_DESCRIBED,
-    "JoyImageEditPlusTransformer3DModel": NOT_DESCRIBED,
-    "JoyImageEditTransformer3DModel": NOT_DESCRIBED,
+    "HunyuanDiT2DModel": HEADS.format(88),
+    "Ideogram4Transformer2DModel": HEADS.format(256),
     "Kandinsky6SRTransformer3DModel": "it has a sparse attention of its own, with FlexAttention masks that are no tensors",
-    "Krea2Transformer2DModel": NOT_DESCRIBED,
     "LatteTransformer3DModel": SHORT_SEQUENCES,
     "LongCatAudioDiTTransformer": AUDIO,
-    "Lumina2Transformer2DModel": NOT_DESCRIBED,
-    "LuminaNextDiT2DModel": NOT_DESCRIBED,
+    "LuminaNextDiT2DModel": HEADS.format(72),
     "MiniMaxMusic3RVQDepthDecoder": "it decodes a few audio codes one after the other, causally",
     "MiniMaxMusic3Transformer1DModel": AUDIO,
-    "NucleusMoEImageTransformer2DModel": NOT_DESCRIBED,
-    "OmniGenTransformer2DModel": NOT_DESCRIBED,
-    "PRXTransformer2DModel": NOT_DESCRIBED,
-    "PixArtTransformer2DModel": NOT_DESCRIBED,
+    "OmniGenTransformer2DModel": "its text looks back only, by a mask of query and key that block-sparse kernels do not take",
     "PriorTransformer": "its sequence is a prompt and one embedding of an image",
-    "QwenImage21Transformer2DModel": NOT_DESCRIBED,
     "RFD4ProteinaTransformer": "its tokens are residues of a protein, and every pair of them adds a bias to the softmax",
     "SanaTransformer2DModel": LINEAR,
     "SanaVideoTransformer3DModel": LINEAR,
@@ -54,6 +43,5 @@ NOT_SERVED: Mapping[str, str] = {
     "Transformer2DModel": "it is a block of a U-Net, whose sequences differ in length from block to block",
     "TransformerTemporalModel": SHORT_SEQUENCES,
     "WanAnimate2Transformer3DModel": "its queries look at cached keys of the reference too, by a FlexAttention mask that is no tensor",
-    "ZImageTransformer2DModel": NOT_DESCRIBED,
 }
 """By class name; a class leaves when its family comes."""

@@ -11,6 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ditattn.backends.sparse import SparseAttentionMetadata
 from ditattn.plan.split import GatheredTokens
+from ditattn.plan.token_grids import TokenGrid, grids_of_sequence
 
 __all__ = ["MASK_WITH_GAPS", "KeyPadding", "MaskReader", "VideoFirst", "broadcastable"]
 
@@ -30,7 +31,7 @@ Reading = tuple[KeyPadding | None, str | None]
 
 @dataclass(frozen=True)
 class VideoFirst:
-    """Another order of the tokens of each batch element: the video, the real text, the text that is padding.
+    """Another order of the tokens of each batch element: the video and all other grids, the real text, the text that is padding.
 
     The order of the keys means nothing to attention, so that padding in front of the video becomes padding at the end.
 
@@ -81,7 +82,7 @@ class MaskReader:
         return found
 
     def video_first(self, mask: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> VideoFirst | None:
-        """The order in which a mask with gaps pads the end of the keys; None if it hides a token of the video, or there is no grid.
+        """The order in which a mask with gaps pads the end of the keys; None if it hides a token of a grid, or there is no grid.
 
         Args:
             mask: as of `read`, which found gaps in it.
@@ -96,17 +97,28 @@ class MaskReader:
 
 
 def _video_first(keep: Tensor, metadata: SparseAttentionMetadata) -> VideoFirst | None:
-    prefix, suffix = metadata.num_prefix_tokens, metadata.num_suffix_tokens
-    if metadata.num_tokens != keep.shape[1] or not bool(keep[:, prefix : keep.shape[1] - suffix].all()):
+    length, size = keep.shape[1], metadata.latent_shape
+    if size is None or metadata.num_tokens != length:
+        return None
+    target, *others = grids_of_sequence(size, metadata.num_prefix_tokens, metadata.num_suffix_tokens, metadata.further_grids)
+    in_grid = torch.zeros(length, dtype=torch.bool, device=keep.device)
+    for grid in (target, *others):
+        in_grid[grid.start : grid.stop] = True
+    if not bool(keep[:, in_grid].all()):
         return None
     rank = 2 - keep.long()
-    rank[:, prefix : keep.shape[1] - suffix] = 0
+    rank[:, in_grid] = 0
     places = rank.argsort(dim=1, stable=True)
     lengths = keep.sum(1)
+
+    def moved_start(grid: TokenGrid) -> int:
+        return sum(other.num_tokens for other in (target, *others) if other.start < grid.start)
+
     moved = replace(
         metadata,
-        num_prefix_tokens=0,
-        num_suffix_tokens=prefix + suffix,
+        num_prefix_tokens=moved_start(target),
+        num_suffix_tokens=length - moved_start(target) - target.num_tokens,
+        further_grids=tuple(replace(grid, start=moved_start(grid)) for grid in others),
         key_lengths=lengths,
         known_key_lengths=tuple(lengths.tolist()),
     )

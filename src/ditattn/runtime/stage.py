@@ -25,6 +25,7 @@ from ditattn.ops.calls import DenseCall
 from ditattn.ops.contract import check_qkv, checked_scale, refuse_gradients
 from ditattn.ops.table import choose
 from ditattn.plan.reuse import ForwardId
+from ditattn.runtime.arrangement import Arrangement
 from ditattn.runtime.autocast import autocast_as_sdpa
 from ditattn.runtime.branches import ForwardCounter
 from ditattn.runtime.foreign_modes import native_sdpa, why_native
@@ -295,14 +296,19 @@ class DenoisingStage:
         reason = NOT_SELF_ATTENTION if layer is None else None
         if reason is None:
             _check_whole(forward, query, key)
+        moved: VideoFirst | None = None
         if call.attn_mask is not None and reason is None:
             mask = _key_mask(forward, _in_model_order(forward, call.attn_mask, key))
             padding, reason = forward.masks.read(mask, key)
-            if reason == MASK_WITH_GAPS and (moved := _video_first(forward, mask, call, metadata)) is not None:
-                return self._serve_moved(forward, layer, call, moved)
+            if reason == MASK_WITH_GAPS:
+                moved = _video_first(forward, mask, call, metadata)
             if padding is not None and forward.share.interleaves:
                 return self._serve_in_model_order(forward, layer, call, metadata, padding)
             metadata = metadata if padding is None else replace(metadata, **padding._asdict())
+        extra = _extra_queries(forward, call)
+        if isinstance(metadata, SparseAttentionMetadata) and (moved is not None or (reason is None and any(extra))):
+            arrangement = Arrangement(metadata if moved is None else moved.metadata, moved, extra)
+            return self._serve_arranged(forward, layer, call, arrangement)
         if reason is not None:
             if self.strict and _is_self_attention(forward, layer, query, key):
                 self._refuse(reason, forward)
@@ -326,22 +332,6 @@ class DenoisingStage:
         out = self._run(forward, layer, replace(call, query=call.query.index_select(1, places)), metadata)
         return out.index_select(1, gathered.tokens(out.device))
 
-    def _serve_moved(self, forward: Forward, layer: int | None, call: DenseCall, moved: VideoFirst) -> Tensor:
-        """A call whose masked tokens stand before the video: sparse with the video first, or torch's own."""
-        query, key, value = (moved.arrange(x) for x in (call.query, call.key, call.value))
-        impl = self._impl(forward.model, layer, replace(call, query=query, key=key, value=value, attn_mask=None), moved.metadata)
-        assert isinstance(impl, SparseAttentionImpl)
-        reason = impl.why_dense(query, key, moved.metadata)
-        if reason is not None:
-            if self.strict and _is_self_attention(forward, layer, query, key):
-                self._refuse(reason, forward)
-            forward.records.append(CallRecord(reason))
-            return _native(call)
-        out = impl.forward(query, key, value, moved.metadata)
-        if self.probe is not None:
-            self.probe.look(forward, layer, impl, query, key, value, moved.metadata, out)
-        return moved.restore(out)
-
     def _run(self, forward: Forward, layer: int | None, call: DenseCall, metadata: AttentionMetadata) -> Tensor:
         """By the layer's implementation, which the metadata tells everything else."""
         query, key, value = call.query, call.key, call.value
@@ -360,6 +350,24 @@ class DenoisingStage:
         if self.probe is not None:
             self.probe.look(forward, layer, impl, query, key, value, metadata, out)
         return out
+
+    def _serve_arranged(self, forward: Forward, layer: int | None, call: DenseCall, arrangement: Arrangement) -> Tensor:
+        """A call that a sparse method can serve in another arrangement: sparse in that one, or torch's own as the model asked it."""
+        metadata = arrangement.metadata
+        impl = self._impl(forward.model, layer, replace(call, attn_mask=None), metadata)
+        assert isinstance(impl, SparseAttentionImpl)
+        # arranged, there are as many queries as keys
+        reason = impl.why_dense(call.key, call.key, metadata)
+        if reason is not None:
+            if self.strict and _is_self_attention(forward, layer, call.query, call.key):
+                self._refuse(reason, forward)
+            forward.records.append(CallRecord(reason))
+            return _native(call)
+        arranged = arrangement.arranged(call)
+        out = impl.forward(arranged.query, arranged.key, arranged.value, metadata)
+        if self.probe is not None:
+            self.probe.look(forward, layer, impl, arranged.query, arranged.key, arranged.value, metadata, out)
+        return arrangement.answer(out)
 
     def _refuse(self, reason: str | None, forward: Forward) -> None:
         """Raise for a dense call that nobody asked for, or that shows that the whole run will be dense."""
@@ -422,10 +430,11 @@ def _is_self_attention(forward: Forward, layer: int | None, query: Tensor, key: 
 
 
 def _has_its_own_keys(forward: Forward, query: Tensor, key: Tensor) -> bool:
-    """As many keys as queries, or where a rank keeps its queries those of all ranks."""
-    if forward.share.rows is None or query.shape[1] == key.shape[1]:
-        return query.shape[1] == key.shape[1]
-    return (query.shape[1], key.shape[1]) == (forward.share.rows.num_tokens, sum(forward.share.rows.gathered.streams))
+    """As many keys as queries; where a rank keeps its queries, those of all ranks; where the text is keys only, those of image and text."""
+    if query.shape[1] == key.shape[1] or _are_queries_of_the_image(forward, query, key):
+        return True
+    rows = forward.share.rows
+    return rows is not None and (query.shape[1], key.shape[1]) == (rows.num_tokens, sum(rows.gathered.streams))
 
 
 def _in_model_order(forward: Forward, mask: Tensor, key: Tensor) -> Tensor:
@@ -455,6 +464,22 @@ def _check_whole(forward: Forward, query: Tensor, key: Tensor) -> None:
             f"{forward.model.name} is split between ranks, and a self-attention call has {query.shape[1]} of {whole} tokens: its processor "
             "does not hand the host's parallel configuration on"
         )
+
+
+def _are_queries_of_the_image(forward: Forward, query: Tensor, key: Tensor) -> bool:
+    """True where the text is keys only, and these are the image's queries with the keys of all tokens."""
+    layout = forward.layout
+    if layout is None or not forward.model.family.text_is_keys_only:
+        return False
+    text = layout.num_prefix_tokens + layout.num_suffix_tokens
+    return query.shape[1] + text == key.shape[1] == layout.num_tokens
+
+
+def _extra_queries(forward: Forward, call: DenseCall) -> tuple[int, int]:
+    """Tokens before and after the queries that are keys only."""
+    if forward.layout is None or call.causal or not _are_queries_of_the_image(forward, call.query, call.key):
+        return 0, 0
+    return forward.layout.num_prefix_tokens, forward.layout.num_suffix_tokens
 
 
 def _observe(record: CallRecord) -> None:

@@ -19,7 +19,7 @@ from ditattn.hosts.diffusers.geometry import default_tokens
 from ditattn.hosts.diffusers.install import self_attention_modules
 from ditattn.hosts.diffusers.load import config_of, pipeline_class, read_index
 from ditattn.hosts.diffusers.pipelines import pipelines_by_transformer
-from ditattn.models import MODELS, ModelFamily, family_of, known_class
+from ditattn.models import MODELS, ModelFamily, family_of, known_class, why_not_served
 
 __all__ = ["FamilyEntry", "Forecast", "families", "forecast"]
 
@@ -155,7 +155,7 @@ def _of_config(
     module = _without_weights(cls_name, config)
     family = family_of(module)
     if family is None:
-        reason = f"{cls_name} is of no known family, so its attention would stay as it is"
+        reason = why_not_served(module) or "it is of no known family"
         return Forecast(component, cls_name, None, reason, [], None, {}, None, {}, "")
     vae = None if vae_cls is None else _without_weights(vae_cls, vae_config or {})
     size, num_tokens = default_tokens(_pipeline_without_weights(pipeline, module, vae)) if pipeline is not None else ({}, None)
