@@ -57,6 +57,9 @@ METHODS: tuple[Method, ...] = (
     Method("permuted_no_tail", "permuted_sparse_attn", {"tail": False}),
     Method("permuted_4x2x16", "permuted_sparse_attn", {"bricks": "4x2x16"}),
     Method("permuted_1x8x16", "permuted_sparse_attn", {"bricks": "1x8x16"}),
+    Method("permuted_free_first_frame", "permuted_sparse_attn", {"first_frame_sink": False}),
+    Method("permuted_2_dense_steps", "permuted_sparse_attn", {"skip_first_steps": 2}),
+    Method("permuted_7_dense_steps", "permuted_sparse_attn", {"skip_first_steps": 7}),
     Method("oracle", "oracle_blocks"),
     Method("random", "random_blocks"),
 )

@@ -18,6 +18,7 @@ from ditattn.errors import ConfigError, UnsupportedCall
 from ditattn.ops.pooled_tail import PooledTail
 from ditattn.ops.table import CallFacts, choose
 from ditattn.plan.bricks import brick_order
+from ditattn.plan.split import HeadShare
 from sparse_calls import call, draw
 
 GRID = (17, 16, 16)
@@ -57,7 +58,7 @@ def test_output_is_exact_attention_over_the_recorded_plan_and_the_means_of_the_r
     q, k, v = (draw(2, 1440, heads, 32, seed=i, dtype=dtype) for i, heads in enumerate((4, 2, 2)))
     layer = Layer(4, 32, 2)
     out = layer.step(9, (q, k, v), (3, 24, 20), tail=tail)
-    order = layer.impl._chosen[1]
+    order = layer.impl._chosen[1].keys
     plan = layer.records[-1].plan
     means = PooledTail.of(k, v, order) if tail else None
     exact = order.undo(oracle.attention(order.apply(q), order.apply(k), order.apply(v), plan=plan, tail=means)[0])
@@ -72,7 +73,7 @@ def test_planted_heads_get_the_orders_that_suit_them() -> None:
     layer.step(1, tensors, sparsity=0.88)
     layer.step(2, tensors, sparsity=0.88)
     assert layer.records[-1].token_orders is not None
-    spatial, temporal = layer.impl._chosen[1].forward
+    spatial, temporal = layer.impl._chosen[1].keys.forward
     assert torch.equal(spatial, brick_order((1, 8, 16), GRID).forward)
     assert any(torch.equal(temporal, brick_order(brick, GRID).forward) for brick in ((16, 4, 2), (16, 1, 8)))
 
@@ -106,7 +107,7 @@ def test_given_orders_are_taken_and_nothing_is_measured(monkeypatch: pytest.Monk
     for step in (0, 1, 2):
         layer.step(step, tensors, head_bricks=["16x4x2,1x8x16", "4x2x16"])
     assert layer.records[-1].token_orders == ("16x4x2", "1x8x16")
-    temporal, spatial = layer.impl._chosen[1].forward
+    temporal, spatial = layer.impl._chosen[1].keys.forward
     assert torch.equal(temporal, brick_order((16, 4, 2), GRID).forward)
     assert torch.equal(spatial, brick_order((1, 8, 16), GRID).forward)
 
@@ -121,6 +122,17 @@ def test_one_given_order_serves_all_heads_and_a_layer_without_one_chooses() -> N
         layer.step(2, tensors, sparsity=0.88, head_bricks=head_bricks)
         assert layer.records[-1].token_orders[0] == "1x8x16"
         assert layer.records[-1].token_orders[1] != "1x8x16"
+
+
+def test_a_rank_takes_its_heads_of_given_orders() -> None:
+    tensors = planted(LENGTH)
+    named = "1x8x16,4x2x16,16x4x2"
+    for place, expected in enumerate([("1x8x16", "4x2x16"), ("16x4x2",)]):
+        layer = Layer(len(expected), 32)
+        layer.step(2, tuple(x[:, :, : len(expected)] for x in tensors), head_bricks=[named], heads=HeadShare(place, 2))
+        assert layer.records[-1].token_orders == expected
+    with pytest.raises(ConfigError, match="2 key heads on this rank, one of 2 that share them, its entry names 5"):
+        Layer(2, 32).step(2, tensors, head_bricks=[f"{named},1x8x16,1x8x16"], heads=HeadShare(0, 2))
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def blocks_of(page: Path) -> list[Block]:
     """Fenced and indented code blocks of a page."""
     text = page.read_text(encoding="utf-8")
     fence = r"(?:<!-- not run: (?P<why>[^\n]+?) -->\n)?^(?P<margin> *)```(?P<language>\w*)\n(?P<fenced>.*?)^(?P=margin)```$"
-    indented = r"(?<=\n\n)(?P<indented>(?: {4}(?:python|make|ATEN_)[^\n]*\n)(?: {4}[^\n]*\n)*)"
+    indented = r"(?<=\n\n)(?P<indented>(?: {4}(?:python|make|torchrun|ATEN_)[^\n]*\n)(?: {4}[^\n]*\n)*)"
     found = []
     for match in re.finditer(rf"{fence}|{indented}", text, re.MULTILINE | re.DOTALL):
         code = match["fenced"] if match["fenced"] is not None else match["indented"]
@@ -78,7 +78,7 @@ def commands_of(block: Block) -> list[list[str]]:
 
 
 def looks_like_commands(lines: list[str]) -> bool:
-    return bool(lines) and re.match(r"([A-Z_]+=\S+ )*(ditattn|make|pip|python -m)( |$)", lines[0]) is not None
+    return bool(lines) and re.match(r"([A-Z_]+=\S+ )*(ditattn|make|pip|torchrun|python -m)( |$)", lines[0]) is not None
 
 
 def _without_variables(words: list[str]) -> list[str]:
@@ -167,8 +167,14 @@ def _check_make(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _check_pip(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for extras in re.findall(rf"{project['name']}\[([\w,]+)\]", " ".join(arguments)):
+    for extras in re.findall(rf"(?:{project['name']}|\.)\[([\w,]+)\]", " ".join(arguments)):
         assert set(extras.split(",")) <= set(project["optional-dependencies"])
+
+
+def _check_torchrun(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that every process runs."""
+    module = arguments.index("-m") + 1
+    CHECKS[arguments[module]](arguments[module + 1 :], monkeypatch)
 
 
 def _check_python(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +193,7 @@ def _check_python(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None
         assert f'"{option}"' in source, option
 
 
-CHECKS = {"ditattn": _check_ditattn, "make": _check_make, "pip": _check_pip, "python": _check_python}
+CHECKS = {"ditattn": _check_ditattn, "make": _check_make, "pip": _check_pip, "python": _check_python, "torchrun": _check_torchrun}
 
 
 @pytest.mark.parametrize(

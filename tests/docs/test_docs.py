@@ -70,7 +70,7 @@ def test_every_reason_against_a_model_is_in_its_table() -> None:
 def test_device_table() -> None:
     table = rows((ROOT / "docs" / "compatibility.md").read_text(), "<!-- devices")
     assert [cells[0] for cells in table] == list(BACKENDS)
-    readme = rows((ROOT / "README.md").read_text(), "## Backends")
+    readme = rows((ROOT / "README.md").read_text(), "## Devices and backends")
     for backend, cells, short in zip(BACKENDS, table, readme, strict=True):
         assert (cells[1] == "yes") is (load_backend(backend).why_not(find_device("cpu")) is None)
         needs = [package.module for package in (*Npu.packages, *load_backend(backend).packages.get("npu", ()))]

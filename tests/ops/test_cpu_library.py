@@ -247,11 +247,18 @@ def test_a_tail_and_a_scale_that_are_too_far_apart_are_refused() -> None:
 
 @needs_kernel
 def test_calls_from_several_python_threads_at_once() -> None:
-    given_problems = [build(Case("at once", plan="uneven", query_length=200 + 50 * i, key_length=300), torch.bfloat16) for i in range(4)]
+    given_problems = [build(Case("at once", plan="uneven", query_length=200 + 20 * i, key_length=300), torch.bfloat16) for i in range(16)]
     alone = [_call(problem) for problem in given_problems]
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(_call, given_problems * 8))
-    assert all(torch.equal(result, alone[i % 4]) for i, result in enumerate(together))
+    begin = threading.Barrier(16)
+
+    def at_once(problem: object) -> list[torch.Tensor]:
+        begin.wait()
+        return [_call(problem) for _ in range(4)]
+
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(at_once, given_problems))
+    for expected, results in zip(alone, together, strict=True):
+        assert all(torch.equal(result, expected) for result in results)
 
 
 @needs_kernel

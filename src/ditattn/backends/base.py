@@ -93,6 +93,8 @@ class CallRecord:
         order: the order of the tokens that the plan speaks of; None is the model's own.
         reused: the plan was made by an earlier call.
         not_reused: why the call made a plan of its own although the configuration lets plans serve longer; None where it need not be said.
+        query_order: the order of the queries, where a rank has some of them and everybody's keys; None is `order`.
+        own_blocks: then their blocks are not those of one process, and neither is the plan.
         token_orders: name of the order that was chosen for each key head; None where none was chosen since the last record.
     """
 
@@ -102,6 +104,8 @@ class CallRecord:
     reused: bool = False
     not_reused: str | None = None
     token_orders: tuple[str, ...] | None = None
+    query_order: TokenOrder | None = None
+    own_blocks: bool = False
 
 
 class AttentionImpl(ABC):

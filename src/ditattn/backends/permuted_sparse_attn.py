@@ -81,6 +81,33 @@ class PermutedSparseAttentionMetadataBuilder(SparseAttentionMetadataBuilder):
     config_cls = PermutedSparseAttentionConfig
 
 
+@dataclass(frozen=True, eq=False)
+class _Orders:
+    """Of one layer's tokens.
+
+    Attributes:
+        keys: and queries too, where a call has all of them.
+        queries: of a rank's own ones, where it keeps some and has everybody's keys.
+        own_blocks: then they make other blocks than all queries do.
+    """
+
+    keys: TokenOrder
+    queries: TokenOrder
+    own_blocks: bool = False
+
+    @classmethod
+    def of(cls, order: TokenOrder, metadata: SparseAttentionMetadata, device: torch.device) -> _Orders:
+        stored = metadata.as_stored(order, device)
+        if metadata.rows is None:
+            return cls(stored, stored)
+        rows = metadata.rows.ordered(order, device)
+        return cls(stored, rows.order, rows.own_blocks)
+
+    @property
+    def together(self) -> bool:
+        return self.queries is self.keys
+
+
 @dataclass(frozen=True)
 class _Means:
     """Of one call in one order: what selection and tail are made from."""
@@ -90,9 +117,9 @@ class _Means:
     value: SubBlocks
 
     @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor, order: TokenOrder, key_lengths: Tensor | None) -> _Means:
-        keys = sub_blocks(key, order, key_lengths, variances=True)
-        return cls(sub_blocks(query, order), keys, sub_blocks(value, order, key_lengths))
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, orders: _Orders, key_lengths: Tensor | None) -> _Means:
+        keys = sub_blocks(key, orders.keys, key_lengths, variances=True)
+        return cls(sub_blocks(query, orders.queries), keys, sub_blocks(value, orders.keys, key_lengths))
 
     def tail(self) -> PooledTail:
         (key, counts), (value, _) = self.key.of_blocks(), self.value.of_blocks()
@@ -112,7 +139,7 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         if causal:
             raise UnsupportedCall("permuted_sparse_attn does not support causal attention; block_sparse_attn does")
         super().__init__(num_heads, head_size, softmax_scale, causal, *args, **kwargs)
-        self._chosen: tuple[object, TokenOrder] | None = None
+        self._chosen: tuple[object, _Orders] | None = None
         self._not_reported: tuple[str, ...] | None = None
 
     def end_run(self) -> None:
@@ -134,40 +161,58 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         return num_steps is None or num_steps - first - (metadata.skip_last_steps or 0) >= MEASURED_FROM_STEPS
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata) -> tuple[Tensor, CallRecord]:
-        order = self._known_order(query, key, metadata) or self._choose(query, key, value, metadata, None)
-        means = _Means.of(query, key, value, order, metadata.key_lengths)
-        record = self._planned(query, key, metadata, lambda: self._plan(means, metadata, order))
+        orders = self._known_order(query, key, metadata) or self._choose(query, key, value, metadata, None)
+        means = _Means.of(query, key, value, orders, metadata.key_lengths)
+        record = self._planned(query, key, metadata, lambda: self._plan(means, metadata, orders))
         assert record.plan is not None
         tail = means.tail() if metadata.tail else None
-        out = self._sparse(query, key, value, record.plan, metadata.key_lengths, order, tail)
+        out = self._attend_ordered(query, key, value, record.plan, metadata.key_lengths, orders, tail)
         chosen, self._not_reported = self._not_reported, None
-        return out, replace(record, order=order, token_orders=chosen)
+        queries = None if orders.together else orders.queries
+        return out, replace(record, order=orders.keys, query_order=queries, own_blocks=orders.own_blocks, token_orders=chosen)
+
+    def _attend_ordered(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: BlockPlan,
+        key_lengths: Tensor | None,
+        orders: _Orders,
+        tail: PooledTail | None,
+    ) -> Tensor:
+        if orders.together:
+            return self._sparse(query, key, value, plan, key_lengths, orders.keys, tail)
+        q, k, v = orders.queries.apply(query), orders.keys.apply(key), orders.keys.apply(value)
+        as_they_stand = replace(orders.keys, forward=None, inverse=None)
+        return orders.queries.undo(self._sparse(q, k, v, plan, key_lengths, as_they_stand, tail))
 
     def more_needs(self, metadata: SparseAttentionMetadata) -> frozenset[str]:
         return frozenset({"tail"}) if metadata.tail else frozenset()
 
-    def _plan(self, means: _Means, metadata: SparseAttentionMetadata, order: TokenOrder) -> BlockPlan:
+    def _plan(self, means: _Means, metadata: SparseAttentionMetadata, orders: _Orders) -> BlockPlan:
         costs = tail_error.estimate(means.query, means.key, means.value, self.softmax_scale)
-        columns, rows = _forced(metadata, order, costs.device)
+        columns, rows = _forced(metadata, orders, costs.device)
         valid = means.key.of_blocks()[1] > 0
         # the rows of every grid share a budget of their own
-        parts = [slice(*span) for span in order.blocks_of_grids()]
+        parts = [slice(*span) for span in orders.queries.blocks_of_grids()]
         picked = [tail_error.pick(costs[:, :, part], metadata.sparsity, columns, rows[part], valid, LEAST_BLOCKS) for part in parts]
         mask = torch.cat(picked, dim=2)
-        return BlockPlan.from_mask(mask, order.length, order.length)
+        return BlockPlan.from_mask(mask, orders.queries.length, orders.keys.length)
 
-    def _known_order(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> TokenOrder | None:
+    def _known_order(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> _Orders | None:
         """The orders that were chosen for these tokens in this run."""
         facts = _facts(query, key, metadata)
         return self._chosen[1] if self._chosen is not None and self._chosen[0] == facts else None
 
-    def _choose(self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, dense: Tensor | None) -> TokenOrder:
+    def _choose(self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, dense: Tensor | None) -> _Orders:
         """An order for each key head: the given one, or the one whose error on some query blocks is least."""
         bricks = self._given_bricks(key.shape[2], metadata) or self._best_bricks(query, key, value, metadata, dense)
         order = _per_head([_in_bricks(brick, metadata, query.device) for brick in bricks])
-        self._chosen = (_facts(query, key, metadata), order)
+        orders = _Orders.of(order, metadata, query.device)
+        self._chosen = (_facts(query, key, metadata), orders)
         self._not_reported = tuple(brick_names(brick, metadata.further_grids) for brick in bricks)
-        return order
+        return orders
 
     def _given_bricks(self, heads: int, metadata: SparseAttentionMetadata) -> list[Brick] | None:
         """Those of `head_bricks` for the key heads of this layer; None where it has none.
@@ -179,9 +224,14 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         assert grid is not None
         if layer is None or layer >= len(given) or not given[layer]:
             return None
-        bricks = [parse_bricks(name)[0] for name in given[layer].split(",")]
-        if len(bricks) not in (1, heads):
-            raise ConfigError(f"head_bricks: layer {layer} has {heads} key heads, its entry names {len(bricks)}: give one for each, or one")
+        named = [parse_bricks(name)[0] for name in given[layer].split(",")]
+        here = "" if metadata.heads is None else f" on this rank, one of {metadata.heads.ranks} that share them"
+        ours = slice(None) if metadata.heads is None else metadata.heads.of(len(named))
+        bricks = named * heads if len(named) == 1 else named[ours]
+        if len(bricks) != heads:
+            raise ConfigError(
+                f"head_bricks: layer {layer} has {heads} key heads{here}, its entry names {len(named)}: give one for each, or one"
+            )
         strange = [brick for brick in bricks if any(size > most for size, most in zip(brick[1:], grid[1:], strict=True)) and brick != FLAT]
         if strange or max(bricks)[0] > max(grid[0] - 1, 1):
             wrong = brick_name(strange[0] if strange else max(bricks))
@@ -189,7 +239,7 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
                 f"head_bricks: {wrong} does not fit the {' x '.join(map(str, grid))} tokens of this call; it was found at another size: "
                 "tune at this one, or leave the key out"
             )
-        return bricks * heads if len(bricks) == 1 else bricks
+        return bricks
 
     def _best_bricks(
         self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, dense: Tensor | None
@@ -199,18 +249,19 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         bricks = brick_shapes(metadata.latent_shape) if metadata.bricks == "auto" else parse_bricks(metadata.bricks)
         if len(bricks) == 1:
             return [bricks[0]] * key.shape[2]
-        errors = [self._error(query, key, value, metadata, _in_bricks(brick, metadata, query.device), dense) for brick in bricks]
+        orders = (_Orders.of(_in_bricks(brick, metadata, query.device), metadata, query.device) for brick in bricks)
+        errors = [self._error(query, key, value, metadata, order, dense) for order in orders]
         # heads of a group share an order, since they share keys
         best = torch.stack(errors).unflatten(1, (key.shape[2], -1)).sum(2).argmin(0)
         return [bricks[number] for number in best.tolist()]
 
     def _error(
-        self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, order: TokenOrder, dense: Tensor | None
+        self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, orders: _Orders, dense: Tensor | None
     ) -> Tensor:
-        """Squared error of every query head in this order on the sample blocks, `[H]`: measured against `dense`, or estimated."""
-        means = _Means.of(query, key, value, order, metadata.key_lengths)
-        blocks = _sample(order, query.device)
-        columns, _ = _forced(metadata, order, query.device)
+        """Squared error of every query head in these orders on the sample blocks, `[H]`: measured against `dense`, or estimated."""
+        means = _Means.of(query, key, value, orders, metadata.key_lengths)
+        blocks = _sample(orders.queries, query.device)
+        columns, _ = _forced(metadata, orders, query.device)
         valid = means.key.of_blocks()[1] > 0
         costs = tail_error.estimate(means.query.at(blocks), means.key, means.value, self.softmax_scale)
         # each row with a budget of its own: what a row would get of a common one depends on the orders of all heads
@@ -220,14 +271,14 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         if dense is None:
             return costs.masked_fill(mask, 0).sum((0, 2, 3))
         places = (blocks.unsqueeze(1) * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=query.device)).flatten()
-        assert order.forward is not None
-        tokens = order.forward[places[places < order.length]]
+        assert orders.queries.forward is not None
+        tokens = orders.queries.forward[places[places < orders.queries.length]]
         rows, exact = query[:, tokens], dense[:, tokens]
         plan = BlockPlan.from_mask(mask, len(tokens), key.shape[1])
         out = sparse_op.block_sparse_attention(
             rows,
-            order.apply(key),
-            order.apply(value),
+            orders.keys.apply(key),
+            orders.keys.apply(value),
             plan,
             scale=self.softmax_scale,
             key_lengths=metadata.key_lengths,
@@ -239,13 +290,14 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
 def _facts(query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> object:
     """What the chosen orders are for."""
     other = (metadata.num_prefix_tokens, metadata.num_suffix_tokens, metadata.further_grids)
-    return (metadata.latent_shape, *other, query.shape[2], key.shape[2], query.device)
+    split = (metadata.gathered, metadata.rows, metadata.heads)
+    return (metadata.latent_shape, *other, *split, query.shape[2], key.shape[2], query.device)
 
 
-def _forced(metadata: SparseAttentionMetadata, order: TokenOrder, device: torch.device) -> tuple[Tensor, Tensor]:
+def _forced(metadata: SparseAttentionMetadata, orders: _Orders, device: torch.device) -> tuple[Tensor, Tensor]:
     """bool `[N]` twice: key blocks that every query keeps (text, and the first frame), query blocks that keep everything (text)."""
-    columns = order.protected_blocks(BLOCK_SIZE, metadata.whole_first_frames, device)
-    return columns, order.protected_blocks(BLOCK_SIZE, False, device)
+    columns = orders.keys.protected_blocks(BLOCK_SIZE, metadata.whole_first_frames, device)
+    return columns, orders.queries.protected_blocks(BLOCK_SIZE, False, device)
 
 
 def _sample(order: TokenOrder, device: torch.device) -> Tensor:

@@ -21,6 +21,7 @@ from ditattn.ops.pooled_tail import PooledTail
 from ditattn.ops.table import KERNEL_HEAD_DIMS, Implementation, choose, choose_to_run
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 from ditattn.plan.reuse import ForwardId, PlanMemory, ReusePolicy
+from ditattn.plan.split import GatheredRows, GatheredTokens, HeadShare, RowOrder
 from ditattn.plan.token_grids import TokenGrid
 from ditattn.plan.token_order import TokenOrder, token_order
 
@@ -50,6 +51,7 @@ class Reason:
     UNEQUAL_LENGTHS = "query and key lengths differ"
     UNKNOWN_GEOMETRY = "unknown geometry"
     TOKEN_COUNT = "token count does not match the grid"
+    SPLIT_ELSEWHERE = "a part of the tokens alone: they are split between processes that are not known here"
     PADDED_VIDEO = "padding reaches into the video"
 
 
@@ -77,6 +79,9 @@ class SparseAttentionMetadata(AttentionMetadata):
         num_prefix_tokens, num_suffix_tokens: all tokens before and after the video tokens. In an order other than "raster" only those at
             the end, behind every grid, may be padding; that is checked where the host knows the key lengths.
         further_grids: references, conditions or layers among the prefix and suffix tokens; what is in no grid is kept whole.
+        gathered: where the tokens stand that several ranks gathered; None where they stand in the model's order.
+        rows: which tokens the queries are, where a rank keeps some and has everybody's keys; None where it has all.
+        heads: which heads of the layer a call has, where ranks share them; None where it has all.
         forward_id: run and branch of the forward; looked at only where plans are reused.
 
     Examples:
@@ -93,6 +98,9 @@ class SparseAttentionMetadata(AttentionMetadata):
     num_prefix_tokens: int = 0
     num_suffix_tokens: int = 0
     further_grids: tuple[TokenGrid, ...] = ()
+    gathered: GatheredTokens | None = None
+    rows: GatheredRows | None = None
+    heads: HeadShare | None = None
     forward_id: ForwardId = field(default_factory=ForwardId)
 
     def __getattr__(self, key: str) -> Any:
@@ -129,6 +137,10 @@ class SparseAttentionMetadata(AttentionMetadata):
             return None
         frames, rows, columns = self.latent_shape
         return self.num_prefix_tokens + frames * rows * columns + self.num_suffix_tokens
+
+    def as_stored(self, order: TokenOrder, device: torch.device) -> TokenOrder:
+        """An order of the model's tokens as one of the tokens as a call has them."""
+        return order if self.gathered is None else self.gathered.ordered(order, device)
 
     @property
     def num_last_tokens(self) -> int:
@@ -245,6 +257,7 @@ class SparseAttentionImpl(AttentionImpl):
         self._plans = PlanMemory()
         self._sparse_rows = Chosen(sparse_op.TABLE, choose_to_run)
         self._known_tokens: tuple[object, TokenOrder, Tensor] | None = None
+        self._known_rows: tuple[object, RowOrder] | None = None
 
     def end_run(self) -> None:
         self._plans.forget()
@@ -263,9 +276,30 @@ class SparseAttentionImpl(AttentionImpl):
         """A call that runs sparse: order, plan, kernel."""
         order, protected = self._tokens(metadata, query.device)
         self._check_order(metadata)
+        if metadata.rows is not None:
+            return self._attend_rows(query, key, value, metadata, order, protected)
         record = self._planned(query, key, metadata, lambda: self.plan(query, key, metadata, order, protected))
         assert record.plan is not None
         return self._sparse(query, key, value, record.plan, metadata.key_lengths, order), replace(record, order=order)
+
+    def _attend_rows(
+        self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, order: TokenOrder, protected: Tensor
+    ) -> tuple[Tensor, CallRecord]:
+        """A rank's queries and everybody's keys: each stands in an order of its own, by copying."""
+        rows = self._row_order(metadata, query.device)
+        q, k, v = rows.order.apply(query), order.apply(key), order.apply(value)
+        as_they_stand = replace(order, forward=None, inverse=None)
+        whole = rows.order.protected_blocks(BLOCK_SIZE, metadata.whole_first_frames, query.device)
+
+        def plan() -> BlockPlan:
+            made = self.plan(q, k, metadata, as_they_stand, protected)
+            # methods keep whole rows where there are as many queries as keys
+            return BlockPlan.from_mask(made.to_mask() | whole.unsqueeze(-1), made.query_length, made.key_length)
+
+        record = self._planned(q, k, metadata, plan)
+        assert record.plan is not None
+        out = rows.order.undo(self._sparse(q, k, v, record.plan, metadata.key_lengths, as_they_stand))
+        return out, replace(record, order=order, query_order=rows.order, own_blocks=rows.own_blocks)
 
     def rows(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> dict[str, Implementation]:
         call = self._dense_call(query, key, value, attn_metadata.key_lengths)
@@ -306,10 +340,21 @@ class SparseAttentionImpl(AttentionImpl):
         assert grid is not None
         facts = (metadata.token_order, grid, metadata.num_prefix_tokens, metadata.num_suffix_tokens, device, metadata.further_grids)
         whole_first_frame = metadata.whole_first_frames
-        if self._known_tokens is None or self._known_tokens[0] != (facts, whole_first_frame):
-            order = token_order(*facts)
-            self._known_tokens = ((facts, whole_first_frame), order, order.protected_blocks(BLOCK_SIZE, whole_first_frame, device))
+        known = (facts, whole_first_frame, metadata.gathered)
+        if self._known_tokens is None or self._known_tokens[0] != known:
+            order = metadata.as_stored(token_order(*facts), device)
+            self._known_tokens = (known, order, order.protected_blocks(BLOCK_SIZE, whole_first_frame, device))
         return self._known_tokens[1:]
+
+    def _row_order(self, metadata: SparseAttentionMetadata, device: torch.device) -> RowOrder:
+        """How this rank's queries stand in the order of all tokens. Serves until the tokens change."""
+        assert metadata.rows is not None
+        assert metadata.latent_shape is not None
+        facts = (metadata.token_order, metadata.latent_shape, metadata.num_prefix_tokens, metadata.num_suffix_tokens, "cpu")
+        known = (facts, metadata.further_grids, metadata.rows, device)
+        if self._known_rows is None or self._known_rows[0] != known:
+            self._known_rows = (known, metadata.rows.ordered(token_order(*facts, metadata.further_grids), device))
+        return self._known_rows[1]
 
     def _planned(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata, plan: Callable[[], BlockPlan]) -> CallRecord:
         """The call with its plan: a kept one where the metadata lets one serve, else a new one."""
@@ -398,17 +443,22 @@ def _why_not_this_step(metadata: SparseAttentionMetadata) -> str | None:
     return None
 
 
+def _has_partners() -> bool:
+    """True in one of several processes that torch.distributed has brought together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
 def _why_not_these_tokens(query_tokens: int, key_tokens: int, metadata: SparseAttentionMetadata) -> str | None:
-    if query_tokens != key_tokens:
+    if query_tokens != (key_tokens if metadata.rows is None else metadata.rows.num_tokens):
         return Reason.UNEQUAL_LENGTHS
-    if query_tokens < metadata.min_tokens:
+    if key_tokens < metadata.min_tokens:
         return Reason.SHORT
     if metadata.num_tokens is None:
         return Reason.UNKNOWN_GEOMETRY
-    if query_tokens != metadata.num_tokens:
-        return Reason.TOKEN_COUNT
+    if key_tokens != metadata.num_tokens:
+        return Reason.SPLIT_ELSEWHERE if key_tokens < metadata.num_tokens and _has_partners() else Reason.TOKEN_COUNT
     # another order puts the grids first and their tokens elsewhere: the leading keys of the model's order are then not the leading ones
-    first_free = query_tokens - metadata.num_last_tokens
-    if metadata.token_order != "raster" and min(metadata.known_key_lengths or (query_tokens,)) < first_free:
+    first_free = key_tokens - metadata.num_last_tokens
+    if metadata.token_order != "raster" and min(metadata.known_key_lengths or (key_tokens,)) < first_free:
         return Reason.PADDED_VIDEO
     return None

@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ditattn._version import __version__
+from ditattn.cli import ranks
 from ditattn.cli.backends import backends
 from ditattn.cli.bench import bench
 from ditattn.cli.models import models
@@ -60,12 +61,13 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command; every failure ends in one line on stderr. Returns the exit status."""
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        status = typer.main.get_command(app)(args=list(arguments), prog_name="ditattn", standalone_mode=False)
+        with ranks.quiet():
+            status = typer.main.get_command(app)(args=list(arguments), prog_name="ditattn", standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
-        return report_failure(error, debug="--debug" in arguments)
+        return report_failure(error, debug="--debug" in arguments, instead=ranks.speaks(error))
     finally:
         signal.signal(signal.SIGTERM, before)
     if status == EXIT_INTERRUPTED:
         # newer versions of typer turn Ctrl-C into this status, without a word
-        return report_failure(KeyboardInterrupt(), debug=False)
+        return report_failure(KeyboardInterrupt(), debug=False, instead=ranks.speaks(KeyboardInterrupt()))
     return status if isinstance(status, int) else 0

@@ -16,6 +16,7 @@ import typer
 from ditattn.backends.setting import Setting
 from ditattn.cli.job import load, playing_rate, prepare
 from ditattn.cli.output import DraftFiles, check_plain_name, default_name, numbered, write_media
+from ditattn.cli.ranks import check_alone
 from ditattn.cli.references import check_metrics, dense_references, origin
 from ditattn.cli.settings import CompareSettings
 from ditattn.cli.terminal import print_rich, say, set_up_messages
@@ -47,6 +48,7 @@ def run(settings: CompareSettings, *, debug: bool = False) -> None:
         DitattnError, OSError: see the modules that check.
     """
     set_up_messages(debug)
+    check_alone("compare")
     if not settings.attention_backend:
         raise ConfigError("what shall be compared? Name it: --attention-backend rain_fusion_attn (the reference is torch_sdpa)")
     name = _file_name(settings)

@@ -14,6 +14,7 @@ from ditattn.backends.selector import backend_on
 from ditattn.backends.setting import Setting
 from ditattn.cli.device import choose_device, choose_dtype
 from ditattn.cli.output import check_folder
+from ditattn.cli.ranks import own_device
 from ditattn.cli.settings import PIPELINE_KEYS, CallSettings, flag
 from ditattn.cli.terminal import timed
 from ditattn.devices import find_device
@@ -95,7 +96,7 @@ def prepare(settings: CallSettings, attention: Sequence[Setting]) -> Job:
     """
     if DIFFUSERS.missing():
         raise BackendUnavailable(DIFFUSERS.sentence())
-    device = choose_device(settings.device)
+    device = choose_device(own_device(settings.device))
     dtype = choose_dtype(settings.dtype, device)
     for name in {name: None for setting in attention for name in (setting.config_owner, *setting.components.values())}:
         backend_on(find_device(device), name, ANY_HEAD_SIZE, dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform as python_platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,6 +62,7 @@ class RunRecord:
         load_ms, write_ms: times around the call.
         times: of the call.
         attention: what the attention did.
+        ranks: what it did in each of several processes; empty where there is one.
     """
 
     model: dict[str, Any]
@@ -75,6 +76,7 @@ class RunRecord:
     load_ms: float
     times: CallTimes
     attention: AttentionReport
+    ranks: list[AttentionReport] = field(default_factory=list)
     write_ms: float = 0.0
 
     def sidecar(self) -> dict[str, Any]:
@@ -92,6 +94,7 @@ class RunRecord:
             "times_ms": {"load": self.load_ms, **self.times.stages, "write": self.write_ms},
             "steps_ms": self.times.steps,
             "attention": self.attention.as_dict(),
+            **({"attention_of_ranks": [report.as_dict() for report in self.ranks]} if self.ranks else {}),
         }
 
     def perf_dump(self) -> dict[str, Any]:
@@ -121,9 +124,17 @@ class RunRecord:
             [
                 self.attention.summary(),
                 f"time: {stages}; attention {self.attention.attention_ms / 1e3:.1f} s{share}",
+                *self._balance(),
                 f"wrote {self.output['file']} and {Path(self.output['file']).with_suffix('.json').name}",
             ]
         )
+
+    def _balance(self) -> list[str]:
+        if not self.ranks:
+            return []
+        attention = ", ".join(f"{report.attention_ms / 1e3:.2f}" for report in self.ranks)
+        exchanges = ", ".join(f"{report.communication_ms / 1e3:.2f}" for report in self.ranks)
+        return [f"seconds by rank: attention {attention}; exchanges and waiting {exchanges}"]
 
 
 def _now() -> str:

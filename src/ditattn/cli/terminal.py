@@ -112,11 +112,15 @@ def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
         yield advance
 
 
-def report_failure(error: BaseException, *, debug: bool) -> int:
-    """Print the line (with `debug` the traceback first) and return the exit status."""
+def report_failure(error: BaseException, *, debug: bool, instead: str | None = "") -> int:
+    """Print the line (with `debug` the traceback first) and return the exit status.
+
+    `instead` is said in place of the error's own words; None says nothing, since another process does.
+    """
     if debug:
         traceback.print_exception(error)
     status, line = describe(error)
+    line = "" if instead is None else instead or line
     if line:
         typer.echo(f"ditattn: {line}", err=True)
     return status

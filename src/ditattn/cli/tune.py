@@ -13,6 +13,7 @@ from ditattn.backends.registry import load_backend
 from ditattn.backends.setting import Setting
 from ditattn.cli.job import load, prepare
 from ditattn.cli.output import DraftFiles, check_plain_name
+from ditattn.cli.ranks import check_alone
 from ditattn.cli.references import check_metrics, dense_references
 from ditattn.cli.settings import TuneSettings
 from ditattn.cli.terminal import progress_bar, say, set_up_messages
@@ -55,6 +56,7 @@ def run(settings: TuneSettings, *, debug: bool = False) -> None:
         typer.Exit: with EXIT_NOTHING_FOUND.
     """
     set_up_messages(debug)
+    check_alone("tune")
     request = _request(settings)
     check_metrics()
     job = prepare(settings, [REFERENCE, request.setting])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,9 @@ __all__ = [
     "TokenLayout",
     "image_layout",
     "one_more_than_a_multiple",
+    "one_stream",
     "patch_triple",
+    "prefix_and_rest",
     "text_length",
     "video_only",
 ]
@@ -82,6 +85,20 @@ class TokenLayout:
         further = tuple(grid for number, grid in enumerate(grids) if number != target)
         return cls((batch, channels, *own.size), (1, 1, 1), own.start, length - own.stop, further_grids=further)
 
+    @property
+    def num_video_tokens(self) -> int:
+        return math.prod(self.grid)
+
+
+def one_stream(layout: TokenLayout) -> tuple[int, ...]:
+    """The stream of a sequence that is split as a whole, conditions before and behind the video too."""
+    return (layout.num_prefix_tokens + layout.num_video_tokens + layout.num_suffix_tokens,)
+
+
+def prefix_and_rest(layout: TokenLayout) -> tuple[int, ...]:
+    """Streams of a sequence whose text stands in front: what stands behind the video or image is split with it."""
+    return (layout.num_prefix_tokens, layout.num_video_tokens + layout.num_suffix_tokens)
+
 
 def default_frame_rate(pipeline_config: Any) -> int:
     """What most families were trained on."""
@@ -133,6 +150,7 @@ class ModelFamily:
         untrue_notices: what its pipelines log although it is not so, by name of the logger: records that hold the text are dropped.
         dispatches: its processors go through diffusers' attention dispatcher; False means they call torch's SDPA directly.
         supported: names of the backends that make sense for it; None means every one.
+        streams: TokenLayout -> lengths of the streams that context parallelism splits apart, in self-attention's order; None: not known.
         notes: one sentence for the compatibility matrix.
     """
 
@@ -152,6 +170,7 @@ class ModelFamily:
     untrue_notices: Mapping[str, str] = field(default_factory=dict)
     dispatches: bool = True
     supported: frozenset[str] | None = None
+    streams: Callable[[TokenLayout], tuple[int, ...]] | None = None
     notes: str = ""
 
     def is_self_attention(self, path: str) -> bool:

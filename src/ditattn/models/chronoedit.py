@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ditattn.models.base import ModelFamily, video_only
+from ditattn.models.base import ModelFamily, one_stream, video_only
 from ditattn.models.wan import frame_rate, frames_to_ask, untrue_notices
 
 __all__ = ["CHRONOEDIT"]
@@ -17,5 +17,6 @@ CHRONOEDIT = ModelFamily(
     frames_to_ask=frames_to_ask,
     full_precision_vaes=frozenset({"AutoencoderKLWan"}),
     untrue_notices=untrue_notices("chronoedit.pipeline_chronoedit"),
+    streams=one_stream,
     notes="without temporal reasoning, and in the steps after it, there are two latent frames: short sequences",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditattn.models.base import ModelFamily, TokenLayout
+from ditattn.models.base import ModelFamily, TokenLayout, prefix_and_rest
 from ditattn.models.position_ids import packed_layout
 
 __all__ = ["FLUX2"]
@@ -26,5 +26,6 @@ FLUX2 = ModelFamily(
     transformer_classes=("Flux2Transformer2DModel",),
     layout=layout,
     self_attention=r"(transformer_blocks|single_transformer_blocks)\.\d+\.attn",
+    streams=prefix_and_rest,
     notes="as Flux.1; with the key-value cache of Klein's KV pipeline, calls that read or write the cache run densely",
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ditattn.models.base import ModelFamily, TokenLayout
+from ditattn.models.base import ModelFamily, TokenLayout, one_stream
 from ditattn.plan.token_grids import TokenGrid
 
 __all__ = ["LTX_VIDEO"]
@@ -91,5 +91,6 @@ LTX_VIDEO = ModelFamily(
     transformer_classes=("LTXVideoTransformer3DModel",),
     layout=layout,
     self_attention=r"transformer_blocks\.\d+\.attn1",
+    streams=one_stream,
     notes="conditions outside the video (`LTXConditionPipeline`) have blocks of their own",
 )

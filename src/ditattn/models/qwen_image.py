@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditattn.models.base import ModelFamily, TokenLayout, text_length
+from ditattn.models.base import ModelFamily, TokenLayout, prefix_and_rest, text_length
 from ditattn.plan.token_grids import TokenGrid
 
 __all__ = ["QWEN_IMAGE"]
@@ -38,5 +38,6 @@ QWEN_IMAGE = ModelFamily(
     transformer_classes=("QwenImageTransformer2DModel",),
     layout=layout,
     self_attention=r"transformer_blocks\.\d+\.attn",
+    streams=prefix_and_rest,
     notes="text before the image, protected; every reference or layer has blocks of its own",
 )

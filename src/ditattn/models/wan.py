@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ditattn.models.base import DEFAULT_FRAME_RATE, ModelFamily, one_more_than_a_multiple, video_only
+from ditattn.models.base import DEFAULT_FRAME_RATE, ModelFamily, one_more_than_a_multiple, one_stream, video_only
 
 __all__ = ["WAN", "frames_to_ask", "untrue_notices"]
 
@@ -34,5 +34,6 @@ WAN = ModelFamily(
     frames_to_ask=frames_to_ask,
     full_precision_vaes=frozenset({"AutoencoderKLWan"}),
     untrue_notices=untrue_notices("wan.pipeline_wan", "wan.pipeline_wan_i2v", "lucy.pipeline_lucy_edit"),
+    streams=one_stream,
     notes="text, image and video to video, Lucy Edit; the two transformers of Wan 2.2 share one step count",
 )

@@ -9,6 +9,7 @@ import ctypes
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -17,7 +18,17 @@ from ditattn.arguments import described
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.table import CallFacts
 
-__all__ = ["call_facts", "check_mask", "check_qkv", "checked_scale", "default_scale", "joined", "split", "without_autocast"]
+__all__ = [
+    "call_facts",
+    "check_mask",
+    "check_qkv",
+    "checked_scale",
+    "default_scale",
+    "joined",
+    "refuse_gradients",
+    "split",
+    "without_autocast",
+]
 
 _LENGTH_DTYPES = (torch.int32, torch.int64)
 
@@ -40,6 +51,18 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 _NOTHING = nullcontext()
 _has_autocast = cache(torch.amp.is_autocast_available)
+
+
+def refuse_gradients(context: object, *gradients: object) -> NoReturn:
+    """The backward of every operation: there is none.
+
+    Raises:
+        UnsupportedCall: always.
+    """
+    raise UnsupportedCall(
+        "ditattn computes attention forward only, and gradients were asked for: run inference under torch.no_grad(), "
+        "and train with the model as it was, after remove()"
+    )
 
 
 def default_scale(head_dim: int) -> float:

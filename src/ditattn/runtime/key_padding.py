@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ditattn.backends.sparse import SparseAttentionMetadata
+from ditattn.plan.split import GatheredTokens
 
 __all__ = ["MASK_WITH_GAPS", "KeyPadding", "MaskReader", "VideoFirst", "broadcastable"]
 
@@ -50,6 +51,11 @@ class VideoFirst:
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of `arrange`."""
         return torch.take_along_dim(x, self.inverse[:, :, None, None], dim=1)
+
+    def of_gathered(self, gathered: GatheredTokens) -> VideoFirst:
+        """The same order of tokens that stand as ranks have gathered them."""
+        places = gathered.places(self.places.device)[self.places]
+        return VideoFirst(places, places.argsort(dim=1), replace(self.metadata, gathered=None))
 
 
 class MaskReader:

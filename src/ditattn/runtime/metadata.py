@@ -10,15 +10,20 @@ from ditattn.backends.sparse import SparseAttentionMetadata
 from ditattn.errors import ConfigError
 from ditattn.models import TokenLayout
 from ditattn.plan.reuse import ForwardId
+from ditattn.runtime.split import WHOLE, RankShare
 from ditattn.runtime.step import Step
 
 __all__ = ["build_attn_metadata", "check_layers", "for_forward"]
 
 
 def build_attn_metadata(
-    builder: AttentionMetadataBuilder, config: AttentionConfig, step: Step, layout: TokenLayout | None
+    builder: AttentionMetadataBuilder,
+    config: AttentionConfig,
+    step: Step,
+    layout: TokenLayout | None,
+    share: RankShare = WHOLE,
 ) -> AttentionMetadata:
-    """The metadata of a step; without a layout the geometry stays unknown."""
+    """The metadata of a step; without a layout the geometry stays unknown. `share` is what a rank has of the calls."""
     if not isinstance(config, SparseAttentionConfig):
         return builder.build(current_timestep=step.index)
     # a builder of another package need not know of sequences that its models do not have
@@ -32,6 +37,7 @@ def build_attn_metadata(
         num_prefix_tokens=0 if layout is None else layout.num_prefix_tokens,
         num_suffix_tokens=0 if layout is None else layout.num_suffix_tokens,
         **several,
+        **share.facts(),
     )
 
 

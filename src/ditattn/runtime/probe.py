@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ditattn.backends.base import AttentionImpl, AttentionMetadata, CallRecord
+from ditattn.errors import UnsupportedCall
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
 from ditattn.runtime.metadata import build_attn_metadata, for_forward
@@ -117,6 +118,8 @@ class SparseProbe:
         if layer is None or forward.step.index is None:
             return
         records = list(forward.records)
+        if forward.split is not None:
+            raise UnsupportedCall("settings are tried on the calls of one process; this denoiser is split between ranks")
         # the run's own call may have been the first of its kind; this one is timed like the others
         dense, dense_ms = _timed(impl, query, key, value, metadata)
         for number, models in enumerate(self._candidates):

@@ -58,6 +58,9 @@ class ComponentLog:
         token_grids: see ComponentReport.
         implementations: by op.
         stopwatch: time in attention.
+        own_blocks: see ComponentReport.
+        communication: time in the exchanges between ranks around it.
+        split: see ComponentReport.
     """
 
     name: str
@@ -75,6 +78,9 @@ class ComponentLog:
     token_grids: Counter[str] = field(default_factory=Counter)
     implementations: dict[str, set[str]] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    communication: Stopwatch = field(default_factory=Stopwatch)
+    split: str = ""
+    own_blocks: int = 0
 
     def add(self, step: int | None, layer: int | None, record: CallRecord) -> None:
         """Count one attention call."""
@@ -84,6 +90,7 @@ class ComponentLog:
         self.reused += record.reused
         if record.not_reused is not None:
             self.not_reused[record.not_reused] += 1
+        self.own_blocks += record.own_blocks
         if record.token_orders is not None:
             heads = self.token_orders.setdefault(-1 if layer is None else layer, [Counter() for _ in record.token_orders])
             for head, name in zip(heads, record.token_orders, strict=True):
@@ -127,6 +134,9 @@ class ComponentLog:
             token_grids=dict(self.token_grids.most_common()),
             implementations={op: ", ".join(sorted(names)) for op, names in self.implementations.items()},
             attention_ms=self.stopwatch.total_ms(),
+            split=self.split,
+            communication_ms=self.communication.total_ms(),
+            own_blocks=self.own_blocks,
         )
 
     def head_orders(self) -> dict[int, list[str]]:
@@ -173,6 +183,9 @@ class ComponentReport:
             reference. Forwards of an unknown layout are not counted.
         implementations: which implementation of each op served; several, separated by commas, where calls differ in what they need.
         attention_ms: time in attention, order and selection included.
+        split: where several ranks share the tokens, which one this is: everything else here is about its part alone. Empty otherwise.
+        communication_ms: time in the exchanges between ranks around attention, waiting for slower ranks included.
+        own_blocks: sparse calls in which this rank's queries make other blocks than in one process, so that its plans are its own.
     """
 
     backend: str
@@ -194,6 +207,9 @@ class ComponentReport:
     token_grids: dict[str, int]
     implementations: dict[str, str]
     attention_ms: float
+    split: str = ""
+    communication_ms: float = 0.0
+    own_blocks: int = 0
 
     def sentence(self) -> str:
         """One line for people."""
@@ -205,7 +221,13 @@ class ComponentReport:
             parts.append(f"{self.dense} dense ({_counted(self.dense_reasons)})")
         ran = " / ".join(parts) or self._no_calls()
         notes = self._part_of_schedule() + self._several_grids() + self._served_as()
-        return f"{self.backend}: {ran}{notes}; {self.attention_ms / 1e3:.2f} s in attention"
+        return f"{self.backend}: {ran}{notes}; {self.attention_ms / 1e3:.2f} s in attention{self._ranks()}"
+
+    def _ranks(self) -> str:
+        if not self.split:
+            return ""
+        blocks = f"; {self.own_blocks} calls by query blocks of this rank's own" if self.own_blocks else ""
+        return f", {self.communication_ms / 1e3:.2f} s in exchanges; {self.split} alone{blocks}"
 
     def _served_as(self) -> str:
         return f"; {self.model}" if "served as" in self.model else ""
@@ -254,6 +276,11 @@ class AttentionReport:
     def attention_ms(self) -> float:
         """Time in attention of all components, milliseconds."""
         return sum(component.attention_ms for component in self.components.values())
+
+    @property
+    def communication_ms(self) -> float:
+        """Time in exchanges between ranks of all components, milliseconds."""
+        return sum(component.communication_ms for component in self.components.values())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

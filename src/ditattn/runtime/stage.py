@@ -22,16 +22,17 @@ from ditattn.errors import DenseInStrictMode, UnsupportedCall
 from ditattn.models import ModelFamily, TokenLayout
 from ditattn.ops import dense_attention as dense_op
 from ditattn.ops.calls import DenseCall
-from ditattn.ops.contract import check_qkv, checked_scale
+from ditattn.ops.contract import check_qkv, checked_scale, refuse_gradients
 from ditattn.ops.table import choose
 from ditattn.plan.reuse import ForwardId
 from ditattn.runtime.autocast import autocast_as_sdpa
 from ditattn.runtime.branches import ForwardCounter
 from ditattn.runtime.foreign_modes import native_sdpa, why_native
-from ditattn.runtime.key_padding import MASK_WITH_GAPS, MaskReader, VideoFirst, broadcastable
+from ditattn.runtime.key_padding import MASK_WITH_GAPS, KeyPadding, MaskReader, VideoFirst, broadcastable
 from ditattn.runtime.metadata import build_attn_metadata, for_forward
 from ditattn.runtime.report import AttentionReport, ComponentLog
 from ditattn.runtime.run_share import KEYS, RunShare, holds_for_the_run
+from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit, rank_share
 from ditattn.runtime.step import Step, StepClock
 
 __all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "running"]
@@ -83,7 +84,12 @@ class ServedModel:
 
 @dataclass
 class Forward:
-    """One running forward of a denoiser: what an attention call inside it can know."""
+    """One running forward of a denoiser: what an attention call inside it can know.
+
+    Attributes:
+        split: how its tokens are split between ranks; None if they are not.
+        share: what this rank has of its calls.
+    """
 
     stage: DenoisingStage
     model: ServedModel
@@ -95,6 +101,8 @@ class Forward:
     key_mask: Tensor | None = None
     layer: int | None = None
     num_calls: int = 0
+    split: SequenceSplit | None = None
+    share: RankShare = WHOLE
     records: list[CallRecord] = field(default_factory=list)
     masks: MaskReader = field(default_factory=MaskReader)
 
@@ -151,13 +159,23 @@ class DenoisingStage:
         self._share = RunShare()
 
     def enter(
-        self, model: ServedModel, arguments: Mapping[str, Any], cache_context: Any = None, branch: str | None = None, driver: Any = None
+        self,
+        model: ServedModel,
+        arguments: Mapping[str, Any],
+        cache_context: Any = None,
+        branch: str | None = None,
+        driver: Any = None,
+        split: SequenceSplit | None = None,
     ) -> Forward:
         """A forward of `model` begins in this thread.
 
         Args:
             arguments: of the forward, by name.
             cache_context, branch, driver: see `StepClock.read`.
+            split: how the host splits the tokens between ranks.
+
+        Raises:
+            UnsupportedModel, UnsupportedCall: tokens that cannot be split so.
         """
         others = [other for other in getattr(_local, "stack", []) if other.model is not model]
         if len(others) < len(getattr(_local, "stack", [])):
@@ -171,10 +189,13 @@ class DenoisingStage:
         layout = _layout(model, arguments)
         if layout is not None:
             model.log.note_grids([layout.grid, *(grid.size for grid in layout.further_grids)])
-        forward = Forward(self, model, step, forward_id, layout, self._metadata_of(model, step, layout, forward_id))
+        share = rank_share(split, model.family, layout)
+        metadata = self._metadata_of(model, step, layout, forward_id, share)
+        forward = Forward(self, model, step, forward_id, layout, metadata, split=split, share=share)
         if model.image_layers and layout is not None:
             forward.image_metadata = self._metadata_of(model, step, layout.without_text(), forward_id, image_only=True)
         forward.key_mask = model.family.key_mask(model.model_config, arguments)
+        model.log.split = "" if split is None else str(split)
         _local.stack = [*others, forward]
         return forward
 
@@ -217,13 +238,19 @@ class DenoisingStage:
         return AttentionReport({model.name: model.log.report() for model in self.models}, dict(self.not_served))
 
     def _metadata_of(
-        self, model: ServedModel, step: Step, layout: TokenLayout | None, forward_id: ForwardId, image_only: bool = False
+        self,
+        model: ServedModel,
+        step: Step,
+        layout: TokenLayout | None,
+        forward_id: ForwardId,
+        share: RankShare = WHOLE,
+        image_only: bool = False,
     ) -> AttentionMetadata:
         """The metadata of a step, built once and shared by all layers and branches with the same tokens."""
-        key, place = (step, layout), (model.name, image_only)
+        key, place = (step, layout, share), (model.name, image_only)
         cached = self._metadata.get(place)
         if cached is None or cached[0] != key:
-            cached = self._metadata[place] = (key, build_attn_metadata(model.builder, model.config, step, layout))
+            cached = self._metadata[place] = (key, build_attn_metadata(model.builder, model.config, *key))
         return for_forward(cached[1], forward_id)
 
     def attend(
@@ -243,7 +270,7 @@ class DenoisingStage:
             out = self._serve(forward, layer, call)
         for record in forward.records:
             model.log.add(forward.step.index, layer, record)
-            if model.backend.is_sparse and _is_self_attention(layer, query, key):
+            if model.backend.is_sparse and _is_self_attention(forward, layer, query, key):
                 self._share.add(record)
         forward.records.clear()
         return out
@@ -255,32 +282,70 @@ class DenoisingStage:
             DenseInStrictMode: the installation is strict.
         """
         layer = _next_layer(forward, query, key)
-        if self.strict and _is_self_attention(layer, query, key):
+        if self.strict and _is_self_attention(forward, layer, query, key):
             self._refuse(reason, forward)
         record = CallRecord(reason)
         forward.model.log.add(forward.step.index, layer, record)
-        if forward.model.backend.is_sparse and _is_self_attention(layer, query, key):
+        if forward.model.backend.is_sparse and _is_self_attention(forward, layer, query, key):
             self._share.add(record)
 
     def _serve(self, forward: Forward, layer: int | None, call: DenseCall) -> Tensor:
-        query, key, value = call.query, call.key, call.value
+        query, key = call.query, call.key
         metadata = forward.metadata_of(layer)
         reason = NOT_SELF_ATTENTION if layer is None else None
-        moved: VideoFirst | None = None
+        if reason is None:
+            _check_whole(forward, query, key)
         if call.attn_mask is not None and reason is None:
-            mask = _key_mask(forward, call.attn_mask)
+            mask = _key_mask(forward, _in_model_order(forward, call.attn_mask, key))
             padding, reason = forward.masks.read(mask, key)
+            if reason == MASK_WITH_GAPS and (moved := _video_first(forward, mask, call, metadata)) is not None:
+                return self._serve_moved(forward, layer, call, moved)
+            if padding is not None and forward.share.interleaves:
+                return self._serve_in_model_order(forward, layer, call, metadata, padding)
             metadata = metadata if padding is None else replace(metadata, **padding._asdict())
-            if reason == MASK_WITH_GAPS and isinstance(metadata, SparseAttentionMetadata) and not call.causal:
-                moved = forward.masks.video_first(mask, key, metadata)
-        strict = self.strict and _is_self_attention(layer, query, key)
-        if moved is not None:
-            return self._serve_moved(forward, layer, call, moved, strict)
         if reason is not None:
-            if strict:
+            if self.strict and _is_self_attention(forward, layer, query, key):
                 self._refuse(reason, forward)
             forward.records.append(CallRecord(reason))
             return _native(call)
+        return self._run(forward, layer, call, metadata)
+
+    def _serve_in_model_order(
+        self, forward: Forward, layer: int | None, call: DenseCall, metadata: AttentionMetadata, padding: KeyPadding
+    ) -> Tensor:
+        """Leading keys are leading only in the model's order: a padded call that ranks have gathered is put in that order by copying."""
+        gathered = forward.share.gathered
+        assert gathered is not None
+        if isinstance(metadata, SparseAttentionMetadata):
+            metadata = replace(metadata, gathered=None)
+        places = gathered.places(call.query.device)
+        metadata = replace(metadata, **padding._asdict())
+        call = replace(call, key=call.key.index_select(1, places), value=call.value.index_select(1, places))
+        if forward.share.rows is not None:
+            return self._run(forward, layer, call, metadata)
+        out = self._run(forward, layer, replace(call, query=call.query.index_select(1, places)), metadata)
+        return out.index_select(1, gathered.tokens(out.device))
+
+    def _serve_moved(self, forward: Forward, layer: int | None, call: DenseCall, moved: VideoFirst) -> Tensor:
+        """A call whose masked tokens stand before the video: sparse with the video first, or torch's own."""
+        query, key, value = (moved.arrange(x) for x in (call.query, call.key, call.value))
+        impl = self._impl(forward.model, layer, replace(call, query=query, key=key, value=value, attn_mask=None), moved.metadata)
+        assert isinstance(impl, SparseAttentionImpl)
+        reason = impl.why_dense(query, key, moved.metadata)
+        if reason is not None:
+            if self.strict and _is_self_attention(forward, layer, query, key):
+                self._refuse(reason, forward)
+            forward.records.append(CallRecord(reason))
+            return _native(call)
+        out = impl.forward(query, key, value, moved.metadata)
+        if self.probe is not None:
+            self.probe.look(forward, layer, impl, query, key, value, moved.metadata, out)
+        return moved.restore(out)
+
+    def _run(self, forward: Forward, layer: int | None, call: DenseCall, metadata: AttentionMetadata) -> Tensor:
+        """By the layer's implementation, which the metadata tells everything else."""
+        query, key, value = call.query, call.key, call.value
+        strict = self.strict and _is_self_attention(forward, layer, query, key)
         impl = self._impl(forward.model, layer, call, metadata)
         if strict and isinstance(impl, SparseAttentionImpl):
             assert isinstance(metadata, SparseAttentionMetadata)
@@ -295,22 +360,6 @@ class DenoisingStage:
         if self.probe is not None:
             self.probe.look(forward, layer, impl, query, key, value, metadata, out)
         return out
-
-    def _serve_moved(self, forward: Forward, layer: int | None, call: DenseCall, moved: VideoFirst, strict: bool) -> Tensor:
-        """A call whose masked tokens stand before the video: sparse with the video first, or torch's own."""
-        query, key, value = (moved.arrange(x) for x in (call.query, call.key, call.value))
-        impl = self._impl(forward.model, layer, replace(call, query=query, key=key, value=value, attn_mask=None), moved.metadata)
-        assert isinstance(impl, SparseAttentionImpl)
-        reason = impl.why_dense(query, key, moved.metadata)
-        if reason is not None:
-            if strict:
-                self._refuse(reason, forward)
-            forward.records.append(CallRecord(reason))
-            return _native(call)
-        out = impl.forward(query, key, value, moved.metadata)
-        if self.probe is not None:
-            self.probe.look(forward, layer, impl, query, key, value, moved.metadata, out)
-        return moved.restore(out)
 
     def _refuse(self, reason: str | None, forward: Forward) -> None:
         """Raise for a dense call that nobody asked for, or that shows that the whole run will be dense."""
@@ -343,7 +392,7 @@ class DenoisingStage:
 def _next_layer(forward: Forward, query: Tensor, key: Tensor) -> int | None:
     """Number of the layer whose call begins; None for a call that is not the denoiser's self-attention."""
     call = forward.num_calls
-    if query.shape[1] == key.shape[1]:
+    if _has_its_own_keys(forward, query, key):
         forward.num_calls += 1
     else:
         # an adapter's cross-attention follows the self-attention of its layer
@@ -352,9 +401,45 @@ def _next_layer(forward: Forward, query: Tensor, key: Tensor) -> int | None:
     return forward.model.layer_of_call(call) if counts else forward.layer
 
 
-def _is_self_attention(layer: int | None, query: Tensor, key: Tensor) -> bool:
+def _is_self_attention(forward: Forward, layer: int | None, query: Tensor, key: Tensor) -> bool:
     """False for cross-attention, also where it is an adapter's own inside a self-attention module: strictness is not about it."""
-    return layer is not None and query.shape[1] == key.shape[1]
+    return layer is not None and _has_its_own_keys(forward, query, key)
+
+
+def _has_its_own_keys(forward: Forward, query: Tensor, key: Tensor) -> bool:
+    """As many keys as queries, or where a rank keeps its queries those of all ranks."""
+    if forward.share.rows is None or query.shape[1] == key.shape[1]:
+        return query.shape[1] == key.shape[1]
+    return (query.shape[1], key.shape[1]) == (forward.share.rows.num_tokens, sum(forward.share.rows.gathered.streams))
+
+
+def _in_model_order(forward: Forward, mask: Tensor, key: Tensor) -> Tensor:
+    """A mask over gathered keys as one over the model's; others as they are."""
+    if forward.share.gathered is None or not forward.share.interleaves or mask.shape[-1] != key.shape[1]:
+        return mask
+    return mask.index_select(-1, forward.share.gathered.places(mask.device))
+
+
+def _video_first(forward: Forward, mask: Tensor, call: DenseCall, metadata: AttentionMetadata) -> VideoFirst | None:
+    """The order in which a call whose mask has gaps runs sparse; None where there is none. A rank's own queries have none."""
+    if not isinstance(metadata, SparseAttentionMetadata) or call.causal or forward.share.rows is not None:
+        return None
+    moved = forward.masks.video_first(mask, call.key, metadata)
+    if moved is None or forward.share.gathered is None:
+        return moved
+    return moved.of_gathered(forward.share.gathered)
+
+
+def _check_whole(forward: Forward, query: Tensor, key: Tensor) -> None:
+    """Raise UnsupportedCall if a call of a split denoiser has as many keys as queries, and not all tokens: nobody gathered them."""
+    if forward.share.gathered is None or query.shape[1] != key.shape[1]:
+        return
+    whole = sum(forward.share.gathered.streams)
+    if query.shape[1] != whole:
+        raise UnsupportedCall(
+            f"{forward.model.name} is split between ranks, and a self-attention call has {query.shape[1]} of {whole} tokens: its processor "
+            "does not hand the host's parallel configuration on"
+        )
 
 
 def _observe(record: CallRecord) -> None:
@@ -407,6 +492,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_ca
     return query.new_empty(query.shape)
 
 
+_attend.register_autograd(refuse_gradients)
+
+
 @torch.library.custom_op("ditattn::count_native", mutates_args=())
 def _count_native(out: Tensor, query: Tensor, key: Tensor, reason: str) -> Tensor:
     """The output of a call that was torch's own, counted when it runs: a compiled graph runs no Python of ours."""
@@ -419,6 +507,10 @@ def _count_native(out: Tensor, query: Tensor, key: Tensor, reason: str) -> Tenso
 @_count_native.register_fake
 def _(out: Tensor, query: Tensor, key: Tensor, reason: str) -> Tensor:
     return torch.empty_like(out)
+
+
+# the output passes through
+_count_native.register_autograd(lambda context, gradient: (gradient, None, None, None))
 
 
 def attend(

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook, hooks
+from diffusers.hooks.context_parallel import EquipartitionSharder
 from diffusers.models import attention_dispatch
 from torch import nn
 
@@ -133,6 +134,18 @@ def test_processors_of_dispatching_families_choose_their_backend_by_attribute() 
 @pytest.mark.parametrize("name", [name for family in MODELS for name in family.transformer_classes])
 def test_every_family_names_a_class_that_exists(name: str) -> None:
     assert inspect.isclass(getattr(diffusers, name, None)), moved(f"{name}: there is no such class")
+
+
+def test_context_parallelism_has_the_names_that_its_exchange_stands_on() -> None:
+    assert isinstance(REGISTRY._supports_context_parallel, set), moved("_AttentionBackendRegistry._supports_context_parallel")
+    exchange = inspect.signature(attention_dispatch._templated_context_parallel_attention).parameters
+    assert {"forward_op", "backward_op", "_parallel_config"} <= set(exchange), moved("_templated_context_parallel_attention")
+    config = vars(diffusers.ContextParallelConfig(ulysses_degree=2))
+    for name in ("ulysses_degree", "ring_degree", "ulysses_anything", "ring_anything", "_ring_local_rank", "_ulysses_local_rank"):
+        assert name in config, moved(f"ContextParallelConfig.{name}")
+    assert WanTransformer3DModel._parallel_config is None, moved("ModelMixin._parallel_config")
+    assert hasattr(attention_dispatch.SeqAllToAllDim, "apply"), moved("SeqAllToAllDim")
+    assert list(inspect.signature(EquipartitionSharder.unshard).parameters) == ["tensor", "dim", "mesh"], moved("EquipartitionSharder")
 
 
 def _tiny_model() -> WanTransformer3DModel:

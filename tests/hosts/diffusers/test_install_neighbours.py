@@ -201,10 +201,10 @@ def test_an_unknown_family_stays_as_it_was_and_says_so(caplog: pytest.LogCapture
         ditattn.install(tiny.pipe, "rain_fusion_attn", strict=True)
 
 
-def test_context_parallelism_is_refused() -> None:
+def test_processors_that_are_split_alone_are_refused() -> None:
     tiny = tiny_pipelines.wan()
     tiny.pipe.transformer.blocks[0].attn1.processor._parallel_config = object()
-    with pytest.raises(UnsupportedModel, match="context parallelism"):
+    with pytest.raises(UnsupportedModel, match="set for context parallelism, it is not"):
         ditattn.install(tiny.pipe, "rain_fusion_attn")
 
 

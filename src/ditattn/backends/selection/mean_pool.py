@@ -46,11 +46,14 @@ def select(
 
     Source: RainFusion2.0, arXiv 2512.24086 (steps 2 to 5).
     """
+    parts = order.blocks_of_grids(block_size) if order is not None else ((0, num_blocks(key.shape[1], block_size)),)
+    if order is not None and order.forward is None:
+        # the order of tokens as they stand: of a rank's queries and everybody's keys alike
+        order = None
     q, k = block_mean(query, block_size, order=order), block_mean(key, block_size, order=order)
     k = k.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
     with without_autocast(query.device):
         scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * scale
-    parts = order.blocks_of_grids(block_size) if order is not None else ((0, num_blocks(key.shape[1], block_size)),)
     scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if key_lengths is None:
         mask = _top_of_each(scores, parts, sparsity)

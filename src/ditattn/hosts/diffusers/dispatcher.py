@@ -14,7 +14,7 @@ from typing import Any
 from diffusers.models import attention_dispatch
 from torch import Tensor
 
-from ditattn.errors import UnsupportedCall
+from ditattn.hosts.diffusers.parallel import attend_in_parallel
 from ditattn.runtime.stage import attend
 
 __all__ = ["add_private_backend", "add_public_backend", "dispatched_attention"]
@@ -38,7 +38,7 @@ def dispatched_attention(
     `enable_gqa` needs no action: key and value may always have fewer heads here.
     """
     if _parallel_config is not None:
-        raise UnsupportedCall("context parallelism is not supported yet: disable it, or leave this model to diffusers' own backends")
+        return attend_in_parallel(query, key, value, attn_mask, dropout_p, is_causal, scale, _parallel_config)
     return attend(query, key, value, attn_mask, dropout_p, is_causal, scale)
 
 
@@ -55,8 +55,10 @@ def _add_function(member: Any, function: Callable[..., Tensor]) -> Callable[[], 
     registry._backends[member] = function
     registry._constraints[member] = []
     registry._supported_arg_names[member] = set(inspect.signature(function).parameters)
+    registry._supports_context_parallel.add(member.value)
 
     def remove() -> None:
+        registry._supports_context_parallel.discard(member.value)
         for table in (registry._backends, registry._constraints, registry._supported_arg_names):
             table.pop(member, None)
 

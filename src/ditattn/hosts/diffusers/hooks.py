@@ -14,6 +14,7 @@ from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
 from torch import Tensor, nn
 
 from ditattn.hosts.diffusers.driver import driving_scheduler
+from ditattn.hosts.diffusers.parallel import check_timesteps, sequence_split
 from ditattn.runtime.foreign_modes import OwnMode
 from ditattn.runtime.stage import DenoisingStage, ServedModel, attend, running
 
@@ -108,7 +109,10 @@ class _RootHooks:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward begins."""
         arguments = bind_arguments(self._signature, module, args, kwargs)
-        self._stage.enter(self._model, arguments, self._sink.pushed, self._sink.branch, driving_scheduler(module))
+        split = sequence_split(module)
+        if split is not None:
+            check_timesteps(module, arguments)
+        self._stage.enter(self._model, arguments, self._sink.pushed, self._sink.branch, driving_scheduler(module), split)
 
     @torch.compiler.disable
     def end(self, module: nn.Module, args: Any, output: Any) -> None:

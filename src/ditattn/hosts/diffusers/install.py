@@ -21,6 +21,7 @@ from ditattn.hosts.diffusers.copies import copies_are_plain
 from ditattn.hosts.diffusers.dispatcher import add_private_backend
 from ditattn.hosts.diffusers.execution import execution_device
 from ditattn.hosts.diffusers.hooks import add_layer_hooks, add_root_hook, is_listening, redirect_sdpa
+from ditattn.hosts.diffusers.parallel import check_split
 from ditattn.models import MODELS, ModelFamily, family_of, known_class, unwrapped, why_not_served
 from ditattn.runtime.metadata import check_layers
 from ditattn.runtime.report import AttentionReport
@@ -102,8 +103,8 @@ def install(
     Raises:
         UnknownBackend, UnsupportedHeadSize, BackendUnavailable: the backend cannot serve this model on this machine.
         UnknownKey, ConfigError: a configuration key or value.
-        UnsupportedModel: already installed, no denoiser found, context parallelism is on, the family does not support the backend, or
-            (strict) the family is unknown or a layer has an attention processor that cannot be served.
+        UnsupportedModel: already installed, no denoiser found, it is split between ranks in a way that is not served, the family does not
+            support the backend, or (strict) the family is unknown or a layer has an attention processor that cannot be served.
 
     Examples:
         >>> import ditattn
@@ -191,8 +192,7 @@ def _install_one(
     if is_listening(module):
         raise UnsupportedModel(f"{name} is served by another installation: remove() that one first")
     modules = self_attention_modules(module, family)
-    if any(getattr(part.processor, "_parallel_config", None) is not None for part in modules.values()):
-        raise UnsupportedModel(f"{name} runs with context parallelism, which is not supported yet")
+    check_split(name, module, family)
     served = serve(module, name, family, setting)
     refused = {path: reason for path, part in modules.items() if (reason := _why_not_served(part.processor, family)) is not None}
     for path, reason in refused.items():

@@ -27,6 +27,7 @@ from ditattn.hosts.diffusers.choices import keep_choices
 from ditattn.hosts.diffusers.dispatcher import add_public_backend
 from ditattn.hosts.diffusers.hooks import bind_arguments, enter_layer, leave_layer
 from ditattn.hosts.diffusers.install import self_attention_modules, serve
+from ditattn.hosts.diffusers.parallel import sequence_split
 from ditattn.models import family_of
 from ditattn.runtime.report import AttentionReport
 from ditattn.runtime.stage import DenoisingStage, Forward, running
@@ -165,7 +166,9 @@ class Registration:
             denoiser: _Denoiser = self._denoisers[module]
             arguments = bind_arguments(denoiser.signature, module, args, kwargs)
             stages = {name: denoiser.stages[name] for name in denoiser.names}
-            denoiser.forwards = {name: stage.enter(stage.models[0], arguments) for name, stage in stages.items()}
+            denoiser.forwards = {
+                name: stage.enter(stage.models[0], arguments, split=sequence_split(module)) for name, stage in stages.items()
+            }
             # a forward that KeyboardInterrupt ended was not left
             self._running = [*((other, its) for other, its in self._running if other is not module), (module, denoiser)]
         elif self._running and hasattr(module, "processor"):

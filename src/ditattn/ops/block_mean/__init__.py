@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ditattn.arguments import check_count, check_instance, check_tensors
 from ditattn.errors import UnsupportedCall
-from ditattn.ops.contract import joined, split
+from ditattn.ops.contract import joined, refuse_gradients, split
 from ditattn.ops.table import WIDE_FLOATS, CallFacts, Implementation, Names, choose, load, names_of
 from ditattn.packages import TRITON
 from ditattn.plan.block_plan import BLOCK_SIZE, num_blocks
@@ -105,3 +105,6 @@ def _op(x: Tensor, block_size: int, implementations: str, order: Tensor | None =
 @_op.register_fake
 def _(x: Tensor, block_size: int, implementations: str, order: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], num_blocks(x.shape[1], block_size), *x.shape[2:], dtype=torch.float32)
+
+
+_op.register_autograd(refuse_gradients)

@@ -14,7 +14,7 @@ from ditattn.arguments import check_flag, check_instance, check_tensors
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.block_sparse_attention.tail_merge import merged
 from ditattn.ops.calls import SparseCall
-from ditattn.ops.contract import check_qkv, checked_scale, joined, split, without_autocast
+from ditattn.ops.contract import check_qkv, checked_scale, joined, refuse_gradients, split, without_autocast
 from ditattn.ops.pooled_tail import PooledTail
 from ditattn.ops.table import HALF, KERNEL_HEAD_DIMS, WIDE_FLOATS, Implementation, Names, choose_to_run, load, names_of
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON, Package
@@ -346,3 +346,6 @@ def _(
     batch, length, heads, _ = query.shape
     lse_shape = (batch, heads, length) if return_lse else (0,)
     return query.new_empty(query.shape), query.new_empty(lse_shape, dtype=torch.float32)
+
+
+_op.register_autograd(refuse_gradients)

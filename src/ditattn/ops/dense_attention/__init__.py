@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ditattn.arguments import check_flag, check_tensors
 from ditattn.ops.calls import DenseCall
-from ditattn.ops.contract import check_mask, check_qkv, checked_scale, joined, split, without_autocast
+from ditattn.ops.contract import check_mask, check_qkv, checked_scale, joined, refuse_gradients, split, without_autocast
 from ditattn.ops.table import FLOATS, HALF, KERNEL_HEAD_DIMS, WIDE_FLOATS, Implementation, Names, choose, load, names_of
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, Package
 
@@ -190,3 +190,6 @@ def _(
     implementations: str,
 ) -> Tensor:
     return query.new_empty(query.shape)
+
+
+_op.register_autograd(refuse_gradients)

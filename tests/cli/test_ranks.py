@@ -1,0 +1,163 @@
+"""The command under torchrun: who speaks, which device is whose, and that all end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ditattn.cli import ranks
+from ditattn.cli.app import run
+from ditattn.errors import ConfigError
+
+PROMPT = "a big red circle moves right on a blue background"
+PATIENCE_S = 1200
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, rank: int, count: int = 2) -> None:
+    values = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ranks.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert ranks.this_rank() == ranks.Rank(0, 1, 0)
+    assert ranks.own_device("cuda:1") == "cuda:1"
+    assert ranks.speaks(ValueError()) == ""
+
+
+def test_each_rank_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 1)
+    assert ranks.own_device("npu") == "npu:1"
+    assert ranks.own_device("cpu") == "cpu"
+    if not torch.accelerator.is_available():
+        assert ranks.own_device(None) is None
+    with pytest.raises(ConfigError, match=r"--device cuda:0 names one device for 2 processes"):
+        ranks.own_device("cuda:0")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_all_ranks_is_told_by_the_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int) -> None:
+    pretend(monkeypatch, rank)
+    status = run(["generate", "--prompt", PROMPT])
+    said = capsys.readouterr()
+    assert status == 2
+    assert said.out == ""
+    if rank:
+        assert said.err == ""
+    else:
+        assert "torchrun started 2 processes: --ulysses-degree times --ring-degree must be 2, not 1" in said.err
+
+
+def test_degrees_without_torchrun_say_how_to_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ranks.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert run(["generate", "--prompt", PROMPT, "--ulysses-degree", "2"]) == 2
+    assert "torchrun --nproc-per-node 2 -m ditattn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["compare", "tune"])
+def test_verbs_for_one_process_say_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    pretend(monkeypatch, 0)
+    assert run([verb, "--prompt", PROMPT]) == 2
+    assert f"{verb} is for one" in capsys.readouterr().err
+
+
+def test_the_first_of_several_failures_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 1)
+    monkeypatch.setattr(ranks, "_meeting", torch.distributed.HashStore())
+    assert ranks.speaks(ValueError("mine")) == ""
+    assert ranks.speaks(ValueError("mine")) is None
+
+
+def test_a_partner_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 0)
+    monkeypatch.setattr(ranks, "_meeting", torch.distributed.HashStore())
+    assert ranks.speaks(RuntimeError("[gloo/transport] Connection closed by peer")) == "error: another one of the 2 processes ended"
+
+
+@pytest.fixture
+def launched(tmp_path: Path, wan_folder: Path) -> Iterator[Any]:
+    """Starts two ranks by torchrun, in a process group of their own; whatever is left of them afterwards is ended."""
+    started: list[subprocess.Popen[str]] = []
+
+    def launch(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ditattn", "generate"]
+        command += ["--model-path", str(wan_folder), "--prompt", PROMPT, "--ulysses-degree", "2", "--height", "64", "--width", "64"]
+        command += ["--num-frames", "5", "--output-path", str(tmp_path), "--output-file-name", "clip", "--device", "cpu", *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        )
+        started.append(process)
+        return process
+
+    yield launch
+    for process in started:
+        for pid in [*_children(process.pid), process.pid]:
+            if _alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_two_ranks_make_one_clip_and_one_report(launched: Any, tmp_path: Path) -> None:
+    process = launched("--num-inference-steps", "2", "--attention-backend", "rain_fusion_attn")
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, err
+    assert out.count("wrote ") == 1
+    assert "seconds by rank" in out
+    record = json.loads((tmp_path / "clip.json").read_text(encoding="utf-8"))
+    splits = [report["components"]["transformer"]["split"] for report in record["attention_of_ranks"]]
+    assert splits == ["rank 0 of 2 (Ulysses 2)", "rank 1 of 2 (Ulysses 2)"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.json", "clip.mp4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ended_by", ["a killed rank", "Ctrl-C"])
+def test_all_end_together(launched: Any, tmp_path: Path, ended_by: str) -> None:
+    process = launched("--num-inference-steps", "1000")
+    errors = iter(process.stderr.readline, "")
+    # a step was made, so both have met and work
+    seen = next(line for line in errors if "1/1000" in line)
+    assert seen
+    workers = _children(process.pid)
+    assert len(workers) == 2
+    if ended_by == "Ctrl-C":
+        os.kill(process.pid, signal.SIGINT)
+    else:
+        os.kill(workers[1], signal.SIGKILL)
+    rest = process.stderr.read()
+    assert process.wait(PATIENCE_S) != 0
+    deadline_s = time.monotonic() + PATIENCE_S
+    while any(map(_alive, workers)) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert not any(map(_alive, workers))
+    said = [line for line in rest.splitlines() if "ditattn: " in line]
+    assert len(said) <= 1
+    if ended_by == "a killed rank":
+        assert not said or "another one of the 2 processes ended" in said[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def _children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text(encoding="ascii").split()] if path.exists() else []
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,217 @@
+"""What stands around a model and breaks replacements of attention: schedulers, callbacks, gradients, saving, moving, offloading."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from packaging import version
+from torch import Tensor, nn
+
+import ditattn
+import tiny_pipelines
+from ditattn.errors import UnsupportedCall
+from ditattn.runtime.stage import running
+from tiny_pipelines import FAMILIES, TinyPipeline
+from tiny_pipelines.footprint import footprint
+from tiny_pipelines.pipeline import noise
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SPARSE = {"sparsity": 0.6, "skip_first_steps": 0, "min_tokens": 0}
+two_families = pytest.mark.parametrize("name", ["wan", "cogvideox"])
+
+
+@pytest.mark.parametrize("build", [tiny_pipelines.wan, tiny_pipelines.wan_image_to_video], ids=["wan", "wan image to video"])
+def test_a_second_order_scheduler_counts_every_forward_of_its_schedule(build: Any) -> None:
+    """Heun calls the model twice a step: of three steps five forwards, which are the places of its schedule."""
+    tiny = build()
+    tiny.pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    native = tiny.run(3)
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **{**SPARSE, "skip_first_steps": "20%"}) as handle:
+        out = tiny.run(3)
+    report = handle.report().components["transformer"]
+    assert (report.steps_run, report.schedule_steps) == (5, 5)
+    assert {step for step, density in report.sparse_density_by_step.items() if density is None} == {0}
+    assert report.dense_reasons == {"first steps": 4}
+    assert 0 < (out - native).abs().max() < 0.5
+    with ditattn.install(tiny.pipe, "torch_sdpa"):
+        torch.testing.assert_close(tiny.run(3), native, rtol=0, atol=1e-5)
+
+
+def test_a_second_order_loop_of_the_users_own_counts_timesteps() -> None:
+    """Nobody tells the step: both forwards of a step have its timestep."""
+    model, scheduler = tiny_pipelines.wan().pipe.transformer, diffusers.FlowMatchHeunDiscreteScheduler()
+    scheduler.set_timesteps(3)
+    latents = noise(1, 16, 5, 32, 32)
+    with torch.no_grad(), ditattn.install(model, "rain_fusion_attn", **SPARSE) as handle:
+        for timestep in scheduler.timesteps:
+            out = model(hidden_states=latents, timestep=timestep[None], encoder_hidden_states=noise(1, 8, 24), return_dict=False)[0]
+            latents = scheduler.step(out, timestep, latents, return_dict=False)[0]
+    report = handle.report().components["WanTransformer3DModel"]
+    assert list(report.sparse_density_by_step) == [0, 1, 2]
+    assert report.sparse == 5 * 2
+
+
+FEW_STEPS: dict[str, dict[str, Any]] = {
+    "flux": {"sigmas": [1.0, 0.6, 0.2]},
+    "qwen image": {"sigmas": [1.0, 0.6, 0.2]},
+}
+
+
+@pytest.mark.parametrize("name", FEW_STEPS)
+def test_schedules_of_the_callers_own(name: str) -> None:
+    """Distilled models come with the few noise levels that they were trained on."""
+    tiny = FAMILIES[name]()
+    native = tiny.run(3, **FEW_STEPS[name])
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **{**SPARSE, "skip_first_steps": 1}) as handle:
+        tiny.run(3, **FEW_STEPS[name])
+    report = handle.report().components["transformer"]
+    assert (report.steps_run, report.schedule_steps) == (3, 3)
+    assert {step for step, density in report.sparse_density_by_step.items() if density is None} == {0}
+    with ditattn.install(tiny.pipe, "torch_sdpa"):
+        torch.testing.assert_close(tiny.run(3, **FEW_STEPS[name]), native, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_callback_that_interrupts(name: str) -> None:
+    """The rest of the run is skipped, and the next one begins at step 0."""
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        pipe._interrupt = step == 1
+        return tensors
+
+    tiny = FAMILIES[name]()
+    native = tiny.run(4, callback_on_step_end=stop)
+    before = footprint(tiny.pipe)
+    with ditattn.install(tiny.pipe, "torch_sdpa"):
+        torch.testing.assert_close(tiny.run(4, callback_on_step_end=stop), native, rtol=0, atol=1e-5)
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **{**SPARSE, "skip_first_steps": 1}) as handle:
+        tiny.run(4, callback_on_step_end=stop)
+        assert running() is None
+        first = handle.report().components["transformer"]
+        assert list(first.sparse_density_by_step) == [0, 1]
+        tiny.run(2)
+    second = handle.report().components["transformer"]
+    assert list(second.sparse_density_by_step) == [0, 1]
+    assert (second.sparse, second.dense) == (2 * first.sparse, 2 * first.dense)
+    assert footprint(tiny.pipe) == before
+
+
+@two_families
+@pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn", "permuted_sparse_attn"])
+def test_gradients_are_refused_in_a_sentence(name: str, backend: str) -> None:
+    """Also where only an input asks for them; without the installation they flow."""
+    tiny, calls = FAMILIES[name](), []
+    model = tiny.pipe.transformer
+    spy = model.register_forward_pre_hook(lambda _module, _args, arguments: calls.append(dict(arguments)), with_kwargs=True)
+    with spy:
+        tiny.run(1)
+    settings = {} if backend == "torch_sdpa" else SPARSE
+    latents = calls[0]["hidden_states"].clone().requires_grad_()
+    with ditattn.install(model, backend, **settings):
+        out = model(**{**calls[0], "hidden_states": latents})[0]
+        with pytest.raises(UnsupportedCall, match="forward only, and gradients were asked for"):
+            out.sum().backward()
+    assert latents.grad is None
+    model(**{**calls[0], "hidden_states": latents})[0].sum().backward()
+    assert latents.grad is not None
+
+
+@two_families
+def test_a_served_model_is_saved_as_the_plain_one(name: str, tmp_path: Path) -> None:
+    tiny = FAMILIES[name]()
+    native, model = tiny.run(1), tiny.pipe.transformer
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE):
+        served = tiny.run(1)
+        model.save_pretrained(tmp_path)
+        tiny.pipe.transformer = type(model).from_pretrained(tmp_path).eval().requires_grad_(False)
+        # weights at other addresses may go through other kernels of torch
+        torch.testing.assert_close(tiny.run(1), native, rtol=0, atol=1e-5)
+        tiny.pipe.transformer = model
+        assert torch.equal(tiny.run(1), served)
+
+
+@two_families
+def test_a_served_model_moves_to_another_dtype_and_back(name: str) -> None:
+    tiny = FAMILIES[name]()
+    model = tiny.pipe.transformer
+    wide = {key: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in tiny.arguments.items()}
+    natives = {}
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        natives[dtype] = tiny.run(1, **(wide if dtype == torch.float64 else {}))
+    model.to(torch.float32)
+    before = footprint(tiny.pipe)
+    with ditattn.install(tiny.pipe, "torch_sdpa") as handle:
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            model.to("cpu", dtype)
+            out = tiny.run(1, **(wide if dtype == torch.float64 else {}))
+            assert out.dtype == natives[dtype].dtype
+            torch.testing.assert_close(out, natives[dtype], rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-9)
+        assert footprint(tiny.pipe) != before
+    assert handle.report().components["transformer"].dense_reasons.keys() == {"dense backend"}
+    assert footprint(tiny.pipe) == before
+
+
+@pytest.mark.skipif(
+    version.parse(diffusers.__version__) < version.parse("0.41"), reason="group offloading without an accelerator fails in this diffusers"
+)
+@two_families
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+@pytest.mark.parametrize("later", [False, True], ids=["before", "after"])
+def test_group_offloading(name: str, kind: str, later: bool) -> None:
+    tiny, cpu = FAMILIES[name](), torch.device("cpu")
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE):
+        expected = tiny.run(2)
+    groups = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+
+    def offload() -> None:
+        tiny.pipe.transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=kind, **groups)
+
+    if not later:
+        offload()
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", strict=True, **SPARSE) as handle:
+        if later:
+            offload()
+        assert torch.equal(tiny.run(2), expected)
+    assert handle.report().components["transformer"].dense == 0
+
+
+@two_families
+def test_weights_on_disk(name: str, tmp_path: Path) -> None:
+    tiny = FAMILIES[name]()
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE):
+        expected = tiny.run(2)
+    cpu = torch.device("cpu")
+    for part in tiny.pipe.components.values():
+        if isinstance(part, nn.Module) and part is not tiny.pipe.transformer:
+            cpu_offload(part, cpu, offload_buffers=len(part._parameters) > 0)
+    disk_offload(tiny.pipe.transformer, str(tmp_path), execution_device=cpu)
+    assert next(tiny.pipe.transformer.parameters()).device.type == "meta"
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", strict=True, **SPARSE) as handle:
+        assert torch.equal(tiny.run(2), expected)
+    assert handle.report().components["transformer"].dense == 0
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_two_pipelines_of_one_transformer_in_threads(name: str) -> None:
+    """Each run is in the steps of its own scheduler."""
+    one = FAMILIES[name]()
+    parts = {key: part for key, part in one.pipe.components.items() if key != "scheduler"}
+    other = TinyPipeline(type(one.pipe)(**parts, scheduler=copy.deepcopy(one.pipe.scheduler)), one.arguments)
+    with ditattn.install(one.pipe, "rain_fusion_attn", **{**SPARSE, "skip_first_steps": 2}) as handle:
+        alone = [one.run(3), other.run(4)]
+        before = handle.report().components["transformer"]
+        with ThreadPoolExecutor(2) as pool:
+            together = [pool.submit(one.run, 3), pool.submit(other.run, 4)]
+        found = [run.result() for run in together]
+    after = handle.report().components["transformer"]
+    assert (after.sparse, after.dense) == (2 * before.sparse, 2 * before.dense)
+    assert all(torch.equal(expected, latents) for expected, latents in zip(alone, found, strict=True))

@@ -1,0 +1,75 @@
+"""Several processes that work together, as ranks of a gloo group on the CPU: started once, then told what to run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+# what a rank may take for one answer; it only ends a hang
+PATIENCE_S = 1200
+
+
+class Ranks:
+    """`count` processes. Importing is paid once: they are forked from one that has imported everything."""
+
+    def __init__(self, count: int) -> None:
+        # names of the machine may lead to an interface that processes of a sandbox cannot use
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["ditattn", "tiny_pipelines.everything"])
+        self._folder = tempfile.TemporaryDirectory()
+        meeting = Path(self._folder.name) / "store"
+        self._ends: list[Connection] = []
+        self.processes = []
+        for rank in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, count, str(meeting), theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._ends.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(*args)` on every rank; results by rank. A rank's exception is raised here with its traceback."""
+        for end in self._ends:
+            end.send((function, args))
+        answers = [self._answer(rank) for rank in range(len(self._ends))]
+        for rank, (failed, answer) in enumerate(answers):
+            if failed:
+                raise AssertionError(f"rank {rank}:\n{answer}")
+        return [answer for _, answer in answers]
+
+    def _answer(self, rank: int) -> tuple[bool, Any]:
+        if not self._ends[rank].poll(PATIENCE_S):
+            self.close()
+            raise TimeoutError(f"rank {rank} did not answer")
+        answer: tuple[bool, Any] = self._ends[rank].recv()
+        return answer
+
+    def close(self) -> None:
+        """End all of them."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def _serve(rank: int, count: int, meeting: str, end: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=timedelta(seconds=PATIENCE_S))
+    while True:
+        function, args = end.recv()
+        try:
+            end.send((False, function(*args)))
+        except Exception:  # noqa: BLE001
+            end.send((True, traceback.format_exc()))

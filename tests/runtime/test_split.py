@@ -1,0 +1,175 @@
+"""A denoiser that is split between ranks, seen by one of them: whole sequences whose tokens stand rank by rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ditattn.backends.registry import load_backend
+from ditattn.errors import DenseInStrictMode, UnsupportedCall, UnsupportedModel
+from ditattn.models import MODELS, ModelFamily, TokenLayout
+from ditattn.models.base import one_stream, prefix_and_rest
+from ditattn.plan.split import GatheredTokens
+from ditattn.runtime.report import ComponentReport
+from ditattn.runtime.split import SequenceSplit
+from ditattn.runtime.stage import DenoisingStage, ServedModel, attend
+from ditattn.runtime.step import StepClock
+
+TEXT, FRAMES, ROWS, COLUMNS = 40, 3, 16, 16
+VIDEO = FRAMES * ROWS * COLUMNS
+ARGUMENTS = {"latents": torch.empty(1, 4, FRAMES, ROWS, COLUMNS), "timestep": 900}
+SPLIT = SequenceSplit(2, 1, 0)
+SPARSE = {"sparsity": 0.5, "skip_first_steps": 0, "min_tokens": 0}
+
+
+def _text_behind(config: Any, arguments: Any) -> TokenLayout:
+    return TokenLayout(tuple(arguments["latents"].shape), (1, 1, 1), num_suffix_tokens=TEXT)
+
+
+FAMILY = ModelFamily("Test", ("TestTransformer",), _text_behind, r"blocks\.\d+\.attn", streams=lambda _: (VIDEO, TEXT))
+
+
+def served(
+    backend: str, split: SequenceSplit | None, *tensors: Tensor, sparsity: float = 0.5, strict: bool = False, **call: Any
+) -> tuple[Tensor, ComponentReport]:
+    """One call of a forward that is split so."""
+    cls = load_backend(backend)
+    values = cls.get_config_cls().from_mapping({**SPARSE, "sparsity": sparsity} if cls.is_sparse else {})
+    stage = DenoisingStage(StepClock(), strict)
+    stage.models.append(ServedModel("transformer", FAMILY, None, cls, values, ["blocks.0.attn"]))
+    forward = stage.enter(stage.models[0], ARGUMENTS, split=split)
+    try:
+        out = attend(*tensors, **call)
+    finally:
+        stage.leave(forward)
+    return out, stage.report().components["transformer"]
+
+
+def qkv() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(1, VIDEO + TEXT, 2, 32, generator=generator) for _ in range(3)]
+
+
+GATHERED = GatheredTokens((VIDEO, TEXT), 2)
+
+
+@pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn", "block_sparse_attn", "permuted_sparse_attn"])
+@pytest.mark.parametrize("padding", [0, 17])
+def test_a_gathered_call_is_the_models(backend: str, padding: int) -> None:
+    tensors, tokens = qkv(), GATHERED.tokens()
+    mask = (torch.arange(VIDEO + TEXT) < VIDEO + TEXT - padding).view(1, 1, 1, -1) if padding else None
+    expected, plain = served(backend, None, *tensors, attn_mask=mask)
+    stored = [x[:, tokens] for x in tensors]
+    out, report = served(backend, SPLIT, *stored, attn_mask=None if mask is None else mask[..., tokens])
+    torch.testing.assert_close(out, expected[:, tokens])
+    assert (report.sparse, report.sparse_density, report.dense_reasons) == (plain.sparse, plain.sparse_density, plain.dense_reasons)
+    assert report.split == "rank 0 of 2 (Ulysses 2)"
+
+
+@pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn", "block_sparse_attn", "permuted_sparse_attn"])
+@pytest.mark.parametrize("padding", [0, 17])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_ranks_queries_see_everybodys_keys(backend: str, padding: int, rank: int) -> None:
+    tensors, tokens = qkv(), GATHERED.tokens()
+    mask = (torch.arange(VIDEO + TEXT) < VIDEO + TEXT - padding).view(1, 1, 1, -1)
+    exact = scaled_dot_product_attention(*(x.transpose(1, 2) for x in tensors), attn_mask=mask).transpose(1, 2)
+    q, k, v = (x[:, tokens] for x in tensors)
+    part = slice(rank * (VIDEO + TEXT) // 2, (rank + 1) * (VIDEO + TEXT) // 2)
+    # it drops no block, and runs sparse all the same
+    least = 1e-4 if backend == "permuted_sparse_attn" else 0.01
+    masked = {"attn_mask": mask[..., tokens]} if padding else {}
+    out, report = served(backend, SequenceSplit(1, 2, rank), q[:, part], k, v, sparsity=least, **masked)
+    torch.testing.assert_close(out, exact[:, tokens][:, part])
+    assert report.sparse == (backend != "torch_sdpa")
+    assert report.split == f"rank {rank} of 2 (ring 2)"
+
+
+def test_text_and_first_frame_of_a_ranks_queries_stay_whole() -> None:
+    q, k, v = (x[:, GATHERED.tokens()] for x in qkv())
+    half = (VIDEO + TEXT) // 2
+    density = {rank: served("rain_fusion_attn", SequenceSplit(1, 2, rank), q[:, rank * half :][:, :half], k, v)[1] for rank in (0, 1)}
+    # of four rows (404 queries in blocks of 128) rank 0 has the first frame in two or more, and both have text in the last
+    assert density[0].sparse_density is not None
+    assert density[1].sparse_density is not None
+    assert density[0].sparse_density > density[1].sparse_density > 0.5
+
+
+def test_a_mask_with_gaps_stays_with_its_keys() -> None:
+    tensors, tokens = qkv(), GATHERED.tokens()
+    mask = torch.arange(VIDEO + TEXT).view(1, 1, 1, -1) % 7 > 0
+    q, k, v = (x[:, tokens] for x in tensors)
+    out, report = served("rain_fusion_attn", SPLIT, q, k, v, attn_mask=mask[..., tokens])
+    exact = scaled_dot_product_attention(*(x.transpose(1, 2) for x in tensors), attn_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(out, exact[:, tokens])
+    assert report.dense_reasons == {"mask with gaps": 1}
+
+
+@pytest.mark.parametrize("backend", ["rain_fusion_attn", "block_sparse_attn", "permuted_sparse_attn"])
+def test_gaps_in_the_text_are_padding_of_a_gathered_call_too(backend: str) -> None:
+    tensors, tokens = qkv(), GATHERED.tokens()
+    place = torch.arange(VIDEO + TEXT).view(1, 1, 1, -1)
+    mask = (place < VIDEO) | (place % 3 > 0)
+    expected, plain = served(backend, None, *tensors, attn_mask=mask)
+    stored = [x[:, tokens] for x in tensors]
+    out, report = served(backend, SPLIT, *stored, attn_mask=mask[..., tokens])
+    torch.testing.assert_close(out, expected[:, tokens])
+    assert (report.sparse, report.sparse_density) == (plain.sparse, plain.sparse_density)
+    assert plain.sparse == 1
+    # a rank that keeps its queries has no such order: densely, and counted
+    half = (VIDEO + TEXT) // 2
+    out, report = served(backend, SequenceSplit(1, 2, 0), stored[0][:, :half], *stored[1:], attn_mask=mask[..., tokens])
+    exact = scaled_dot_product_attention(*(x.transpose(1, 2) for x in tensors), attn_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(out, exact[:, tokens][:, :half])
+    assert report.dense_reasons == {"mask with gaps": 1}
+
+
+@pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn"])
+def test_a_call_that_nobody_gathered_is_refused(backend: str) -> None:
+    q, k, v = (x[:, : (VIDEO + TEXT) // 2] for x in qkv())
+    with pytest.raises(UnsupportedCall, match=f"{(VIDEO + TEXT) // 2} of {VIDEO + TEXT} tokens"):
+        served(backend, SPLIT, q, k, v)
+
+
+def test_tokens_that_ranks_cannot_share_equally_are_refused_before_the_first_call() -> None:
+    with pytest.raises(UnsupportedCall, match=r"cannot share 40 tokens equally.*ulysses_anything"):
+        served("torch_sdpa", SequenceSplit(3, 1, 0), *qkv())
+    out, _ = served("torch_sdpa", SequenceSplit(3, 1, 0, even=False), *qkv())
+    assert out.isfinite().all()
+
+
+def test_a_family_that_says_nothing_of_its_streams_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "FAMILY", dataclasses.replace(FAMILY, streams=None))
+    with pytest.raises(UnsupportedModel, match="Test is not served under context parallelism"):
+        served("torch_sdpa", SPLIT, *qkv())
+
+
+def test_streams_of_a_text_in_front_and_a_reference_behind() -> None:
+    layout = TokenLayout((1, 4, 1, 30, 44), (1, 1, 1), 10, 256)
+    assert prefix_and_rest(layout) == (10, 30 * 44 + 256)
+    assert one_stream(layout) == (10 + 30 * 44 + 256,)
+
+
+def test_families_whose_tokens_are_known_to_be_split_have_joint_layers_alone() -> None:
+    """Layers of the image alone have other streams, and masks that a model makes anew are not split with the tokens."""
+    known = [family for family in MODELS if family.streams is not None]
+    assert {"Flux.2", "ChronoEdit"} < {family.name for family in known}
+    for family in known:
+        assert family.image_only is None
+        assert family.key_mask(None, {"attention_mask": torch.ones(1, 3)}) is None
+        assert family.dispatches
+
+
+def test_tokens_that_others_have_split_are_counted_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (x[:, : (VIDEO + TEXT) // 2] for x in qkv())
+    assert served("rain_fusion_attn", None, q, k, v)[1].dense_reasons == {"token count does not match the grid": 1}
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    (reason,) = served("rain_fusion_attn", None, q, k, v)[1].dense_reasons
+    assert "split between processes that are not known here" in reason
+    with pytest.raises(DenseInStrictMode, match="split between processes"):
+        served("rain_fusion_attn", None, q, k, v, strict=True)

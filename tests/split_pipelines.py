@@ -1,0 +1,300 @@
+"""What ranks of a group run: tiny pipelines in one piece and split between the ranks, and how far apart the two are."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from diffusers.models._modeling_parallel import ContextParallelInput
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import ditattn
+import tiny_pipelines
+from ditattn.backends.base import CallRecord
+from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionBackend, PermutedSparseAttentionImpl
+from ditattn.errors import DitattnError
+from ditattn.hosts.diffusers.dispatcher import dispatched_attention
+from ditattn.hosts.diffusers.parallel import enable_context_parallelism
+from ditattn.plan.block_plan import BlockPlan
+from ditattn.plan.token_order import TokenOrder
+from tiny_pipelines import TinyPipeline, packed_images
+from tiny_pipelines.footprint import dispatcher_footprint, footprint
+
+HEADS = 4
+SPARSE = {"sparsity": 0.75, "skip_first_steps": 0, "min_tokens": 0}
+FAMILIES: dict[str, Callable[[], TinyPipeline]] = {
+    "wan": tiny_pipelines.wan,
+    "flux": tiny_pipelines.flux,
+    "flux kontext": tiny_pipelines.flux_kontext,
+    "qwen image": tiny_pipelines.qwen_image,
+    "ltx video": lambda: _without_text_mask(tiny_pipelines.ltx_video()),
+}
+"""Of every family with a plan for context parallelism in diffusers, and Flux 2 and ChronoEdit below."""
+
+FURTHER: dict[str, Callable[[], TinyPipeline]] = {
+    "flux kontext, two grids": lambda: tiny_pipelines.flux_kontext((30, 44)),
+    "qwen image edit": tiny_pipelines.qwen_image_edit,
+    "ltx video with a condition": lambda: _without_text_mask(tiny_pipelines.ltx_condition((4, 1))),
+    "flux 2": packed_images.flux2,
+    "chronoedit": tiny_pipelines.chronoedit,
+    "qwen image of padded words": lambda: _with_padding(tiny_pipelines.qwen_image()),
+    "wan with token timesteps": tiny_pipelines.wan_with_token_timesteps,
+}
+"""Sequences of several grids, and the further families that diffusers has a plan for."""
+
+RING: dict[str, Callable[[], TinyPipeline]] = {
+    "wan": tiny_pipelines.wan,
+    "wan in whole blocks": lambda: _resized(tiny_pipelines.wan(), height=256, width=256, num_frames=21),
+    "flux": tiny_pipelines.flux,
+    "flux kontext": tiny_pipelines.flux_kontext,
+    "flux kontext, two grids": FURTHER["flux kontext, two grids"],
+    "qwen image": tiny_pipelines.qwen_image,
+    "flux 2": packed_images.flux2,
+    "chronoedit": tiny_pipelines.chronoedit,
+    "flux of 12 words": lambda: _with_words(tiny_pipelines.flux(), 12),
+}
+"""Those whose cross-attention diffusers can gather on a CPU. Two ranks share 6 x 16 x 16 tokens by whole frames of two blocks each."""
+
+
+class PlanWatch:
+    """Keeps the plan of every call, the orders, and what a call without a tail is off from exact attention over its own plan."""
+
+    def __init__(self) -> None:
+        self.masks: list[Tensor] = []
+        self.orders: list[TokenOrder] = []
+        self.errors: list[float] = []
+
+    def look(self, forward: Any, _layer: Any, impl: Any, query: Tensor, key: Tensor, value: Tensor, metadata: Any, out: Tensor) -> None:
+        for record in forward.records:
+            if record.plan is not None:
+                self.masks.append(record.plan.to_mask())
+                self.orders.append(record.order)
+                if record.query_order is not None and not getattr(metadata, "tail", False):
+                    self.errors.append(_off(record, query, key, value, out, impl.softmax_scale))
+
+
+def _off(record: CallRecord, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float) -> float:
+    """Largest difference to float64 attention over the tokens of the kept blocks."""
+    assert record.plan is not None
+    assert record.order is not None
+    assert record.query_order is not None
+    keep = record.plan.to_mask().repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, : query.shape[1], : key.shape[1]]
+    q, k, v = record.query_order.apply(query), record.order.apply(key), record.order.apply(value)
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    exact = scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale).transpose(1, 2)
+    return float((record.query_order.apply(out) - exact).abs().max())
+
+
+def build(name: str, heads: int = HEADS) -> TinyPipeline:
+    """A pipeline whose denoiser has so many heads."""
+    with contextlib.ExitStack() as changed:
+        # tiny_pipelines.wan is the function
+        for module in ("wan", "image", "video"):
+            changed.enter_context(mock.patch.object(sys.modules[f"tiny_pipelines.{module}"], "HEADS", heads))
+        changed.enter_context(mock.patch.dict(packed_images.SIZES, num_attention_heads=heads))
+        return {**FAMILIES, **FURTHER, **RING}[name]()
+
+
+@cache
+def whole(name: str) -> TinyPipeline:
+    return build(name)
+
+
+@cache
+def split(name: str, degrees: tuple[tuple[str, Any], ...]) -> TinyPipeline:
+    tiny = build(name)
+    model = tiny.pipe.transformer
+    enable_context_parallelism(model, cp_plan=_with_timesteps(model) if name == "ltx video with a condition" else None, **dict(degrees))
+    return tiny
+
+
+def _with_timesteps(model: Any) -> dict[str, Any]:
+    """diffusers' plan for LTX-Video leaves the timesteps whole that conditions give to every token."""
+    return {**model._cp_plan, "": {**model._cp_plan[""], "timestep": ContextParallelInput(split_dim=1, expected_dims=2)}}
+
+
+def run(tiny: TinyPipeline, backend: str, config: Mapping[str, Any], steps: int = 1) -> tuple[Tensor, list[Tensor], Any]:
+    """Latents, the plans of all calls, and the report."""
+    watch = PlanWatch()
+    with ditattn.install(tiny.pipe, backend, **config) as handle:
+        handle.watch(watch)
+        latents = tiny.run(steps)
+    return latents, watch.masks, handle.report().components["transformer"]
+
+
+def compare(name: str, backend: str, config: Mapping[str, Any], degrees: Mapping[str, Any]) -> dict[str, Any]:
+    """A split run beside one in one piece: largest error, the share of plan entries that differ from those of this rank's heads, report."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    with _in_head_groups(ranks if backend == "permuted_sparse_attn" else 1):
+        expected, plans, _ = run(whole(name), backend, config)
+    out, ours, report = run(split(name, tuple(degrees.items())), backend, config)
+    share = HEADS // ranks
+    of_rank = [mask[:, rank * share : (rank + 1) * share] for mask in plans]
+    wrong = [float((mask != other).float().mean()) for mask, other in zip(ours, of_rank, strict=True)]
+    return {"error": float((out - expected).abs().max()), "wrong": wrong, "report": report}
+
+
+def compare_ring(name: str, backend: str, config: Mapping[str, Any], degrees: Mapping[str, Any]) -> dict[str, Any]:
+    """A run by each rank's own queries beside one in one piece; where blocks fall together, plan entries that differ from its rows."""
+    expected, plans, _ = run(whole(name), backend, config)
+    watch = PlanWatch()
+    tiny = split(name, tuple(degrees.items()))
+    with ditattn.install(tiny.pipe, backend, **config) as handle:
+        handle.watch(watch)
+        out = tiny.run(1)
+    report = handle.report().components["transformer"]
+    wrong = []
+    if plans and not report.own_blocks and "ulysses_degree" not in degrees:
+        length = watch.orders[0].length
+        place = watch.orders[0].inverse if watch.orders[0].inverse is not None else torch.arange(length)
+        # of one stream, so that nothing interleaves
+        blocks = place[torch.arange(length).tensor_split(dist.get_world_size())[dist.get_rank()]].sort().values[::128] // 128
+        wrong = [float((mask != other[:, :, blocks]).float().mean()) for mask, other in zip(watch.masks, plans, strict=True)]
+    return {"error": float((out - expected).abs().max()), "wrong": wrong, "off": watch.errors, "report": report}
+
+
+def given_bricks() -> dict[str, int]:
+    """Orders that this rank's heads took of those that a configuration names for four."""
+    names = ("1x8x16,1x8x16,4x2x16,4x4x8",) * 2
+    _, _, report = run(split("wan", (("ulysses_degree", 2),)), "permuted_sparse_attn", {**SPARSE, "head_bricks": names})
+    orders: dict[str, int] = report.token_orders
+    return orders
+
+
+def with_defaults() -> dict[str, Any]:
+    """A run by the keys' defaults, whose first dense steps are a share of all."""
+    config = {"sparsity": 0.75, "min_tokens": 0}
+    expected, _, of_one = run(whole("wan"), "rain_fusion_attn", config, steps=4)
+    out, _, report = run(split("wan", (("ulysses_degree", 2),)), "rain_fusion_attn", config, steps=4)
+    return {"error": float((out - expected).abs().max()), "report": report, "of one": of_one}
+
+
+def three_heads() -> tuple[str, float, set[int]]:
+    """What is said where heads do not divide; the error where they need not; heads of this rank."""
+    expected, plans, _ = run(build("wan", 3), "rain_fusion_attn", SPARSE)
+    refusing, sharing = build("wan", 3), build("wan", 3)
+    enable_context_parallelism(refusing.pipe.transformer, ulysses_degree=2)
+    refusal = _message(lambda: run(refusing, "rain_fusion_attn", SPARSE))
+    enable_context_parallelism(sharing.pipe.transformer, ulysses_degree=2, ulysses_anything=True)
+    out, ours, _ = run(sharing, "rain_fusion_attn", SPARSE)
+    start = 2 * dist.get_rank()
+    assert all(torch.equal(mask, other[:, start : start + 2]) for mask, other in zip(ours, plans, strict=True))
+    return refusal, float((out - expected).abs().max()), {mask.shape[1] for mask in ours}
+
+
+def both_orders() -> dict[str, Any]:
+    """Installed before the split and after it; what is left of either when it is undone."""
+    before, after = build("wan"), build("wan")
+    dispatcher, native = dispatcher_footprint(), before.run(1)
+    handle = ditattn.install(before.pipe, "rain_fusion_attn", **SPARSE)
+    for tiny in (before, after):
+        enable_context_parallelism(tiny.pipe.transformer, ulysses_degree=2)
+    split_only = footprint(after.pipe)
+    with handle:
+        first = before.run(1)
+    with ditattn.install(after.pipe, "rain_fusion_attn", **SPARSE):
+        second = after.run(1)
+    left = {part for part, found in footprint(after.pipe).items() if part != "dispatcher" and found != split_only[part]}
+    left |= {name for name, found in dispatcher_footprint().items() if found != dispatcher[name]}
+    errors = [float((tiny.run(1) - native).abs().max()) for tiny in (before, after)]
+    return {"same": torch.equal(first, second) and not torch.equal(first, native), "dense afterwards": max(errors), "left": left}
+
+
+def refusals() -> dict[str, str]:
+    """What is said to splits that are not served."""
+    plan = {"transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)}}
+    cog, later = tiny_pipelines.cogvideox(), tiny_pipelines.cogvideox()
+    hunyuan, odd = tiny_pipelines.hunyuan_video(), build("wan")
+    messages = {}
+    _split_by(cog, plan)
+    messages["cogvideox before"] = _message(lambda: ditattn.install(cog.pipe, "rain_fusion_attn"))
+    for name, tiny in (("cogvideox after", later), ("hunyuan after", hunyuan)):
+        with ditattn.install(tiny.pipe, "torch_sdpa"):
+            _split_by(tiny, plan)
+            messages[name] = _message(lambda tiny=tiny: tiny.run(1))
+    enable_context_parallelism(odd.pipe.transformer, ulysses_degree=2)
+    config = odd.pipe.transformer._parallel_config
+    for block in odd.pipe.transformer.blocks:
+        block.attn1.processor._parallel_config = None
+    conditions = build("ltx video with a condition")
+    enable_context_parallelism(conditions.pipe.transformer, ulysses_degree=2)
+    messages["timesteps of tokens"] = _message(lambda: run(conditions, "torch_sdpa", {}))
+    messages["processor without it"] = _message(lambda: run(odd, "torch_sdpa", {}))
+    q, k = torch.zeros(1, 4, 4, 32), torch.zeros(1, 4, 2, 32)
+    messages["fewer key heads"] = _message(lambda: dispatched_attention(q, k, k, _parallel_config=config))
+    messages["causal"] = _message(lambda: dispatched_attention(q, q, q, is_causal=True, _parallel_config=config))
+    return messages
+
+
+def _split_by(tiny: TinyPipeline, plan: dict[str, Any]) -> None:
+    enable_context_parallelism(tiny.pipe.transformer, cp_plan=plan, ulysses_degree=2)
+
+
+def _message(call: Callable[[], Any]) -> str:
+    """Of the error that the call raises."""
+    try:
+        call()
+    except DitattnError as error:
+        return str(error)
+    return "no error"
+
+
+@contextlib.contextmanager
+def _in_head_groups(groups: int) -> Iterator[None]:
+    """permuted_sparse_attn hands out one budget over the heads of a call: give every group of heads its own, as ranks do."""
+    if groups == 1:
+        yield
+        return
+
+    class InGroups(PermutedSparseAttentionImpl):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: Any) -> Tensor:
+            heads, seen = query.shape[2] // groups, self.__dict__.setdefault("seen", [])
+            if "parts" not in self.__dict__:
+                make = PermutedSparseAttentionImpl
+                self.parts = [make(heads, self.head_size, self.softmax_scale, observer=seen.append) for _ in range(groups)]
+            seen.clear()
+            tensors = (x.split(heads, dim=2) for x in (query, key, value))
+            out = [part.forward(q, k, v, attn_metadata) for part, q, k, v in zip(self.parts, *tensors, strict=True)]
+            masks = [record.plan.to_mask() for record in seen if record.plan is not None]
+            plan = BlockPlan.from_mask(torch.cat(masks, 1), query.shape[1], key.shape[1]) if masks else None
+            self._note(CallRecord(seen[0].reason, plan))
+            return torch.cat(out, 2)
+
+    with mock.patch.object(PermutedSparseAttentionBackend, "impl_cls", InGroups):
+        yield
+
+
+def _with_words(tiny: TinyPipeline, count: int) -> TinyPipeline:
+    for key in ("prompt_embeds", "negative_prompt_embeds"):
+        tiny.arguments[key] = tiny.arguments[key].repeat(1, 2, 1)[:, :count]
+    return tiny
+
+
+def _with_padding(tiny: TinyPipeline) -> TinyPipeline:
+    """Five words, of which the last two are padding in front of the image: four ranks cannot share them equally."""
+    tiny = _with_words(tiny, 5)
+    for key in ("prompt_embeds_mask", "negative_prompt_embeds_mask"):
+        tiny.arguments[key] = (torch.arange(5) < 3).long().unsqueeze(0)
+    return tiny
+
+
+def _resized(tiny: TinyPipeline, **size: int) -> TinyPipeline:
+    tiny.arguments |= size
+    return tiny
+
+
+def _without_text_mask(tiny: TinyPipeline) -> TinyPipeline:
+    """diffusers 0.42.1 cannot split LTX-Video's masked cross-attention between heads."""
+
+    def drop(_module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "encoder_attention_mask": None}
+
+    tiny.pipe.transformer.register_forward_pre_hook(drop, with_kwargs=True)
+    return tiny
