@@ -8,12 +8,15 @@ NPU_VENV := .venv-npu
 NPU_BIN := $(NPU_VENV)/bin
 NPU_READY := $(NPU_VENV)/.ready
 NPU_TORCH := $(shell grep '^torch==' constraints-npu.txt)
+DOCS_VENV := .venv-docs
+DOCS_BIN := $(DOCS_VENV)/bin
+DOCS_READY := $(DOCS_VENV)/.ready
 
 # tests run side by side, one thread each; PROCESSES=0 runs them one after the other in one process
 PROCESSES ?= auto
 TESTS := -m pytest -q -n $(PROCESSES) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-npu test-isa check static format clean
+.PHONY: demo test test-npu test-isa check static docs format clean
 
 # a clip from the package's own small model: densely, with the recommended sparse backend at three sparsities, with another one beside it
 demo: $(READY)
@@ -41,6 +44,10 @@ static: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/python tools/check_imports.py
 
+# the documentation site, in site/: a broken link or reference, or a page that no menu names, fails
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=true $(DOCS_BIN)/mkdocs build --strict
+
 check: static
 	$(BIN)/python $(TESTS) -m "not slow"
 
@@ -66,5 +73,11 @@ $(NPU_READY): pyproject.toml constraints-npu.txt
 	  einops
 	touch $(NPU_READY)
 
+# an environment of its own, without torch: the sources are read, not imported
+$(DOCS_READY): constraints-docs.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-docs.txt mkdocs-material "mkdocstrings[python]" ruff
+	touch $(DOCS_READY)
+
 clean:
-	rm -rf $(VENV) $(NPU_VENV) outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) $(DOCS_VENV) site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

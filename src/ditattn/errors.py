@@ -29,7 +29,16 @@ __all__ = [
 
 
 class DitattnError(Exception):
-    """Base of every exception in this package."""
+    """Base of every exception in this package.
+
+    Examples:
+        >>> import ditattn, torch
+        >>> try:
+        ...     ditattn.get_attn_backend(64, torch.float32, pipeline_backend="rain_fusion")
+        ... except ditattn.DitattnError as error:
+        ...     print(error)  # doctest: +ELLIPSIS
+        no attention backend 'rain_fusion'; did you mean 'rain_fusion_attn'? There is torch_sdpa, fa, laser_attn, ...
+    """
 
 
 class ConfigError(DitattnError, ValueError):
@@ -61,7 +70,17 @@ class ModelNotLoaded(DitattnError, ValueError):
 
 
 class BackendUnavailable(DitattnError, ImportError):
-    """A backend or implementation asked for by name cannot run on this machine."""
+    """A backend or implementation asked for by name cannot run on this machine.
+
+    Examples:
+        >>> import ditattn, torch
+        >>> query = torch.randn(1, 256, 4, 64)
+        >>> try:
+        ...     ditattn.dense_attention(query, query, query, implementation="laser_mindiesd")
+        ... except ditattn.BackendUnavailable as error:
+        ...     print(error)  # doctest: +ELLIPSIS
+        implementation 'laser_mindiesd' was asked for (...): runs on npu, not on cpu. Possible here: ...
+    """
 
 
 class DenseInStrictMode(DitattnError, RuntimeError):

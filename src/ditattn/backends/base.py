@@ -42,6 +42,14 @@ class AttentionMetadata:
         current_timestep: index of the denoising step, 0 first (not sigma, not t); None if unknown.
         key_lengths: int32 or int64 `[B]`: only that many leading key tokens of each batch element are real; None means all.
         known_key_lengths: the same numbers, where the host has read them anyway; None where only the device knows.
+
+    Examples:
+        The second clip of the batch has 200 real keys:
+
+        >>> import ditattn, torch
+        >>> metadata = ditattn.AttentionMetadata(current_timestep=3, key_lengths=torch.tensor([256, 200]))
+        >>> metadata.current_timestep
+        3
     """
 
     current_timestep: int | None = None
@@ -50,7 +58,15 @@ class AttentionMetadata:
 
 
 class AttentionMetadataBuilder(ABC):
-    """Makes the metadata of a step."""
+    """Makes the metadata of a step.
+
+    Examples:
+        >>> import ditattn, torch
+        >>> backend = ditattn.get_attn_backend(64, torch.float32, pipeline_backend="torch_sdpa")
+        >>> builder = backend.get_builder_cls()()
+        >>> isinstance(builder, ditattn.AttentionMetadataBuilder), builder.build(current_timestep=3).current_timestep
+        (True, 3)
+    """
 
     def prepare(self) -> None:  # noqa: B027
         """Called once before a run; most builders have nothing to prepare."""
@@ -112,6 +128,14 @@ class AttentionImpl(ABC):
 
     Raises:
         UnsupportedHeadSize: the backend does not support `head_size`.
+
+    Examples:
+        >>> import ditattn, torch
+        >>> backend = ditattn.get_attn_backend(64, torch.float32, pipeline_backend="torch_sdpa")
+        >>> layer: ditattn.AttentionImpl = backend.get_impl_cls()(num_heads=4, head_size=64)
+        >>> query, key, value = torch.randn(3, 1, 256, 4, 64)
+        >>> layer.forward(query, key, value, ditattn.AttentionMetadata(current_timestep=0)).shape
+        torch.Size([1, 256, 4, 64])
     """
 
     supported_head_sizes: ClassVar[tuple[int, ...]] = ()
@@ -181,6 +205,19 @@ class AttentionBackend(ABC):
         packages: by device type, what it needs beyond torch and the device's own packages.
         any_of: by device type, packages of which it needs one.
         is_sparse, head_sizes: follow from `impl_cls`: it may drop key blocks; possible head sizes, empty means any.
+
+    Examples:
+        >>> import ditattn, torch
+        >>> class DenseImpl(ditattn.AttentionImpl):
+        ...     def forward(self, query, key, value, attn_metadata):
+        ...         return ditattn.dense_attention(
+        ...             query, key, value, scale=self.softmax_scale, causal=self.causal, key_lengths=attn_metadata.key_lengths
+        ...         )
+        >>> class DenseBackend(ditattn.AttentionBackend):
+        ...     name = "my_dense_attn"
+        ...     impl_cls = DenseImpl
+        >>> DenseBackend.is_sparse
+        False
     """
 
     name: ClassVar[str]

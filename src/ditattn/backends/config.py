@@ -62,6 +62,12 @@ class SparseAttentionConfig(AttentionConfig):
         first_frame_sink: keep the blocks of a video's first frame, as query rows and as key columns.
         plan_refresh_steps: a layer picks its blocks anew every so many steps; 1 is every step.
         share_plan_between_branches: with classifier-free guidance, the blocks that the first branch of a step picked serve the others.
+
+    Examples:
+        >>> import ditattn
+        >>> config = ditattn.SparseAttentionConfig(preset="fast", skip_layers="0-1")
+        >>> config.sparsity, config.skip_first_steps
+        (0.9, 'auto')
     """
 
     preset: PresetName = "balanced"

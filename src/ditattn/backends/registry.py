@@ -210,4 +210,12 @@ class _BackendName(str, Enum):
 
 
 AttentionBackendEnum = _BackendName("AttentionBackendEnum", {name.upper(): name for name in backend_names()}, module=__name__)  # type: ignore[call-overload]
-"""Every backend of this installation, made from the registry."""
+"""Every backend of this installation, made from the registry. A member equals its plain name.
+
+Examples:
+    >>> import ditattn
+    >>> ditattn.AttentionBackendEnum.RAIN_FUSION_ATTN.is_sparse
+    True
+    >>> ditattn.AttentionBackendEnum.parse("FA") == "fa"
+    True
+"""

@@ -45,7 +45,14 @@ class Selection:
 
 @contextlib.contextmanager
 def force_attn_backend(backend: str | None) -> Iterator[None]:
-    """Every selection inside the block takes `backend`, whatever else is asked; None lifts an outer force."""
+    """Every selection inside the block takes `backend`, whatever else is asked; None lifts an outer force.
+
+    Examples:
+        >>> import ditattn, torch
+        >>> with ditattn.force_attn_backend("torch_sdpa"):
+        ...     ditattn.get_attn_backend(64, torch.float32, pipeline_backend="rain_fusion_attn").name
+        'torch_sdpa'
+    """
     token = _forced.set(None if backend is None else parse_backend_name(backend))
     try:
         yield
@@ -138,7 +145,9 @@ def get_attn_backend(
     """The backend class for one component of a pipeline.
 
     Args:
-        head_size, dtype, device: of the component's attention.
+        head_size: D of the component's attention.
+        dtype: of its query, key and value.
+        device: where it runs.
         component: its name in the pipeline: transformer, transformer_2, ...
         component_backends: backends named for single components.
         pipeline_backend: the backend named for the whole pipeline.
@@ -148,6 +157,12 @@ def get_attn_backend(
     Raises:
         UnknownBackend, UnsupportedHeadSize, BackendUnavailable: as in `backend_on`.
         UnsupportedModel: the model family does not support the chosen backend; lists what it does support.
+
+    Examples:
+        >>> import ditattn, torch
+        >>> backend = ditattn.get_attn_backend(64, torch.bfloat16, pipeline_backend="permuted_sparse_attn")
+        >>> backend.name, backend.is_sparse
+        ('permuted_sparse_attn', True)
     """
     selection = select_backend(
         component=component,

@@ -83,6 +83,13 @@ class SparseAttentionMetadata(AttentionMetadata):
         rows: which tokens the queries are, where a rank keeps some and has everybody's keys; None where it has all.
         heads: which heads of the layer a call has, where ranks share them; None where it has all.
         forward_id: run and branch of the forward; looked at only where plans are reused.
+
+    Examples:
+        >>> import ditattn
+        >>> config = ditattn.SparseAttentionConfig(sparsity=0.5, skip_first_steps="20%")
+        >>> metadata = ditattn.SparseAttentionMetadata(config=config, current_timestep=4, num_steps=30, latent_shape=(13, 16, 20))
+        >>> metadata.sparsity, metadata.skip_first_steps
+        (0.5, 6)
     """
 
     config: SparseAttentionConfig
@@ -165,7 +172,15 @@ def latent_grid(raw_latent_shape: Sequence[int], patch_size: int | Sequence[int]
 
 
 class SparseAttentionMetadataBuilder(AttentionMetadataBuilder):
-    """Makes the metadata of a step. At sparsity 0 it warns once per process, not per step."""
+    """Makes the metadata of a step. At sparsity 0 it warns once per process, not per step.
+
+    Examples:
+        >>> import ditattn
+        >>> builder = ditattn.SparseAttentionMetadataBuilder()
+        >>> metadata = builder.build(current_timestep=4, raw_latent_shape=(1, 16, 13, 32, 40), patch_size=(1, 2, 2), sparsity=0.5)
+        >>> metadata.latent_shape
+        (13, 16, 20)
+    """
 
     metadata_cls: ClassVar[type[SparseAttentionMetadata]] = SparseAttentionMetadata
     config_cls: ClassVar[type[SparseAttentionConfig]] = SparseAttentionConfig
@@ -214,7 +229,25 @@ class SparseAttentionMetadataBuilder(AttentionMetadataBuilder):
 
 
 class SparseAttentionImpl(AttentionImpl):
-    """schedule says dense -> dense attention; otherwise order -> plan, made or kept -> block-sparse attention in that order."""
+    """schedule says dense -> dense attention; otherwise order -> plan, made or kept -> block-sparse attention in that order.
+
+    Examples:
+        A method writes `plan`. Here every block keeps the first half of the blocks, and those that are `protected`:
+
+        >>> import ditattn, torch
+        >>> class FirstHalfImpl(ditattn.SparseAttentionImpl):
+        ...     def plan(self, query, key, attn_metadata, order, protected):
+        ...         first = torch.arange(len(protected)) < len(protected) // 2
+        ...         mask = first | protected | protected.unsqueeze(1)
+        ...         return ditattn.BlockPlan.from_mask(mask[None, None], query.shape[1], key.shape[1])
+        >>> layer = FirstHalfImpl(num_heads=2, head_size=64)
+        >>> metadata = ditattn.SparseAttentionMetadataBuilder().build(
+        ...     current_timestep=1, raw_latent_shape=(1, 16, 4, 32, 32), patch_size=(1, 2, 2), sparsity=0.5, skip_first_steps=1
+        ... )
+        >>> query, key, value = torch.randn(3, 1, 4 * 16 * 16, 2, 64)
+        >>> layer.forward(query, key, value, metadata).shape
+        torch.Size([1, 1024, 2, 64])
+    """
 
     supported_head_sizes = KERNEL_HEAD_DIMS
     is_sparse = True
@@ -371,7 +404,19 @@ class SparseAttentionImpl(AttentionImpl):
 
 
 class SparseAttentionBackend(AttentionBackend):
-    """Base of the sparse methods: a subclass sets `name`, `impl_cls`, and what it does not share."""
+    """Base of the sparse methods: a subclass sets `name`, `impl_cls`, and what it does not share.
+
+    Examples:
+        >>> import ditattn, torch
+        >>> class EverythingImpl(ditattn.SparseAttentionImpl):
+        ...     def plan(self, query, key, attn_metadata, order, protected):
+        ...         return ditattn.BlockPlan.full(query.shape[1], key.shape[1], device=query.device)
+        >>> class EverythingBackend(ditattn.SparseAttentionBackend):
+        ...     name = "everything_attn"
+        ...     impl_cls = EverythingImpl
+        >>> EverythingBackend.is_sparse, EverythingBackend.get_supported_head_sizes()
+        (True, [32, 64, 96, 128])
+    """
 
     metadata_cls: ClassVar[type[AttentionMetadata]] = SparseAttentionMetadata
     builder_cls: ClassVar[type[AttentionMetadataBuilder]] = SparseAttentionMetadataBuilder

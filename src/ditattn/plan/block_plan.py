@@ -44,6 +44,16 @@ class BlockPlan:
         query_length: S, true number of query tokens (the last block may be short).
         key_length: T, true number of key tokens.
         block_size: tokens per block, for queries and keys alike.
+
+    Examples:
+        >>> import torch
+        >>> from ditattn import BlockPlan
+        >>> mask = torch.tensor([[True, False, False], [True, True, False], [False, True, True]])
+        >>> plan = BlockPlan.from_mask(mask[None, None], query_length=384, key_length=384)
+        >>> plan.counts.tolist()
+        [[[1, 2, 2]]]
+        >>> round(plan.density(), 3)
+        0.556
     """
 
     indices: Tensor

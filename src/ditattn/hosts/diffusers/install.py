@@ -105,6 +105,15 @@ def install(
         UnknownKey, ConfigError: a configuration key or value.
         UnsupportedModel: already installed, no denoiser found, it is split between ranks in a way that is not served, the family does not
             support the backend, or (strict) the family is unknown or a layer has an attention processor that cannot be served.
+
+    Examples:
+        >>> import ditattn
+        >>> from diffusers import DiffusionPipeline
+        >>> pipe = DiffusionPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+        >>> with ditattn.install(pipe, "permuted_sparse_attn", sparsity=0.75) as handle:
+        ...     frames = pipe(prompt="a cat walks on the grass", num_inference_steps=50).frames[0]
+        >>> print(handle.report().summary())  # doctest: +ELLIPSIS
+        attention (transformer): permuted_sparse_attn: ... sparse at density 0.2... dense (first steps: ...); ... s in attention
     """
     return install_setting(target, Setting.parse(backend, config, components), strict=strict)
 

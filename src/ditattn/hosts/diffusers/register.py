@@ -51,6 +51,16 @@ def register(*, strict: bool = False, **config: Any) -> Registration:
     Raises:
         UnsupportedModel: registered already.
         UnknownKey, ConfigError: no sparse backend takes the configuration, or `strict` is neither True nor False.
+
+    Examples:
+        >>> import ditattn
+        >>> from diffusers import DiffusionPipeline
+        >>> pipe = DiffusionPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+        >>> with ditattn.register(sparsity=0.75, skip_first_steps=1) as handle:
+        ...     pipe.transformer.set_attention_backend("rain_fusion_attn")
+        ...     frames = pipe(prompt="a cat walks on the grass", num_inference_steps=50).frames[0]
+        >>> print(handle.report().summary())  # doctest: +ELLIPSIS
+        attention (...): rain_fusion_attn: ... sparse at density 0... dense (...
     """
     if not isinstance(strict, bool):
         raise ConfigError(f"strict must be True or False, not {described(strict)}")

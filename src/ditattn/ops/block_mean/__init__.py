@@ -64,6 +64,12 @@ def block_mean(x: Tensor, block_size: int = BLOCK_SIZE, *, order: TokenOrder | N
 
     Raises:
         UnsupportedCall: x is not four-dimensional, is empty, has another length or device than the order, or no implementation takes it.
+
+    Examples:
+        >>> import torch
+        >>> from ditattn import block_mean
+        >>> block_mean(torch.ones(1, 300, 4, 64)).shape
+        torch.Size([1, 3, 4, 64])
     """
     check_tensors(x=x)
     check_count("block_size", block_size)

@@ -148,7 +148,8 @@ def block_sparse_attention(
 
     Args:
         query: `[B, S, H, D]`, any strides; S is `plan.query_length`.
-        key, value: `[B, T, G, D]`, H a multiple of G; T is `plan.key_length`.
+        key: `[B, T, G, D]`, H a multiple of G; T is `plan.key_length`.
+        value: of the key's shape.
         plan: kept key blocks per batch element and query head. Its values are trusted here (`BlockPlan.check` verifies them).
         scale: factor on the scores, 1 / sqrt(D) when None; applied in fp32.
         causal: within the kept blocks query i sees keys 0..i.
@@ -166,6 +167,18 @@ def block_sparse_attention(
         UnsupportedCall: tensors, plan, order and tail do not fit together, the call is causal in another order or with a tail, the scale is
             not finite, or no implementation takes the call.
         BackendUnavailable: the named implementation cannot run here.
+
+    Examples:
+        Each block of 128 tokens sees itself:
+
+        >>> import torch
+        >>> from ditattn import BlockPlan, block_sparse_attention
+        >>> query, key, value = torch.randn(3, 1, 512, 4, 64)
+        >>> plan = BlockPlan.from_mask(torch.eye(4, dtype=torch.bool)[None, None], 512, 512)
+        >>> block_sparse_attention(query, key, value, plan).shape
+        torch.Size([1, 512, 4, 64])
+        >>> plan.density()
+        0.25
     """
     return _call(query, key, value, plan, scale, causal, key_lengths, order, tail, False, implementation)[0]
 

@@ -116,7 +116,8 @@ def dense_attention(
 
     Args:
         query: `[B, S, H, D]`, any strides.
-        key, value: `[B, T, G, D]`, H a multiple of G.
+        key: `[B, T, G, D]`, H a multiple of G.
+        value: of the key's shape.
         scale: factor on the scores, 1 / sqrt(D) when None; applied in fp32.
         causal: query i sees keys 0..i (aligned at the start, as torch's SDPA does).
         key_lengths: int32 or int64 `[B]` on the tensors' device; only that many leading keys of each batch element are real. Length 0
@@ -131,6 +132,13 @@ def dense_attention(
         UnsupportedCall: an argument of a wrong type, tensors that do not fit together, a scale that is not finite, or a call that no
             implementation takes.
         BackendUnavailable: the named implementation cannot run here.
+
+    Examples:
+        >>> import torch
+        >>> from ditattn import dense_attention
+        >>> query, key, value = torch.randn(3, 1, 256, 4, 64)
+        >>> dense_attention(query, key, value).shape
+        torch.Size([1, 256, 4, 64])
     """
     optional = {"key_lengths": key_lengths, "attn_mask": attn_mask}
     check_tensors(query=query, key=key, value=value, **{name: x for name, x in optional.items() if x is not None})
