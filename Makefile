@@ -91,7 +91,7 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard src/ditattn/csrc/cp
 $(NPU_READY): pyproject.toml constraints-npu.txt
 	$(PYTHON) -m venv $(NPU_VENV)
 	$(NPU_BIN)/python -m pip install --quiet --disable-pip-version-check "$(NPU_TORCH)"
-	$(NPU_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-npu.txt -e ".[diffusers,cli]" pytest pytest-xdist hypothesis \
+	$(NPU_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-npu.txt -e ".[diffusers]" pytest pytest-xdist hypothesis \
 	  torch-npu mindiesd \
 	  numpy pyyaml \
 	  einops

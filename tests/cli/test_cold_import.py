@@ -120,4 +120,4 @@ def test_help_names_the_backends_of_other_packages_without_importing_them(tmp_pa
 def test_without_typer_the_command_says_what_to_install():
     done = fresh("import sys; sys.modules['typer'] = None; from ditattn.cli import main; main(['--help'])")
     assert done.returncode == 1
-    assert done.stderr == "ditattn: error: package 'typer' is missing (the command line): pip install 'ditattn[cli]'\n"
+    assert done.stderr == "ditattn: error: package 'typer' is missing (the command line): pip install ditattn\n"

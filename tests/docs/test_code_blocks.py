@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
-import tomllib
 import typer
 
 from ditattn.backends.registry import RECOMMENDED_BACKEND

@@ -192,7 +192,7 @@ def _tried() -> tuple[tuple[type[AttentionBackend], ...], tuple[LeftOut, ...]]:
     return tuple(usable), tuple(broken)
 
 
-class _BackendName(str, Enum):
+class _BackendName(str, Enum):  # noqa: UP042 - mypy cannot follow a StrEnum that is called to make members
     """A backend's name as an enumeration, for hosts that want one. Equal to the plain string."""
 
     def __str__(self) -> str:

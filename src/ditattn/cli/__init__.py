@@ -19,6 +19,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
-        sys.stderr.write(f"ditattn: error: package '{error.name}' is missing (the command line): pip install 'ditattn[cli]'\n")
+        sys.stderr.write(f"ditattn: error: package '{error.name}' is missing (the command line): pip install ditattn\n")
         sys.exit(1)
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))

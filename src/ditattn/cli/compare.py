@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def _file_name(settings: CompareSettings) -> str:
 def _made(comparison: Comparison, fps: int) -> dict[str, Any]:
     num_frames, height, width, _ = comparison.reference[0].runs[0].frames.shape
     return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "output": {"num_frames": num_frames, "height": height, "width": width, "fps": fps},
     }
 

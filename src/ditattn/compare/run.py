@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ def run_clip(workload: Workload, setting: Setting, clip: Clip, **changes: Any) -
         densities={name: [list(cell) for cell in cells] for name, cells in made.densities.items()},
         peak_memory_mb=memory.peak_mb,
         memory_counts=memory.counts,
-        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
