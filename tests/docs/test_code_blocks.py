@@ -65,7 +65,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
-PYTHON_PAGES = sorted({block.page for block in BLOCKS if block.language == "python"})
+PYTHON_PAGES = sorted({block.page for block in BLOCKS if block.language == "python" and block.not_run is None})
 
 
 def commands_of(block: Block) -> list[list[str]]:

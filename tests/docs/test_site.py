@@ -9,6 +9,9 @@ import pytest
 
 import ditattn
 from ditattn import errors
+from ditattn.backends.sparse import Reason
+from ditattn.runtime.key_padding import MASK_WITH_GAPS, OTHER_MASK
+from ditattn.runtime.stage import NOT_SELF_ATTENTION
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -58,7 +61,15 @@ def test_the_reference_has_every_public_name() -> None:
         assert f"\n::: {name}\n" in text, name
 
 
-def test_every_error_and_warning_is_explained() -> None:
+def test_every_error_is_explained() -> None:
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     for name in errors.__all__:
-        assert f"`{name}`" in text or name == "DitattnError", name
+        assert f"| `{name}` |" in text or name == "DitattnError", name
+
+
+def test_every_reason_of_a_dense_call_is_explained() -> None:
+    text = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    reasons = [reason for name, reason in vars(Reason).items() if name.isupper()]
+    assert len(reasons) > 10
+    for reason in (*reasons, MASK_WITH_GAPS, OTHER_MASK, NOT_SELF_ATTENTION):
+        assert f"`{reason}`" in text, reason
