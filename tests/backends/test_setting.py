@@ -59,7 +59,7 @@ def test_whose_configuration_it_is(
 
 
 def test_nobody_knows_whose_keys_they_are() -> None:
-    with pytest.raises(ConfigError, match="whose are sparsity"):
+    with pytest.raises(ConfigError, match="sparsity: which backend is this for"):
         Setting.parse(None, {"sparsity": 0.5}, {"transformer": "rain_fusion_attn", "transformer_2": "fa"})
 
 

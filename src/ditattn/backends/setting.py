@@ -78,7 +78,7 @@ def _config_owner(pipeline: str | None, named: Collection[str], keys: Mapping[st
         return next(iter(named))
     if keys and named:
         names = ", ".join(sorted(named))
-        raise ConfigError(f"whose are {', '.join(keys)}? The components name {names}; name a backend for the pipeline too")
+        raise ConfigError(f"{', '.join(keys)}: which backend is this for? The components name {names}; name the pipeline's backend as well")
     return unnamed_backend()
 
 
