@@ -27,8 +27,8 @@ TESTS := -m pytest -q -n $(PROCESSES) --maxprocesses 8 --dist worksteal
 # a clip from the package's own small model: densely, with the recommended sparse backend at three sparsities, with another one beside it
 demo: $(READY)
 	$(BIN)/ditattn compare --prompt "a big red circle moves right on a blue background" --attention-backend permuted_sparse_attn \
-	  --attention-backend rain_fusion_attn --attention-backend-config skip_first_steps=20% --grid sparsity=0.5,0.75,0.9 \
-	  --no-probe --save-videos --output-path outputs --output-file-name demo
+	  --attention-backend rain_fusion_attn --grid sparsity=0.5,0.75,0.9 \
+	  --no-probe --no-reference-cache --save-videos --output-path outputs --output-file-name demo
 
 test: $(READY) $(NPU_READY)
 	$(BIN)/python $(TESTS) --durations=20

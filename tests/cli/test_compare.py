@@ -198,6 +198,7 @@ def test_table_and_cache(ditattn, made, options, monkeypatch):
     assert record["reference"]["clips"][0]["cached"] is True
     assert record["settings"][0]["probe"] is None
     assert "come from an earlier run" in (made / "again.html").read_text()
+    assert "--no-reference-cache makes them anew" in done.err
     assert "torch_sdpa (reference)" in ditattn(*again, "--seed", 3).err
     assert "torch_sdpa (reference)" in ditattn(*again, "--seed", 2, "--no-reference-cache").err
     assert "torch_sdpa (reference)" in ditattn(*again, "--seed", 2, "--num-inference-steps", 3).err

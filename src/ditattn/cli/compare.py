@@ -65,6 +65,8 @@ def run(settings: CompareSettings, *, debug: bool = False) -> None:
     videos = _clip_files(comparison, record, folder, name) if settings.save_videos else {}
     page, numbers = _write(comparison, record, folder, name, fps, videos)
     _print_table(record)
+    if any(clip["cached"] for clip in record["reference"]["clips"]):
+        say("dense runs and their times are kept ones of an earlier moment, so speed-ups are too; --no-reference-cache makes them anew")
     typer.echo(f"wrote {page} and {', '.join(path.name for path in (numbers, *videos))}")
 
 
