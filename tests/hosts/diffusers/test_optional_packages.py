@@ -185,5 +185,13 @@ def test_a_cache_of_blocks_gives_what_it_gives_natively(name: str, later: bool) 
     assert calls > 0
     cache_dit.disable_cache(tiny.pipe)
     close(tiny.run(4), plain)
-    if later:
-        assert footprint(tiny.pipe) == before
+    # cache-dit leaves attributes of its own on the blocks; the processors, which are what we touch, are as they were
+    assert _processors(footprint(tiny.pipe)) == _processors(before)
+
+
+def _processors(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        path: (part["processor"], part["processor attributes"])
+        for path, part in found.items()
+        if isinstance(part, dict) and "processor" in part
+    }
