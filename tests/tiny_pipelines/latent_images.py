@@ -330,19 +330,19 @@ JOYIMAGE: dict[str, Any] = {
 
 
 def joyimage_edit() -> TinyPipeline:
-    """JoyImage Edit: an image of 20 x 28 tokens, and one of the same size that it is made from."""
+    """JoyImage Edit: an image of 32 x 32 tokens, and one of the same size that it is made from."""
     from diffusers import JoyImageEditTransformer3DModel
 
     torch.manual_seed(0)
     transformer = JoyImageEditTransformer3DModel(**JOYIMAGE)
     enlarge_weights(transformer)
-    given = noise(1, 1, 4, 1, 40, 56, seed=3)
+    given = noise(1, 1, 4, 1, 64, 64, seed=3)
 
     def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
         # the model moves the last one, which is the image itself, to the front and back
         return {"hidden_states": torch.cat([given, latents], 1), "timestep": timestep, "encoder_hidden_states": text}
 
-    return looped(transformer, arguments_of, (1, 1, 4, 1, 40, 56), noise(1, 10, 24), image_last=True)
+    return looped(transformer, arguments_of, (1, 1, 4, 1, 64, 64), noise(1, 10, 24), image_last=True)
 
 
 def joyimage_edit_plus() -> TinyPipeline:

@@ -49,14 +49,14 @@ def step(index: int, num_steps: int | None = None) -> Iterator[None]:
 
     Examples:
         >>> import ditattn, torch
-        >>> from diffusers import WanTransformer3DModel
-        >>> transformer = WanTransformer3DModel.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", subfolder="transformer")
+        >>> from diffusers import DiffusionPipeline
+        >>> transformer = DiffusionPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers").transformer
         >>> latents, text = torch.randn(1, 16, 5, 28, 40), torch.randn(1, 512, transformer.config.text_dim)
         >>> with ditattn.install(transformer, "permuted_sparse_attn", min_tokens=0) as handle, torch.no_grad():
         ...     for i in range(3):
         ...         with ditattn.step(i, 3):
         ...             noise = transformer(latents, torch.tensor([900 - 300 * i]), text, return_dict=False)[0]
-        >>> handle.report().components["WanTransformer3DModel"].step_sources
+        >>> handle.report().components[type(transformer).__name__].step_sources
         {'override': 3}
     """
     for name, value in (("index", index), ("num_steps", 1 if num_steps is None else num_steps)):

@@ -211,7 +211,8 @@ def test_lower_density_runs_in_the_right_steps_and_layers(name: str, backend: st
         assert ran.step_sources == {case.source: len(steps) * forwards}
         assert ran.dense_reasons == ({"first steps": calls} if 0 in steps else {})
         assert ran.sparse == calls * len([step for step in steps if step > 0])
-        assert ran.sparse_density is None or 0.38 <= ran.sparse_density < case.densest
+        # of blocks two fifths are kept; a kept short one holds fewer pairs
+        assert ran.sparse_density is None or 0.36 <= ran.sparse_density < case.densest
         assert {step: density is not None for step, density in ran.sparse_density_by_step.items()} == {step: step > 0 for step in steps}
         assert list(ran.sparse_density_by_layer) == list(range(NUM_LAYERS))
 
