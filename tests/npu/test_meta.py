@@ -129,7 +129,7 @@ def test_a5_runs_bf16_through_mindiesd_and_fp16_through_torch_npu(only: Callable
 def test_sparse_calls_without_an_operator_are_warned_of_once(
     only: Callable[..., None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, min_tokens: int, warnings: int
 ) -> None:
-    """No operator takes float32. A backend that runs densely has nothing to warn of."""
+    """No operator takes float32. A backend that runs densely has nothing to warn of but that, at the end of the run."""
     only()
     # plain torch reads the plan, and fake plans hold nothing
     monkeypatch.setattr(block_sparse_attention, "load", lambda row: lambda call: (torch.empty_like(call.query), None))
@@ -138,7 +138,7 @@ def test_sparse_calls_without_an_operator_are_warned_of_once(
         fake_wan("rain_fusion_attn", torch.float32, sparsity=0.5, min_tokens=min_tokens) as run,
     ):
         run()
-    messages = [record.getMessage() for record in caplog.records]
+    messages = [message for record in caplog.records if "self-attention calls of this run" not in (message := record.getMessage())]
     assert len(messages) == warnings
     assert all("takes bfloat16, float16, not float32" in message for message in messages)
 
