@@ -76,6 +76,8 @@ def run(settings: TuneSettings, *, debug: bool = False) -> None:
     if setting_chooses_orders(request.setting):
         say(f"orders: {count_clips(len(request.clips))} with the setting found, to see what heads choose")
         orders = most_chosen_orders(references.workload, request.setting.with_keys(**best.keys), request.clips)
+        if not orders:
+            say("several denoisers share the setting, so their heads go on choosing")
         request = replace(request, setting=request.setting.with_keys(head_bricks=orders))
         _write(path, _finding(request, state, sensitivity, best, None))
     say(f"check on {count_clips(len(request.held_out))} that nothing was tuned on")

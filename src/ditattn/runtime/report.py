@@ -74,7 +74,7 @@ class ComponentLog:
     step_sources: Counter[str] = field(default_factory=Counter)
     steps: set[int] = field(default_factory=set)
     schedule_steps: int | None = None
-    token_orders: dict[int, list[Counter[str]]] = field(default_factory=dict)
+    token_orders: dict[int | None, list[Counter[str]]] = field(default_factory=dict)
     token_grids: Counter[str] = field(default_factory=Counter)
     implementations: dict[str, set[str]] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
@@ -92,7 +92,7 @@ class ComponentLog:
             self.not_reused[record.not_reused] += 1
         self.own_blocks += record.own_blocks
         if record.token_orders is not None:
-            heads = self.token_orders.setdefault(-1 if layer is None else layer, [Counter() for _ in record.token_orders])
+            heads = self.token_orders.setdefault(layer, [Counter() for _ in record.token_orders])
             for head, name in zip(heads, record.token_orders, strict=True):
                 head[name] += 1
 
@@ -141,7 +141,8 @@ class ComponentLog:
 
     def head_orders(self) -> dict[int, list[str]]:
         """The order that each key head of each layer chose most often, of the layers whose heads choose."""
-        return {layer: [head.most_common(1)[0][0] for head in heads] for layer, heads in sorted(self.token_orders.items()) if layer >= 0}
+        known = sorted((layer, heads) for layer, heads in self.token_orders.items() if layer is not None)
+        return {layer: [head.most_common(1)[0][0] for head in heads] for layer, heads in known}
 
     def overall_densities(self) -> list[tuple[int, int, float]]:
         """(step, layer, overall density), of the calls whose step and layer are known."""

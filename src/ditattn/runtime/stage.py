@@ -157,7 +157,7 @@ class DenoisingStage:
         self.probe: Probe | None = None
         self._metadata: dict[tuple[str, bool], tuple[tuple[Any, ...], AttentionMetadata]] = {}
         self._forwards = ForwardCounter()
-        self._share = RunShare()
+        self._run_share = RunShare()
 
     def enter(
         self,
@@ -224,11 +224,11 @@ class DenoisingStage:
         self._forget_plans()
 
     def _warn_of_dense_run(self) -> None:
-        self._share.warn((model.backend.name, model.config) for model in self.models if model.backend.is_sparse)
+        self._run_share.warn((model.backend.name, model.config) for model in self.models if model.backend.is_sparse)
 
     def _forget_plans(self) -> None:
         self._warn_of_dense_run()
-        self._share.forget()
+        self._run_share.forget()
         self._forwards.end_run()
         for model in self.models:
             for impl in model.impls.values():
@@ -270,9 +270,7 @@ class DenoisingStage:
         with model.log.stopwatch.measure(query.device):
             out = self._serve(forward, layer, call)
         for record in forward.records:
-            model.log.add(forward.step.index, layer, record)
-            if model.backend.is_sparse and _is_self_attention(forward, layer, query, key):
-                self._share.add(record)
+            self._count(forward, layer, query, key, record)
         forward.records.clear()
         return out
 
@@ -285,10 +283,12 @@ class DenoisingStage:
         layer = _next_layer(forward, query, key)
         if self.strict and _is_self_attention(forward, layer, query, key):
             self._refuse(reason, forward)
-        record = CallRecord(reason)
+        self._count(forward, layer, query, key, CallRecord(reason))
+
+    def _count(self, forward: Forward, layer: int | None, query: Tensor, key: Tensor, record: CallRecord) -> None:
         forward.model.log.add(forward.step.index, layer, record)
         if forward.model.backend.is_sparse and _is_self_attention(forward, layer, query, key):
-            self._share.add(record)
+            self._run_share.add(record)
 
     def _serve(self, forward: Forward, layer: int | None, call: DenseCall) -> Tensor:
         query, key = call.query, call.key
