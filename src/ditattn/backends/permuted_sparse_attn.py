@@ -25,7 +25,7 @@ from ditattn.backends.sparse import (
     SparseAttentionMetadata,
     SparseAttentionMetadataBuilder,
 )
-from ditattn.errors import ConfigError, UnsupportedCall
+from ditattn.errors import ConfigError
 from ditattn.ops import block_sparse_attention as sparse_op
 from ditattn.ops.pooled_tail import PooledTail
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
@@ -133,12 +133,10 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         UnsupportedCall: causal=True.
     """
 
-    def __init__(
-        self, num_heads: int, head_size: int, softmax_scale: float | None = None, causal: bool = False, *args: Any, **kwargs: Any
-    ) -> None:
-        if causal:
-            raise UnsupportedCall("permuted_sparse_attn does not support causal attention; block_sparse_attn does")
-        super().__init__(num_heads, head_size, softmax_scale, causal, *args, **kwargs)
+    not_causal = "permuted_sparse_attn"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._chosen: tuple[object, _Orders] | None = None
         self._not_reported: tuple[str, ...] | None = None
 

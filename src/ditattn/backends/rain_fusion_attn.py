@@ -6,14 +6,12 @@ Source: RainFusion2.0, arXiv 2512.24086. What differs from the Ascend original i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from ditattn.backends.config import RainFusionAttentionConfig
 from ditattn.backends.selection import mean_pool
 from ditattn.backends.sparse import SparseAttentionBackend, SparseAttentionImpl, SparseAttentionMetadata, SparseAttentionMetadataBuilder
-from ditattn.errors import UnsupportedCall
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
 
@@ -39,12 +37,7 @@ class RainFusionAttentionImpl(SparseAttentionImpl):
         UnsupportedCall: causal=True.
     """
 
-    def __init__(
-        self, num_heads: int, head_size: int, softmax_scale: float | None = None, causal: bool = False, *args: Any, **kwargs: Any
-    ) -> None:
-        if causal:
-            raise UnsupportedCall("rain_fusion_attn does not support causal attention; block_sparse_attn does")
-        super().__init__(num_heads, head_size, softmax_scale, causal, *args, **kwargs)
+    not_causal = "rain_fusion_attn"
 
     def plan(self, query: Tensor, key: Tensor, attn_metadata: SparseAttentionMetadata, order: TokenOrder, protected: Tensor) -> BlockPlan:
         return mean_pool.select(

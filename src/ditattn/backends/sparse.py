@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ditattn.backends.base import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, CallRecord
 from ditattn.backends.config import AttentionConfig, SparseAttentionConfig, parse_layers, resolve_steps
-from ditattn.errors import ConfigError
+from ditattn.errors import ConfigError, UnsupportedCall
 from ditattn.ops import block_sparse_attention as sparse_op
 from ditattn.ops.calls import Chosen, SparseCall
 from ditattn.ops.contract import checked_scale
@@ -252,8 +252,13 @@ class SparseAttentionImpl(AttentionImpl):
     supported_head_sizes = KERNEL_HEAD_DIMS
     is_sparse = True
 
+    # the backend's name, for the error
+    not_causal: ClassVar[str | None] = None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.causal and self.not_causal is not None:
+            raise UnsupportedCall(f"{self.not_causal} does not support causal attention; block_sparse_attn does")
         self._plans = PlanMemory()
         self._sparse_rows = Chosen(sparse_op.TABLE, choose_to_run)
         self._known_tokens: tuple[object, TokenOrder, Tensor] | None = None
