@@ -8,6 +8,9 @@ NPU_VENV := .venv-npu
 NPU_BIN := $(NPU_VENV)/bin
 NPU_READY := $(NPU_VENV)/.ready
 NPU_TORCH := $(shell grep '^torch==' constraints-npu.txt)
+# not an environment: the wheel alone, beside what .venv has
+VLLM_OMNI := .vllm-omni
+VLLM_OMNI_READY := $(VLLM_OMNI)/.ready
 DOCS_VENV := .venv-docs
 DOCS_BIN := $(DOCS_VENV)/bin
 DOCS_READY := $(DOCS_VENV)/.ready
@@ -22,7 +25,7 @@ MANYLINUX := manylinux_2_28_$(shell uname -m)
 PROCESSES ?= auto
 TESTS := -m pytest -q -n $(PROCESSES) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-npu test-isa test-wheel wheel wheels sdist check-dist check static docs format clean
+.PHONY: demo test test-npu test-vllm-omni test-isa test-wheel wheel wheels sdist check-dist check static docs format clean
 
 # a clip from the package's own small model: densely, with the recommended sparse backend at three sparsities, with another one beside it
 demo: $(READY)
@@ -33,10 +36,15 @@ demo: $(READY)
 test: $(READY) $(NPU_READY)
 	$(BIN)/python $(TESTS) --durations=20
 	$(MAKE) test-npu
+	$(MAKE) test-vllm-omni
 
 # the real torch_npu and mindiesd, on a machine without an NPU
 test-npu: $(NPU_READY)
 	$(NPU_BIN)/python $(TESTS) tests/npu
+
+# the real vllm_omni with stand-ins for vLLM, on a machine without a GPU
+test-vllm-omni: $(READY) $(VLLM_OMNI_READY)
+	PYTHONPATH=$(VLLM_OMNI) $(BIN)/python $(TESTS) tests/omni
 
 # the contract of every op on the CPU kernels of older processors
 test-isa: $(READY)
@@ -97,6 +105,11 @@ $(NPU_READY): pyproject.toml constraints-npu.txt
 	  einops
 	touch $(NPU_READY)
 
+$(VLLM_OMNI_READY): $(READY) constraints-vllm-omni.txt
+	rm -rf $(VLLM_OMNI)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VLLM_OMNI) -r constraints-vllm-omni.txt
+	touch $(VLLM_OMNI_READY)
+
 # an environment of its own, without torch: the sources are read, not imported
 $(DOCS_READY): constraints-docs.txt
 	$(PYTHON) -m venv $(DOCS_VENV)
@@ -121,4 +134,4 @@ $(DIST_READY): $(WHEEL_READY) pyproject.toml setup.py MANIFEST.in README.md tool
 	touch $(DIST_READY)
 
 clean:
-	rm -rf $(VENV) $(NPU_VENV) $(DOCS_VENV) $(WHEEL_VENV) site dist build outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) $(VLLM_OMNI) $(DOCS_VENV) $(WHEEL_VENV) site dist build outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

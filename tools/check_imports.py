@@ -25,6 +25,8 @@ ONLY_IN: dict[str, list[str]] = {
     "diffusers": ["ditattn.hosts.diffusers"],
     "transformers": ["ditattn.hosts.diffusers"],
     "tokenizers": ["ditattn.hosts.diffusers"],
+    "vllm_omni": ["ditattn.hosts.vllm_omni"],
+    "vllm": ["ditattn.hosts.vllm_omni"],
     "imageio": ["ditattn.cli"],
     "imageio_ffmpeg": ["ditattn.cli", "ditattn.compare"],
     "torchmetrics": ["ditattn.compare"],

@@ -254,6 +254,8 @@ class SparseAttentionImpl(AttentionImpl):
 
     # the backend's name, for the error
     not_causal: ClassVar[str | None] = None
+    # of hosts that have dense attention of their own: computes the call that runs, if it runs densely; None leaves that to us
+    host_dense: Callable[[], Tensor] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -272,7 +274,7 @@ class SparseAttentionImpl(AttentionImpl):
         reason = self.why_dense(query, key, attn_metadata)
         if reason is not None:
             self._note(CallRecord(reason))
-            return self._dense(query, key, value, attn_metadata.key_lengths)
+            return self._dense(query, key, value, attn_metadata.key_lengths) if self.host_dense is None else self.host_dense()
         out, record = self._attend(query, key, value, attn_metadata)
         self._note(record)
         return out
