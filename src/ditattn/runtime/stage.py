@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -90,6 +90,7 @@ class Forward:
     Attributes:
         split: how its tokens are split between ranks; None if they are not.
         share: what this rank has of its calls.
+        native: computes the running call by the host's own attention, `[B, S, H, D]`, for calls that run densely; None leaves them to us.
     """
 
     stage: DenoisingStage
@@ -104,6 +105,7 @@ class Forward:
     num_calls: int = 0
     split: SequenceSplit | None = None
     share: RankShare = WHOLE
+    native: Callable[[], Tensor] | None = None
     records: list[CallRecord] = field(default_factory=list)
     masks: MaskReader = field(default_factory=MaskReader)
 
@@ -313,7 +315,7 @@ class DenoisingStage:
             if self.strict and _is_self_attention(forward, layer, query, key):
                 self._refuse(reason, forward)
             forward.records.append(CallRecord(reason))
-            return _native(call)
+            return _as_the_host(forward, call)
         return self._run(forward, layer, call, metadata)
 
     def _serve_in_model_order(
@@ -340,6 +342,8 @@ class DenoisingStage:
         if strict and isinstance(impl, SparseAttentionImpl):
             assert isinstance(metadata, SparseAttentionMetadata)
             self._refuse(impl.why_dense(query, key, metadata), forward)
+        if isinstance(impl, SparseAttentionImpl):
+            impl.host_dense = forward.native
         out = impl.forward(query, key, value, metadata)
         if not forward.records:
             # an impl of another package that notes nothing is counted all the same
@@ -362,7 +366,7 @@ class DenoisingStage:
             if self.strict and _is_self_attention(forward, layer, call.query, call.key):
                 self._refuse(reason, forward)
             forward.records.append(CallRecord(reason))
-            return _native(call)
+            return _as_the_host(forward, call)
         arranged = arrangement.arranged(call)
         out = impl.forward(arranged.query, arranged.key, arranged.value, metadata)
         if self.probe is not None:
@@ -508,6 +512,10 @@ def _asked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, 
     if query.ndim != 4 or key.ndim != 4:
         check_qkv(query, key, value)
     return DenseCall(query, key, value, checked_scale(scale, query.shape[3]), is_causal, attn_mask=attn_mask)
+
+
+def _as_the_host(forward: Forward, call: DenseCall) -> Tensor:
+    return _native(call) if forward.native is None else forward.native()
 
 
 def _native(call: DenseCall) -> Tensor:
