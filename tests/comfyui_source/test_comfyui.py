@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import comfyui_calls
-from comfyui_source.tiny_models import FAMILIES, patcher
+from comfyui_source.tiny_models import FAMILIES, RELATIVES, patcher
 from ditattn.hosts import comfyui as host
 
 STEPS = 4
@@ -23,7 +23,7 @@ KEYS = {"min_tokens": 0, "sparsity": 0.75, "skip_first_steps": 1}
 
 def sampled(model: Any, name: str, sampler: str = "euler", steps: int = STEPS, cfg: float = 2.0, **more: Any) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    latents = torch.zeros(FAMILIES[name][2])
+    latents = torch.zeros((FAMILIES | RELATIVES)[name][2])
     noise = torch.randn(latents.shape, generator=generator)
     texts = [torch.randn(1, length, 32, generator=generator) for length in (7, 5)]
     conditions = [{"pooled_output": torch.randn(1, 16, generator=generator), **more} for _ in texts]
@@ -213,6 +213,23 @@ def test_reference_images_have_grids_of_their_own() -> None:
         ran = component(handle)
         assert ran.token_grids == {"1x40x32 + 1x40x16": STEPS}
         assert ran.sparse == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "grids"), [("VACE", 4, "5x16x16"), ("camera", 2, "5x16x16"), ("reference", 2, "5x16x16 + 1x16x16")]
+)
+def test_relatives_of_wan(name: str, layers: int, grids: str) -> None:
+    more = {"reference_latents": [torch.randn(1, 16, 1, 32, 32)]} if name == "reference" else {}
+    model = patcher(name)
+    native = sampled(model, name, cfg=1.0, **more)
+    patched, handle = host.attach(model, "permuted_sparse_attn", {**KEYS, "sparsity": 0.0})
+    torch.testing.assert_close(sampled(patched, name, cfg=1.0, **more), native, rtol=1e-4, atol=1e-4)
+    patched, handle = host.attach(model, "permuted_sparse_attn", KEYS)
+    assert not torch.allclose(sampled(patched, name, cfg=1.0, **more), native, atol=1e-3)
+    ran = component(handle)
+    assert (ran.sparse, ran.dense) == (3 * layers, layers)
+    assert ran.sparse_density_by_layer.keys() == set(range(layers))
+    assert ran.token_grids == {grids: STEPS}
 
 
 def test_compiled_models_are_counted_in_every_step() -> None:

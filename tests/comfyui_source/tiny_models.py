@@ -82,8 +82,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
 }
 
 
+# relatives of Wan: control blocks beside the video's, conditions among the channels, a reference image before the video
+RELATIVES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
+    "VACE": ("WAN21_Vace", {**FAMILIES["Wan"][1], "model_type": "vace", "vace_layers": 2, "vace_in_dim": 96}, (1, 16, 5, 32, 32)),
+    "camera": ("WAN21_Camera", {**FAMILIES["Wan"][1], "model_type": "camera", "in_dim": 32}, (1, 16, 5, 32, 32)),
+    "reference": (
+        "WAN21_FunControl2V",
+        {**FAMILIES["Wan"][1], "model_type": "i2v", "in_dim": 48, "in_dim_ref_conv": 16},
+        (1, 16, 5, 32, 32),
+    ),
+}
+
+
 def patcher(name: str) -> Any:
-    config_name, unet, _ = FAMILIES[name]
+    config_name, unet, _ = (FAMILIES | RELATIVES)[name]
     config = getattr(comfy.supported_models, config_name)({**unet, "dtype": torch.float32})
     model = config.get_model({}, "")
     generator = torch.Generator().manual_seed(0)

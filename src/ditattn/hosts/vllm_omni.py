@@ -234,14 +234,13 @@ class Run:
         self._first_step = step.index if self._first_step is None else self._first_step
         self._last_step = step.index
 
-    def add(self, layer: Layer, step: Step, record: CallRecord, is_self_attention: bool) -> None:
+    def add(self, layer: Layer, step: Step, record: CallRecord) -> None:
         """Count a call."""
         log = self.log_of(layer)
         if step.index is not None and step.index not in log.steps:
             log.note_step(step.index, step.num_steps, step.source)
         log.add(step.index, layer.number, record)
-        if is_self_attention:
-            self._share.add(record)
+        self._share.add(record)
 
     def log_of(self, layer: Layer) -> ComponentLog:
         """Of all layers; a run has one backend."""
@@ -311,6 +310,9 @@ class Layer:
         Raises:
             UnsupportedCall: the last steps are to run densely, and the host does not say how many steps there are.
         """
+        if tokens.why_dense == NOT_SELF_ATTENTION:
+            # reports are about self-attention
+            return dense()
         self._run.enter(step)
         if self._run_number != self._run.number:
             self._run_number = self._run.number
@@ -318,7 +320,7 @@ class Layer:
         with self._run.log_of(self).stopwatch.measure(query.device):
             out = self._attend(query, key, value, tokens, step, dense)
         for record in self._records:
-            self._run.add(self, step, record, tokens.why_dense != NOT_SELF_ATTENTION)
+            self._run.add(self, step, record)
         self._records.clear()
         return out
 
