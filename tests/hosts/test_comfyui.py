@@ -9,6 +9,7 @@ import importlib.util
 import math
 import sys
 import tomllib
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,40 @@ def test_masks_that_hide_padded_text_are_honoured_others_are_dense(mask: Any, re
     ran = component(handle)
     assert ran.dense_reasons == ({} if reason is None else {reason: 1})
     assert ran.sparse == (reason is None)
+
+
+def test_a_mask_is_read_once_in_a_forward_and_kept_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    patched, _ = host.attach(Patcher(), "rain_fusion_attn", KEYS)
+    num_read: list[int] = []
+    as_truths, attention = host._as_truths, comfyui_calls.attention
+    masks = [torch.zeros(1, 1, 1280), torch.zeros(1280, 1280), None]
+
+    def counting(mask: Tensor) -> Tensor:
+        num_read.append(mask.numel())
+        return as_truths(mask)
+
+    def masked(options: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return attention(options, *args, **{**kwargs, "mask": masks[0]})
+
+    monkeypatch.setattr(host, "_as_truths", counting)
+    monkeypatch.setattr(comfyui_calls, "attention", masked)
+    recording = {**RECORDINGS["Wan"], "calls": RECORDINGS["Wan"]["calls"][::2]}
+    gone = [weakref.ref(mask) for mask in masks[:2]]
+    for _ in range(3):
+        comfyui_calls.forward(patched, recording, SIGMAS[1])
+        masks.pop(0)
+    assert num_read == [1280, 1280 * 1280]
+    assert [one() for one in gone] == [None, None]
+
+
+def test_two_models_of_one_class_are_told_apart() -> None:
+    """A ControlNet may be of the model's own class."""
+    patched, handle = host.attach(Patcher(), "rain_fusion_attn", KEYS)
+    for _ in range(2):
+        comfyui_calls.forward(patched, RECORDINGS["Wan"], SIGMAS[1])
+        patched.models.clear()
+    report = handle.report()
+    assert {name: one.sparse for name, one in report.components.items()} == {"WanModel": 2, "WanModel 2": 2}
 
 
 def test_references_and_longer_videos_are_part_of_the_layout() -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ditattn.backends.config import PRESETS
 from ditattn.backends.registry import RECOMMENDED_BACKEND, usable_backends
@@ -149,7 +148,6 @@ class Handle:
     def __init__(self, setting: Setting, backend: Any) -> None:
         self.setting = setting
         self.backend = backend
-        self._masks = WeakIdKeyDictionary()
         self.begin()
 
     def begin(self) -> None:
@@ -157,6 +155,7 @@ class Handle:
         self.stage = DenoisingStage(SigmaClock())
         self._numbers: dict[tuple[Any, ...], int] = {}
         self._seen: dict[tuple[Any, ...], int] = {}
+        self._masks: dict[int, tuple[Tensor, Tensor]] = {}
 
     def report(self) -> AttentionReport:
         """What ran in the last sampling."""
@@ -172,10 +171,12 @@ class Handle:
             return None
         served = next((one for one in self.stage.models if one.model_config is model), None)
         if served is None:
-            served = ServedModel(name, family, model, self.backend, self.setting.config_of(self.backend), [], layers_by_count=False)
+            others = sum(type(one.model_config).__name__ == name for one in self.stage.models)
+            unique = f"{name} {others + 1}" if others else name
+            served = ServedModel(unique, family, model, self.backend, self.setting.config_of(self.backend), [], layers_by_count=False)
             self.stage.models.append(served)
         options = arguments.get("transformer_options") or {}
-        self._seen = {}
+        self._seen, self._masks = {}, {}
         return self.stage.enter(served, arguments, branch=str(options.get("uuids", "")), driver=options)
 
     def attend(self, forward: Forward, call: Call) -> Tensor:
@@ -201,16 +202,18 @@ class Handle:
         return self._numbers.setdefault((*block, times), len(self._numbers))
 
     def _mask(self, mask: Tensor | None) -> Tensor | None:
-        """As torch's SDPA takes it; an additive mask that hides keys altogether is read as one of truths, once."""
+        """As torch's SDPA takes it, the same object for all layers of a forward; an additive mask that hides keys is one of truths."""
         if mask is None:
             return None
-        if mask not in self._masks:
-            self._masks[mask] = _as_truths(mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask)
-        found: Tensor = self._masks[mask]
-        return found
+        if id(mask) not in self._masks:
+            shaped = mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
+            # the mask itself is kept beside it, so that no other gets its number
+            self._masks[id(mask)] = (mask, _as_truths(shaped))
+        return self._masks[id(mask)][1]
 
 
 def _as_truths(mask: Tensor) -> Tensor:
+    """Reads the device where the mask is additive."""
     if not mask.is_floating_point() or mask.shape[-2] != 1:
         return mask
     keep, hidden = mask == 0, mask <= torch.finfo(mask.dtype).min / 2

@@ -313,6 +313,7 @@ class Layer:
         if tokens.why_dense == NOT_SELF_ATTENTION:
             # reports are about self-attention
             return dense()
+        self._records.clear()
         self._run.enter(step)
         if self._run_number != self._run.number:
             self._run_number = self._run.number
@@ -321,7 +322,6 @@ class Layer:
             out = self._attend(query, key, value, tokens, step, dense)
         for record in self._records:
             self._run.add(self, step, record)
-        self._records.clear()
         return out
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, step: Step, dense: Callable[[], Tensor]) -> Tensor:
