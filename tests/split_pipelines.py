@@ -168,6 +168,13 @@ def given_bricks() -> dict[str, int]:
     return orders
 
 
+def too_many_bricks() -> str:
+    """What is said of an entry for four heads where two ranks share three."""
+    tiny = build("wan", 3)
+    enable_context_parallelism(tiny.pipe.transformer, ulysses_degree=2, ulysses_anything=True)
+    return _message(lambda: run(tiny, "permuted_sparse_attn", {**SPARSE, "head_bricks": ("1x8x16,1x8x16,4x2x16,4x4x8",) * 2}))
+
+
 def with_defaults() -> dict[str, Any]:
     """A run by the keys' defaults, whose first dense steps are a share of all."""
     config = {"sparsity": 0.75, "min_tokens": 0}

@@ -140,6 +140,6 @@ def test_a_ranks_queries_stand_in_the_spans_of_their_grids(
 
 @given(heads=st.integers(1, 40), ranks=st.integers(1, 8))
 def test_ranks_share_all_heads(heads: int, ranks: int) -> None:
-    shares = [range(heads)[HeadShare(place, ranks).of(heads)] for place in range(ranks)]
+    shares = [range(heads)[HeadShare(place, ranks, heads).own] for place in range(ranks)]
     assert [head for share in shares for head in share] == list(range(heads))
     assert all(len(share) == len(shares[0]) for share in shares if share and share[-1] < heads - 1)

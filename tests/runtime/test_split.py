@@ -31,7 +31,9 @@ def _text_behind(config: Any, arguments: Any) -> TokenLayout:
     return TokenLayout(tuple(arguments["latents"].shape), (1, 1, 1), num_suffix_tokens=TEXT)
 
 
-FAMILY = ModelFamily("Test", ("TestTransformer",), _text_behind, r"blocks\.\d+\.attn", streams=lambda _: (VIDEO, TEXT))
+FAMILY = ModelFamily(
+    "Test", ("TestTransformer",), _text_behind, r"blocks\.\d+\.attn", streams=lambda _: (VIDEO, TEXT), num_heads=lambda _: 4
+)
 
 
 def served(

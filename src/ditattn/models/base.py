@@ -132,6 +132,11 @@ def attention_head_dim(config: Any) -> int:
     return int(config.attention_head_dim)
 
 
+def num_attention_heads(config: Any) -> int:
+    """Under the name that most of diffusers' transformers give it."""
+    return int(config.num_attention_heads)
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """One family: everything that is true of it and not of every model. No other folder names a family.
@@ -147,6 +152,7 @@ class ModelFamily:
             mask of it in every layer anew; None where it does not.
         text_is_keys_only: queries are the image's alone, keys are those of all tokens.
         head_size: model configuration -> D of its self-attention.
+        num_heads: model configuration -> heads of its self-attention; asked only where ranks share them.
         frame_rate: pipeline configuration -> frames per second that its videos are meant to be played at.
         size_multiple: heights and widths must be a multiple of it, whatever VAE and patch ask for.
         pixels_per_token: height and width of what a token stands for, where it does not follow from VAE and patch.
@@ -173,6 +179,7 @@ class ModelFamily:
     key_mask: Callable[[Any, Mapping[str, Any]], Tensor | None] = no_key_mask
     text_is_keys_only: bool = False
     head_size: Callable[[Any], int] = attention_head_dim
+    num_heads: Callable[[Any], int] = num_attention_heads
     frame_rate: Callable[[Any], int] = default_frame_rate
     size_multiple: int = 1
     pixels_per_token: int | None = None

@@ -58,15 +58,18 @@ class HeadShare:
     Attributes:
         place: of the rank.
         ranks: how many share the heads.
+        num_heads: of the layer, all ranks together.
     """
 
     place: int
     ranks: int
+    num_heads: int
 
-    def of(self, num_heads: int) -> slice:
+    @property
+    def own(self) -> slice:
         """Which of all heads of the layer."""
-        each = -(-num_heads // self.ranks)
-        return slice(min(self.place * each, num_heads), min((self.place + 1) * each, num_heads))
+        each = -(-self.num_heads // self.ranks)
+        return slice(min(self.place * each, self.num_heads), min((self.place + 1) * each, self.num_heads))
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,8 +71,8 @@ WHOLE = RankShare()
 """Of a denoiser that one process runs."""
 
 
-def rank_share(split: SequenceSplit | None, family: ModelFamily, layout: TokenLayout | None) -> RankShare:
-    """What this rank has of a forward's calls.
+def rank_share(split: SequenceSplit | None, family: ModelFamily, config: Any, layout: TokenLayout | None) -> RankShare:
+    """What this rank has of a forward's calls. `config` is the model's own.
 
     Raises:
         UnsupportedModel, UnsupportedCall: tokens that cannot be split so.
@@ -80,7 +80,7 @@ def rank_share(split: SequenceSplit | None, family: ModelFamily, layout: TokenLa
     if split is None:
         return WHOLE
     gathered = _gathered_tokens(split, family, layout)
-    heads = HeadShare(split.rank % split.ulysses, split.ulysses) if split.ulysses > 1 else None
+    heads = HeadShare(split.rank % split.ulysses, split.ulysses, family.num_heads(config)) if split.ulysses > 1 else None
     return RankShare(gathered, _query_rows(split, gathered), heads)
 
 

@@ -128,6 +128,11 @@ def test_a_rank_takes_its_heads_share_of_given_bricks(two: Ranks) -> None:
     assert two.run(split_pipelines.given_bricks) == [{"1x8x16": 4}, {"4x2x16": 2, "4x4x8": 2}]
 
 
+def test_all_ranks_refuse_given_bricks_for_another_number_of_heads(two: Ranks) -> None:
+    for message in two.run(split_pipelines.too_many_bricks):
+        assert "head_bricks: layer 0 has 3 key heads, its entry names 4" in message
+
+
 def test_the_first_steps_are_as_many_as_in_one_process(two: Ranks) -> None:
     for found in two.run(split_pipelines.with_defaults):
         assert found["error"] < BOUND
