@@ -19,11 +19,16 @@ import ditattn
 import tiny_pipelines
 from ditattn.backends.base import CallRecord
 from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionBackend, PermutedSparseAttentionImpl
+from ditattn.backends.setting import Setting
+from ditattn.compare.rank_group import ALONE, RankGroup
+from ditattn.compare.setting import Clip
 from ditattn.errors import DitattnError
 from ditattn.hosts.diffusers.dispatcher import dispatched_attention
 from ditattn.hosts.diffusers.parallel import enable_context_parallelism
+from ditattn.hosts.diffusers.workload import PipelineWorkload
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
+from ditattn.runtime.probe import CellReading
 from tiny_pipelines import TinyPipeline, packed_images
 from tiny_pipelines.footprint import dispatcher_footprint, footprint
 
@@ -158,6 +163,16 @@ def compare_ring(name: str, backend: str, config: Mapping[str, Any], degrees: Ma
         blocks = place[torch.arange(length).tensor_split(dist.get_world_size())[dist.get_rank()]].sort().values[::128] // 128
         wrong = [float((mask != other[:, :, blocks]).float().mean()) for mask, other in zip(watch.masks, plans, strict=True)]
     return {"error": float((out - expected).abs().max()), "wrong": wrong, "off": watch.errors, "report": report}
+
+
+def probed(name: str, backend: str, degrees: Mapping[str, Any]) -> tuple[list[CellReading], list[CellReading]]:
+    """What a setting would do to a dense run: in one piece, and split, where every rank looks at its own part."""
+    setting, found = Setting.parse(backend, SPARSE), []
+    for tiny, group in ((whole(name), ALONE), (split(name, tuple(degrees.items())), RankGroup(dist.get_rank(), dist.get_world_size()))):
+        workload = PipelineWorkload(tiny.pipe, lambda _prompt, tiny=tiny: {**tiny.arguments, "num_inference_steps": 1}, group=group)
+        (readings,) = workload.probe([setting], Clip("", 0))
+        found.append(readings)
+    return found[0], found[1]
 
 
 def given_bricks() -> dict[str, int]:

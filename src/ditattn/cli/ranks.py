@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ditattn.compare.rank_group import RankGroup
 from ditattn.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Rank", "check_alone", "of_all_ranks", "own_device", "quiet", "speaks", "this_rank", "together"]
+__all__ = ["Rank", "own_device", "quiet", "rank_group", "speaks", "this_rank", "together"]
 
 # torchrun sets them
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -44,11 +45,10 @@ def this_rank() -> Rank:
     return Rank(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
-def check_alone(verb: str) -> None:
-    """Raise ConfigError if several processes were started for a verb that is for one."""
-    count = this_rank().count
-    if count > 1:
-        raise ConfigError(f"torchrun started {count} processes, and {verb} is for one: start it without torchrun")
+def rank_group() -> RankGroup:
+    """All of them, to talk to each other."""
+    rank = this_rank()
+    return RankGroup(rank.number, rank.count)
 
 
 @contextlib.contextmanager
@@ -132,15 +132,3 @@ def speaks(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in PARTNER_GONE):
         return f"error: another one of the {rank.count} processes ended"
     return ""
-
-
-def of_all_ranks(own: Any) -> list[Any]:
-    """What every rank has of something, by rank; empty where there is only one."""
-    rank = this_rank()
-    if rank.count == 1:
-        return []
-    import torch.distributed as dist
-
-    gathered: list[Any] = [None] * rank.count
-    dist.all_gather_object(gathered, own)
-    return gathered

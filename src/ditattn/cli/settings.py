@@ -169,6 +169,20 @@ class CallSettings(KnownKeys):
     output_file_name: Annotated[str | None, Option(OUTPUT, "Of the result.")] = None
     device: Annotated[str | None, Option(MACHINE, "torch device, such as cuda:1.", "cuda or npu if there is one, else cpu")] = None
     dtype: Annotated[str | None, Option(MACHINE, "Of the weights: float32, bfloat16 or float16.", "bfloat16, on the CPU float32")] = None
+    ulysses_degree: Annotated[
+        Count,
+        Option(
+            MACHINE,
+            "Processes that share the heads of every layer; torchrun starts them: torchrun --nproc-per-node 2 -m ditattn ...",
+        ),
+    ] = 1
+    ring_degree: Annotated[
+        Count,
+        Option(MACHINE, "Processes that share the queries, each with all keys; times --ulysses-degree it is the number of processes."),
+    ] = 1
+    uneven_split: Annotated[
+        bool, Option(MACHINE, "Let processes have unequal shares, where heads or tokens do not divide. One of the two degrees must be 1.")
+    ] = False
 
 
 class GenerateSettings(CallSettings):
@@ -207,20 +221,6 @@ class GenerateSettings(CallSettings):
             metavar="NAME",
         ),
     ] = None
-    ulysses_degree: Annotated[
-        Count,
-        Option(
-            MACHINE,
-            "Processes that share the heads of every layer; torchrun starts them: torchrun --nproc-per-node 2 -m ditattn generate ...",
-        ),
-    ] = 1
-    ring_degree: Annotated[
-        Count,
-        Option(MACHINE, "Processes that share the queries, each with all keys; times --ulysses-degree it is the number of processes."),
-    ] = 1
-    uneven_split: Annotated[
-        bool, Option(MACHINE, "Let processes have unequal shares, where heads or tokens do not divide. One of the two degrees must be 1.")
-    ] = False
     perf_dump_path: Annotated[
         UserPath | None, Option(OUTPUT, "JSON with times per stage and step, and the attention report.", metavar="FILE")
     ] = None

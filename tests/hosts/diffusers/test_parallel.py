@@ -124,6 +124,28 @@ def test_four_ranks_share_too(four: Ranks, name: str) -> None:
         assert max(one["wrong"]) == 0
 
 
+@pytest.mark.parametrize("name", ["flux", "qwen image of padded words"])
+@pytest.mark.parametrize("backend", ["rain_fusion_attn", "permuted_sparse_attn"])
+def test_what_settings_would_do_is_seen_as_in_one_process(two: Ranks, name: str, backend: str) -> None:
+    for whole, split in two.run(split_pipelines.probed, name, backend, degrees_of(name)):
+        check_readings(whole, split, mass=1e-3 if backend == "rain_fusion_attn" else 0.05)
+
+
+def test_what_settings_would_do_is_seen_under_ring_too(two: Ranks) -> None:
+    for whole, split in two.run(split_pipelines.probed, "wan in whole blocks", "block_sparse_attn", {"ring_degree": 2}):
+        check_readings(whole, split, mass=0.05)
+
+
+def check_readings(whole: list[Any], split: list[Any], mass: float) -> None:
+    assert [(cell.step, cell.layer) for cell in split] == [(cell.step, cell.layer) for cell in whole]
+    for expected, cell in zip(whole, split, strict=True):
+        assert cell.density == pytest.approx(expected.density, abs=0.01)
+        assert 0.1 < cell.density < 0.9
+        assert cell.dropped_mass == pytest.approx(expected.dropped_mass, rel=mass)
+        # the mean of the ranks' relative errors is not the relative error of all
+        assert cell.error == pytest.approx(expected.error, rel=0.3)
+
+
 def test_a_rank_takes_its_heads_share_of_given_bricks(two: Ranks) -> None:
     assert two.run(split_pipelines.given_bricks) == [{"1x8x16": 4}, {"4x2x16": 2, "4x4x8": 2}]
 
