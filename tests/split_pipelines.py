@@ -11,8 +11,10 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from diffusers.models._modeling_parallel import ContextParallelInput
+from diffusers.models._modeling_parallel import ContextParallelInput, TensorParallelConfig
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import scaled_dot_product_attention
 
 import ditattn
@@ -53,6 +55,14 @@ FURTHER: dict[str, Callable[[], TinyPipeline]] = {
     "wan with token timesteps": tiny_pipelines.wan_with_token_timesteps,
 }
 """Sequences of several grids, and the further families that diffusers has a plan for."""
+
+WEIGHTS: dict[str, Callable[[], TinyPipeline]] = {
+    "flux": tiny_pipelines.flux,
+    "flux 2": packed_images.flux2,
+    "qwen image": tiny_pipelines.qwen_image,
+    "hunyuan video": tiny_pipelines.hunyuan_video,
+}
+"""Those whose weights diffusers can split, and one for torch's own tool."""
 
 RING: dict[str, Callable[[], TinyPipeline]] = {
     "wan": tiny_pipelines.wan,
@@ -104,7 +114,7 @@ def build(name: str, heads: int = HEADS) -> TinyPipeline:
         for module in ("wan", "image", "video"):
             changed.enter_context(mock.patch.object(sys.modules[f"tiny_pipelines.{module}"], "HEADS", heads))
         changed.enter_context(mock.patch.dict(packed_images.SIZES, num_attention_heads=heads))
-        return {**FAMILIES, **FURTHER, **RING}[name]()
+        return {**FAMILIES, **FURTHER, **WEIGHTS, **RING}[name]()
 
 
 @cache
@@ -175,11 +185,58 @@ def probed(name: str, backend: str, degrees: Mapping[str, Any]) -> tuple[list[Ce
     return found[0], found[1]
 
 
+def tensor_parallel(name: str, backend: str, config: Mapping[str, Any], by_hand: bool = False) -> dict[str, Any]:
+    """As `compare`, for weights that are split: by diffusers, or by torch's own tool."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    with _in_head_groups(ranks if backend == "permuted_sparse_attn" else 1):
+        expected, plans, of_one = run(whole(name), backend, config)
+    tiny = build(name)
+    _split_weights(tiny.pipe.transformer, by_hand)
+    out, ours, report = run(tiny, backend, config)
+    share = HEADS // ranks
+    # layers whose weights are whole have all heads
+    of_rank = [mask[:, rank * share :][:, :share] if own.shape[1] == share else mask for own, mask in zip(ours, plans, strict=True)]
+    wrong = [float((mask != other).float().mean()) for mask, other in zip(ours, of_rank, strict=True)]
+    heads = {mask.shape[1] for mask in ours}
+    return {"error": float((out - expected).abs().max()), "wrong": wrong, "report": report, "of one": of_one, "heads": heads}
+
+
+def _split_weights(model: Any, by_hand: bool) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if not by_hand:
+        # diffusers names accelerators only
+        with (
+            mock.patch("diffusers.hooks.tensor_parallel._SUPPORTED_TP_DEVICES", ("cpu",)),
+            mock.patch("torch.accelerator.device_count", return_value=1),
+        ):
+            model.enable_parallelism(config=TensorParallelConfig(mesh=mesh))
+        return
+    for block in model.transformer_blocks:
+        columns = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+        plan = {
+            **{f"attn.{name}": ColwiseParallel() for name in columns},
+            "attn.to_out.0": RowwiseParallel(),
+            "attn.to_add_out": RowwiseParallel(),
+        }
+        parallelize_module(block, mesh, plan)
+        block.attn.heads //= mesh.size()
+
+
 def given_bricks() -> dict[str, int]:
     """Orders that this rank's heads took of those that a configuration names for four."""
     names = ("1x8x16,1x8x16,4x2x16,4x4x8",) * 2
     _, _, report = run(split("wan", (("ulysses_degree", 2),)), "permuted_sparse_attn", {**SPARSE, "head_bricks": names})
     orders: dict[str, int] = report.token_orders
+    return orders
+
+
+def given_bricks_of_split_weights() -> dict[str, int]:
+    """As `given_bricks`, where weights are split after the installation, those of the first of two layers."""
+    tiny = build("hunyuan video")
+    with ditattn.install(tiny.pipe, "permuted_sparse_attn", **SPARSE, head_bricks=("1x8x16,1x8x16,4x2x16,4x4x8",) * 2) as handle:
+        _split_weights(tiny.pipe.transformer, by_hand=True)
+        tiny.run(1)
+    orders: dict[str, int] = handle.report().components["transformer"].token_orders
     return orders
 
 

@@ -30,6 +30,7 @@ from ditattn.ops import block_sparse_attention as sparse_op
 from ditattn.ops.pooled_tail import PooledTail
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 from ditattn.plan.bricks import FLAT, Brick, brick_name, brick_names, brick_order, brick_shapes, parse_bricks
+from ditattn.plan.split import HeadShare
 from ditattn.plan.token_order import TokenOrder
 
 __all__ = ["PermutedSparseAttentionBackend", "PermutedSparseAttentionConfig", "PermutedSparseAttentionImpl"]
@@ -224,7 +225,8 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
             return None
         named = [parse_bricks(name)[0] for name in given[layer].split(",")]
         # the whole entry is checked, so that ranks that share the heads refuse it together: one alone would leave the others waiting
-        all_heads = heads if metadata.heads is None else metadata.heads.num_heads
+        share = self._head_share(heads, metadata)
+        all_heads = heads if share is None else share.num_heads
         if len(named) not in (1, all_heads):
             raise ConfigError(
                 f"head_bricks: layer {layer} has {all_heads} key heads, its entry names {len(named)}: give one for each, or one"
@@ -236,8 +238,14 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
                 f"head_bricks: {wrong} does not fit the {' x '.join(map(str, grid))} tokens of this call; it was found at another size: "
                 "tune at this one, or leave the key out"
             )
-        ours = slice(None) if metadata.heads is None else metadata.heads.own
-        return named * heads if len(named) == 1 else named[ours]
+        return named * heads if len(named) == 1 else named[slice(None) if share is None else share.own]
+
+    def _head_share(self, heads: int, metadata: SparseAttentionMetadata) -> HeadShare | None:
+        """Which key heads of the layer these are; None where they are all, as in layers whose weights are whole."""
+        if metadata.heads is None:
+            return None
+        num_heads = metadata.heads.num_heads * self.num_kv_heads // self.num_heads
+        return None if heads == num_heads else replace(metadata.heads, num_heads=num_heads)
 
     def _best_bricks(
         self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, dense: Tensor | None

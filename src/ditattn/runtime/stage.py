@@ -33,7 +33,7 @@ from ditattn.runtime.key_padding import MASK_WITH_GAPS, KeyPadding, MaskReader, 
 from ditattn.runtime.metadata import build_attn_metadata, for_forward, for_length, for_sample
 from ditattn.runtime.report import AttentionReport, ComponentLog
 from ditattn.runtime.run_share import KEYS, RunShare, holds_for_the_run
-from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit, rank_share
+from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit, TensorSplit, rank_share
 from ditattn.runtime.step import Step, StepClock
 
 __all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "running"]
@@ -88,7 +88,7 @@ class Forward:
     """One running forward of a denoiser: what an attention call inside it can know.
 
     Attributes:
-        split: how its tokens are split between ranks; None if they are not.
+        split: how its tokens or weights are split between ranks; None if they are not.
         share: what this rank has of its calls.
     """
 
@@ -102,7 +102,7 @@ class Forward:
     key_mask: Tensor | None = None
     layer: int | None = None
     num_calls: int = 0
-    split: SequenceSplit | None = None
+    split: SequenceSplit | TensorSplit | None = None
     share: RankShare = WHOLE
     records: list[CallRecord] = field(default_factory=list)
     masks: MaskReader = field(default_factory=MaskReader)
@@ -166,14 +166,14 @@ class DenoisingStage:
         cache_context: Any = None,
         branch: str | None = None,
         driver: Any = None,
-        split: SequenceSplit | None = None,
+        split: SequenceSplit | TensorSplit | None = None,
     ) -> Forward:
         """A forward of `model` begins in this thread.
 
         Args:
             arguments: of the forward, by name.
             cache_context, branch, driver: see `StepClock.read`.
-            split: how the host splits the tokens between ranks.
+            split: how the host splits tokens or weights between ranks.
 
         Raises:
             UnsupportedModel, UnsupportedCall: tokens that cannot be split so.

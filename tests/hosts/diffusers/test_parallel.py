@@ -146,8 +146,29 @@ def check_readings(whole: list[Any], split: list[Any], mass: float) -> None:
         assert cell.error == pytest.approx(expected.error, rel=0.3)
 
 
+@pytest.mark.parametrize("name", split_pipelines.WEIGHTS)
+@pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn", "permuted_sparse_attn"])
+def test_tensor_parallel_is_one_process(two: Ranks, name: str, backend: str) -> None:
+    by_hand = name == "hunyuan video"
+    config = {} if backend == "torch_sdpa" else split_pipelines.SPARSE
+    for rank, found in enumerate(two.run(split_pipelines.tensor_parallel, name, backend, config, by_hand)):
+        assert found["error"] < BOUND
+        assert found["report"].split == f"rank {rank} of 2 (tensor parallel)"
+        assert found["report"].sparse == found["of one"].sparse
+        if config:
+            assert len(found["wrong"]) == found["report"].sparse > 0
+            assert max(found["wrong"]) == 0
+            assert found["heads"] == ({2, 4} if by_hand else {2})
+
+
 def test_a_rank_takes_its_heads_share_of_given_bricks(two: Ranks) -> None:
     assert two.run(split_pipelines.given_bricks) == [{"1x8x16": 4}, {"4x2x16": 2, "4x4x8": 2}]
+
+
+def test_a_rank_takes_its_heads_share_of_given_bricks_where_weights_are_split(two: Ranks) -> None:
+    whole = {"1x8x16": 2, "4x2x16": 1, "4x4x8": 1}
+    found = two.run(split_pipelines.given_bricks_of_split_weights)
+    assert found == [{**whole, "1x8x16": 4}, {**whole, "4x2x16": 2, "4x4x8": 2}]
 
 
 def test_all_ranks_refuse_given_bricks_for_another_number_of_heads(two: Ranks) -> None:

@@ -14,8 +14,10 @@ from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
 from torch import Tensor, nn
 
 from ditattn.hosts.diffusers.driver import driving_scheduler
-from ditattn.hosts.diffusers.parallel import check_timesteps, sequence_split
+from ditattn.hosts.diffusers.parallel import check_timesteps, sequence_split, tensor_split
+from ditattn.models import unwrapped
 from ditattn.runtime.foreign_modes import OwnMode
+from ditattn.runtime.split import SequenceSplit, TensorSplit
 from ditattn.runtime.stage import DenoisingStage, ServedModel, attend, running
 
 __all__ = ["add_layer_hooks", "add_root_hook", "bind_arguments", "enter_layer", "is_listening", "leave_layer", "redirect_sdpa"]
@@ -109,9 +111,11 @@ class _RootHooks:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward begins."""
         arguments = bind_arguments(self._signature, module, args, kwargs)
-        split = sequence_split(module)
+        split: SequenceSplit | TensorSplit | None = sequence_split(module)
         if split is not None:
             check_timesteps(module, arguments)
+        elif self._model.layers:
+            split = tensor_split(module, unwrapped(module).get_submodule(self._model.layers[0]))
         self._stage.enter(self._model, arguments, self._sink.pushed, self._sink.branch, driving_scheduler(module), split)
 
     @torch.compiler.disable

@@ -20,10 +20,18 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ditattn.errors import ConfigError, UnsupportedCall, UnsupportedModel
 from ditattn.models import ModelFamily, unwrapped
-from ditattn.runtime.split import SequenceSplit
+from ditattn.runtime.split import SequenceSplit, TensorSplit
 from ditattn.runtime.stage import attend, running
 
-__all__ = ["attend_in_parallel", "check_split", "check_timesteps", "enable_context_parallelism", "sequence_split", "split_denoisers"]
+__all__ = [
+    "attend_in_parallel",
+    "check_split",
+    "check_timesteps",
+    "enable_context_parallelism",
+    "sequence_split",
+    "split_denoisers",
+    "tensor_split",
+]
 
 
 def sequence_split(module: nn.Module) -> SequenceSplit | None:
@@ -34,6 +42,37 @@ def sequence_split(module: nn.Module) -> SequenceSplit | None:
     rank = config._ring_local_rank * config.ulysses_degree + config._ulysses_local_rank
     even = not (config.ulysses_anything or config.ring_anything)
     return SequenceSplit(config.ulysses_degree, config.ring_degree, rank, even)
+
+
+def tensor_split(module: nn.Module, attention: nn.Module) -> TensorSplit | None:
+    """How the weights of a denoiser are split between ranks, as one of its attention modules has them; None if they are not.
+
+    diffusers' `TensorParallelConfig` and torch's `parallelize_module` are known. Weights that FSDP splits are whole when a layer runs.
+    """
+    config = getattr(getattr(unwrapped(module), "_parallel_config", None), "tensor_parallel_config", None)
+    if config is not None:
+        return TensorSplit(config._mesh.size(), config._mesh.get_local_rank())
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    splits = (_row_split(parameter) for parameter in attention.parameters())
+    return next((split for split in splits if split is not None and not _is_fully_sharded(module)), None)
+
+
+def _row_split(parameter: Tensor) -> TensorSplit | None:
+    """How the rows of a weight, which make the columns of its product, are split; None if they are not."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(parameter, DTensor):
+        return None
+    places = [place for place, placement in enumerate(parameter.placements) if placement.is_shard(0)]
+    mesh = parameter.device_mesh
+    return TensorSplit(mesh.size(places[-1]), mesh.get_local_rank(places[-1])) if places else None
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 def enable_context_parallelism(module: Any, cp_plan: Any = None, **degrees: Any) -> None:
