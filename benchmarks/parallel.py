@@ -30,7 +30,7 @@ from ditattn.compare.metrics import pooled_psnr
 from ditattn.hosts.diffusers.call import call_pipeline
 from ditattn.hosts.diffusers.demo_model import DEFAULTS, find_demo_model
 from ditattn.hosts.diffusers.load import load_pipeline
-from ditattn.hosts.diffusers.parallel import split_denoisers
+from ditattn.hosts.diffusers.split import split_denoisers
 
 PROMPT = "a big red circle moves right on a blue background"
 BACKENDS = ("torch_sdpa", "permuted_sparse_attn")

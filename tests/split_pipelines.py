@@ -26,7 +26,8 @@ from ditattn.compare.rank_group import ALONE, RankGroup
 from ditattn.compare.setting import Clip
 from ditattn.errors import DitattnError
 from ditattn.hosts.diffusers.dispatcher import dispatched_attention
-from ditattn.hosts.diffusers.parallel import enable_context_parallelism
+from ditattn.hosts.diffusers.guidance_parallel import share_branches
+from ditattn.hosts.diffusers.split import enable_context_parallelism, split_denoisers
 from ditattn.hosts.diffusers.workload import PipelineWorkload
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
@@ -55,6 +56,15 @@ FURTHER: dict[str, Callable[[], TinyPipeline]] = {
     "wan with token timesteps": tiny_pipelines.wan_with_token_timesteps,
 }
 """Sequences of several grids, and the further families that diffusers has a plan for."""
+
+GUIDED: dict[str, Callable[[], TinyPipeline]] = {
+    "wan": tiny_pipelines.wan,
+    "qwen image": tiny_pipelines.qwen_image,
+    "ltx video": FAMILIES["ltx video"],
+    "cogvideox": tiny_pipelines.cogvideox,
+    "mochi": tiny_pipelines.mochi,
+}
+"""Two forwards in a step, or one of both branches; Mochi makes a call for each sample."""
 
 WEIGHTS: dict[str, Callable[[], TinyPipeline]] = {
     "flux": tiny_pipelines.flux,
@@ -114,7 +124,7 @@ def build(name: str, heads: int = HEADS) -> TinyPipeline:
         for module in ("wan", "image", "video"):
             changed.enter_context(mock.patch.object(sys.modules[f"tiny_pipelines.{module}"], "HEADS", heads))
         changed.enter_context(mock.patch.dict(packed_images.SIZES, num_attention_heads=heads))
-        return {**FAMILIES, **FURTHER, **WEIGHTS, **RING}[name]()
+        return {**FAMILIES, **FURTHER, **GUIDED, **WEIGHTS, **RING}[name]()
 
 
 @cache
@@ -220,6 +230,29 @@ def _split_weights(model: Any, by_hand: bool) -> None:
         }
         parallelize_module(block, mesh, plan)
         block.attn.heads //= mesh.size()
+
+
+def guided(name: str, backend: str, config: Mapping[str, Any], degrees: Mapping[str, Any]) -> dict[str, Any]:
+    """As `compare`, for ranks that share the branches of guidance; steps enough to share some."""
+    expected, _, of_one = run(build(name), backend, config, steps=4)
+    tiny = build(name)
+    split_denoisers(tiny.pipe, cfg_parallel=True, **degrees)
+    out, _, report = run(tiny, backend, config, steps=4)
+    again, _, _ = run(tiny, backend, config, steps=4)
+    errors = [float((latents - expected).abs().max()) for latents in (out, again)]
+    return {"error": max(errors), "report": report, "of one": of_one}
+
+
+def unguided() -> tuple[str, float]:
+    """What is said where a step has one forward; how far a run is off that shares nothing, after that."""
+    tiny = build("wan")
+    forward = vars(tiny.pipe.transformer).get("forward")
+    remove = share_branches(tiny.pipe.transformer, dist.group.WORLD)
+    message = _message(lambda: tiny.run(3, guidance_scale=1.0))
+    error = float((tiny.run(3) - whole("wan").run(3)).abs().max())
+    remove()
+    assert vars(tiny.pipe.transformer).get("forward") is forward
+    return message, max(error, float((tiny.run(2) - whole("wan").run(2)).abs().max()))
 
 
 def given_bricks() -> dict[str, int]:

@@ -54,7 +54,7 @@ def run(settings: CompareSettings, *, debug: bool = False) -> None:
     check_metrics()
     attention = _parse_attention(settings)
     job = prepare(settings, [REFERENCE, *attention])
-    with together(settings.ulysses_degree, settings.ring_degree, job.device):
+    with together(settings.num_processes, job.device):
         pipe, _ = load(job)
         references = dense_references(job, pipe, cached=settings.reference_cache)
         clips = [Clip(prompt, seed) for prompt in settings.prompt for seed in settings.seed]

@@ -48,7 +48,7 @@ def run(settings: GenerateSettings, *, debug: bool = False) -> None:
         _check_dump_path(Path(settings.perf_dump_path))
     job = prepare(settings, [attention])
     _check_file_names(job, settings)
-    with together(settings.ulysses_degree, settings.ring_degree, job.device):
+    with together(settings.num_processes, job.device):
         pipe, load_ms = load(job)
         for number in range(len(settings.prompt)):
             _make_one(GenerateJob(job, settings, attention), pipe, number, load_ms)

@@ -181,19 +181,11 @@ def load(job: Job) -> tuple[Any, float]:
             trust_remote_code=settings.trust_remote_code,
         )
     pipe.set_progress_bar_config(desc="denoise", unit="step")
-    _split(pipe, settings)
+    if settings.split:
+        from ditattn.hosts.diffusers.split import split_denoisers
+
+        split_denoisers(pipe, **settings.split)
     return pipe, loading.duration_ms
-
-
-def _split(pipe: Any, settings: CallSettings) -> None:
-    if settings.ulysses_degree * settings.ring_degree == 1:
-        return
-    from ditattn.hosts.diffusers.parallel import split_denoisers
-
-    degrees: dict[str, Any] = {"ulysses_degree": settings.ulysses_degree, "ring_degree": settings.ring_degree}
-    if settings.uneven_split:
-        degrees["ulysses_anything" if settings.ring_degree == 1 else "ring_anything"] = True
-    split_denoisers(pipe, **degrees)
 
 
 def playing_rate(job: Job, pipe: Any) -> int:

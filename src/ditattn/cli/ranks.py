@@ -83,14 +83,14 @@ def _accelerator() -> str | None:
 
 
 @contextlib.contextmanager
-def together(ulysses_degree: int, ring_degree: int, device: torch.device) -> Iterator[Rank]:
-    """The ranks have met while the block runs.
+def together(wanted: int, device: torch.device) -> Iterator[Rank]:
+    """The ranks, of which so many are wanted, have met while the block runs.
 
     Raises:
-        ConfigError: degrees that do not make up the number of processes.
+        ConfigError: torchrun started another number of processes.
     """
     global _meeting
-    rank, wanted = this_rank(), ulysses_degree * ring_degree
+    rank = this_rank()
     if wanted != rank.count:
         raise ConfigError(_wrong_count(rank.count, wanted))
     if rank.count == 1:
@@ -112,9 +112,13 @@ def together(ulysses_degree: int, ring_degree: int, device: torch.device) -> Ite
 def _wrong_count(processes: int, wanted: int) -> str:
     if processes == 1:
         return (
-            f"--ulysses-degree and --ring-degree ask for {wanted} processes: start with torchrun --nproc-per-node {wanted} -m ditattn ..."
+            f"--ulysses-degree, --ring-degree and --cfg-parallel ask for {wanted} processes: "
+            f"start with torchrun --nproc-per-node {wanted} -m ditattn ..."
         )
-    return f"torchrun started {processes} processes: --ulysses-degree times --ring-degree must be {processes}, not {wanted}"
+    return (
+        f"torchrun started {processes} processes: --ulysses-degree times --ring-degree, and twice that with --cfg-parallel, "
+        f"must be {processes}, not {wanted}"
+    )
 
 
 def speaks(error: BaseException) -> str | None:

@@ -60,16 +60,9 @@ def _facts(job: Job, pipe: Any) -> dict[str, Any]:
         "device": {"type": job.device.type, "name": find_device(job.device).device_name()},
         "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
         "versions": versions(),
-        **_split(job),
+        # several processes take other times than one, and round otherwise
+        **({"split": job.settings.split} if job.settings.split else {}),
     }
-
-
-def _split(job: Job) -> dict[str, Any]:
-    """Several ranks take other times than one, and round otherwise."""
-    settings = job.settings
-    if settings.ulysses_degree * settings.ring_degree == 1:
-        return {}
-    return {"split": {"ulysses_degree": settings.ulysses_degree, "ring_degree": settings.ring_degree}}
 
 
 def _plain(value: Any) -> Any:

@@ -58,7 +58,7 @@ def run(settings: TuneSettings, *, debug: bool = False) -> None:
     request = _request(settings)
     check_metrics()
     job = prepare(settings, [REFERENCE, request.setting])
-    with together(settings.ulysses_degree, settings.ring_degree, job.device):
+    with together(settings.num_processes, job.device):
         pipe, _ = load(job)
         is_faster = _tune(request, dense_references(job, pipe, cached=True))
     if not is_faster:

@@ -101,6 +101,14 @@ def test_both_degrees_together(four: Ranks, name: str, backend: str) -> None:
         assert found["report"].split == f"rank {rank} of 4 (Ulysses 2, ring 2)"
 
 
+@pytest.mark.parametrize("name", ["wan", "ltx video"])
+def test_branches_and_heads_are_shared_together(four: Ranks, name: str) -> None:
+    found = four.run(split_pipelines.guided, name, "rain_fusion_attn", split_pipelines.SPARSE, {"ulysses_degree": 2})
+    for rank, one in enumerate(found):
+        assert one["error"] < BOUND
+        assert one["report"].split == f"rank {rank % 2} of 2 (Ulysses 2)"
+
+
 def everything(backend: str) -> dict[str, Any]:
     """A sparsity that drops no block of so few, and runs sparse all the same."""
     if backend == "torch_sdpa":
@@ -144,6 +152,30 @@ def check_readings(whole: list[Any], split: list[Any], mass: float) -> None:
         assert cell.dropped_mass == pytest.approx(expected.dropped_mass, rel=mass)
         # the mean of the ranks' relative errors is not the relative error of all
         assert cell.error == pytest.approx(expected.error, rel=0.3)
+
+
+@pytest.mark.parametrize("name", split_pipelines.GUIDED)
+@pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn", "permuted_sparse_attn"])
+def test_ranks_that_share_the_branches_of_guidance_are_one_process(two: Ranks, name: str, backend: str) -> None:
+    config = {} if backend == "torch_sdpa" else split_pipelines.SPARSE
+    for found in two.run(split_pipelines.guided, name, backend, config, {}):
+        # heads choose their orders on the first sample that a rank sees, and Mochi's samples come one by one
+        assert found["error"] < (0.1 if (name, backend) == ("mochi", "permuted_sparse_attn") else BOUND)
+        of_one, report = found["of one"], found["report"]
+        if name in ("wan", "qwen image"):
+            # the first of four steps is made by both, where a step has two forwards
+            assert report.calls == of_one.calls * 5 / 8
+        else:
+            assert report.calls == of_one.calls / (2 if name == "mochi" else 1)
+        if config:
+            assert report.sparse == report.calls
+            assert report.sparse_density == pytest.approx(of_one.sparse_density, abs=0.05)
+
+
+def test_a_step_without_two_branches_is_refused(two: Ranks) -> None:
+    for message, error in two.run(split_pipelines.unguided):
+        assert "a step of the WanTransformer3DModel had 1 forwards" in message
+        assert error < BOUND
 
 
 @pytest.mark.parametrize("name", split_pipelines.WEIGHTS)

@@ -16,9 +16,8 @@ from diffusers.hooks.context_parallel import ContextParallelSplitHook, Equiparti
 from diffusers.models import attention_dispatch
 from diffusers.models._modeling_parallel import gather_size_by_comm
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
-from ditattn.errors import ConfigError, UnsupportedCall, UnsupportedModel
+from ditattn.errors import UnsupportedCall, UnsupportedModel
 from ditattn.models import ModelFamily, unwrapped
 from ditattn.runtime.split import SequenceSplit, TensorSplit
 from ditattn.runtime.stage import attend, running
@@ -27,9 +26,7 @@ __all__ = [
     "attend_in_parallel",
     "check_split",
     "check_timesteps",
-    "enable_context_parallelism",
     "sequence_split",
-    "split_denoisers",
     "tensor_split",
 ]
 
@@ -73,45 +70,6 @@ def _is_fully_sharded(module: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(part, FSDPModule) for part in module.modules())
-
-
-def enable_context_parallelism(module: Any, cp_plan: Any = None, **degrees: Any) -> None:
-    """`module.enable_parallelism` of diffusers with a `ContextParallelConfig` of these degrees; `cp_plan` is the model's own unless given.
-
-    It divides by the number of accelerators to find this rank's device, also on a machine that has none (seen in 0.42.1): there torch is
-    made to count the CPU as one while it looks.
-    """
-    from diffusers import ContextParallelConfig
-
-    # diffusers would take the machine's accelerator also for a module on the CPU
-    shape = (degrees.get("ring_degree", 1), degrees.get("ulysses_degree", 1))
-    mesh = init_device_mesh(next(module.parameters()).device.type, shape, mesh_dim_names=("ring", "ulysses"))
-    config = ContextParallelConfig(**degrees, mesh=mesh)
-    count = torch.accelerator.device_count
-    if not count():
-        torch.accelerator.device_count = lambda: 1
-    try:
-        module.enable_parallelism(config=config, cp_plan=cp_plan)
-    finally:
-        torch.accelerator.device_count = count
-
-
-def split_denoisers(pipe: Any, **degrees: Any) -> None:
-    """Split every denoiser of a pipeline between the ranks.
-
-    Raises:
-        UnsupportedModel: diffusers has no plan to split one of them.
-        ConfigError: degrees that diffusers does not take together.
-    """
-    parts = {name: part for name, part in pipe.components.items() if name.startswith("transformer") and isinstance(part, nn.Module)}
-    for name, part in parts.items():
-        if getattr(unwrapped(part), "_cp_plan", None) is None:
-            raise UnsupportedModel(f"{name}: diffusers has no plan to split a {type(unwrapped(part)).__name__} between processes")
-    for part in parts.values():
-        try:
-            enable_context_parallelism(part, **degrees)
-        except (ValueError, NotImplementedError) as error:
-            raise ConfigError(f"diffusers cannot split the denoiser so: {error}") from error
 
 
 def check_split(name: str, module: nn.Module, family: ModelFamily) -> None:
