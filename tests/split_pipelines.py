@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
+import diffusers
 import torch
 import torch.distributed as dist
 from diffusers.models._modeling_parallel import ContextParallelInput, TensorParallelConfig
@@ -45,6 +46,14 @@ FAMILIES: dict[str, Callable[[], TinyPipeline]] = {
     "ltx video": lambda: _without_text_mask(tiny_pipelines.ltx_video()),
 }
 """Of every family with a plan for context parallelism in diffusers, and Flux 2 and ChronoEdit below."""
+
+PLANNED: dict[str, Callable[[], TinyPipeline]] = {
+    "hunyuan video": tiny_pipelines.hunyuan_video,
+    "hunyuan video of whole words": lambda: _without_padding(tiny_pipelines.hunyuan_video()),
+    "cogvideox": tiny_pipelines.cogvideox,
+    "cogvideox with rotary positions": lambda: _with_rotary_positions(tiny_pipelines.cogvideox),
+}
+"""Those that are split by a plan of ours."""
 
 FURTHER: dict[str, Callable[[], TinyPipeline]] = {
     "flux kontext, two grids": lambda: tiny_pipelines.flux_kontext((30, 44)),
@@ -84,6 +93,8 @@ RING: dict[str, Callable[[], TinyPipeline]] = {
     "flux 2": packed_images.flux2,
     "chronoedit": tiny_pipelines.chronoedit,
     "flux of 12 words": lambda: _with_words(tiny_pipelines.flux(), 12),
+    "hunyuan video": tiny_pipelines.hunyuan_video,
+    "cogvideox with rotary positions": PLANNED["cogvideox with rotary positions"],
 }
 """Those whose cross-attention diffusers can gather on a CPU. Two ranks share 6 x 16 x 16 tokens by whole frames of two blocks each."""
 
@@ -102,15 +113,17 @@ class PlanWatch:
                 self.masks.append(record.plan.to_mask())
                 self.orders.append(record.order)
                 if record.query_order is not None and not getattr(metadata, "tail", False):
-                    self.errors.append(_off(record, query, key, value, out, impl.softmax_scale))
+                    self.errors.append(_off(record, query, key, value, out, impl.softmax_scale, metadata.known_key_lengths))
 
 
-def _off(record: CallRecord, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float) -> float:
-    """Largest difference to float64 attention over the tokens of the kept blocks."""
+def _off(record: CallRecord, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float, lengths: Any) -> float:
+    """Largest difference to float64 attention over the tokens of the kept blocks; `lengths`: real keys of each batch element."""
     assert record.plan is not None
     assert record.order is not None
     assert record.query_order is not None
     keep = record.plan.to_mask().repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, : query.shape[1], : key.shape[1]]
+    if lengths is not None:
+        keep = keep & (torch.arange(key.shape[1]) < torch.tensor(lengths)[:, None, None, None])
     q, k, v = record.query_order.apply(query), record.order.apply(key), record.order.apply(value)
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
     exact = scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale).transpose(1, 2)
@@ -124,7 +137,7 @@ def build(name: str, heads: int = HEADS) -> TinyPipeline:
         for module in ("wan", "image", "video"):
             changed.enter_context(mock.patch.object(sys.modules[f"tiny_pipelines.{module}"], "HEADS", heads))
         changed.enter_context(mock.patch.dict(packed_images.SIZES, num_attention_heads=heads))
-        return {**FAMILIES, **FURTHER, **GUIDED, **WEIGHTS, **RING}[name]()
+        return {**FAMILIES, **PLANNED, **FURTHER, **GUIDED, **WEIGHTS, **RING}[name]()
 
 
 @cache
@@ -322,12 +335,12 @@ def both_orders() -> dict[str, Any]:
 def refusals() -> dict[str, str]:
     """What is said to splits that are not served."""
     plan = {"transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)}}
-    cog, later = tiny_pipelines.cogvideox(), tiny_pipelines.cogvideox()
+    before, after = tiny_pipelines.consisid(), tiny_pipelines.consisid()
     hunyuan, odd = tiny_pipelines.hunyuan_video(), build("wan")
     messages = {}
-    _split_by(cog, plan)
-    messages["cogvideox before"] = _message(lambda: ditattn.install(cog.pipe, "rain_fusion_attn"))
-    for name, tiny in (("cogvideox after", later), ("hunyuan after", hunyuan)):
+    _split_by(before, plan)
+    messages["unknown streams before"] = _message(lambda: ditattn.install(before.pipe, "rain_fusion_attn"))
+    for name, tiny in (("unknown streams after", after), ("a stream left whole", hunyuan)):
         with ditattn.install(tiny.pipe, "torch_sdpa"):
             _split_by(tiny, plan)
             messages[name] = _message(lambda tiny=tiny: tiny.run(1))
@@ -395,6 +408,18 @@ def _with_padding(tiny: TinyPipeline) -> TinyPipeline:
     for key in ("prompt_embeds_mask", "negative_prompt_embeds_mask"):
         tiny.arguments[key] = (torch.arange(5) < 3).long().unsqueeze(0)
     return tiny
+
+
+def _without_padding(tiny: TinyPipeline) -> TinyPipeline:
+    tiny.arguments["prompt_attention_mask"] = torch.ones_like(tiny.arguments["prompt_attention_mask"])
+    return tiny
+
+
+def _with_rotary_positions(build_cogvideox: Callable[[], TinyPipeline]) -> TinyPipeline:
+    """As CogVideoX of 5 B parameters has them."""
+    made = diffusers.CogVideoXTransformer3DModel
+    with mock.patch.object(diffusers, "CogVideoXTransformer3DModel", partial(made, use_rotary_positional_embeddings=True)):
+        return build_cogvideox()
 
 
 def _resized(tiny: TinyPipeline, **size: int) -> TinyPipeline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from ditattn.models import MODELS, ModelFamily, TokenLayout
 from ditattn.models.base import one_stream, prefix_and_rest
 from ditattn.plan.split import GatheredTokens
 from ditattn.runtime.report import ComponentReport
-from ditattn.runtime.split import SequenceSplit
+from ditattn.runtime.split import SequenceSplit, rank_share
 from ditattn.runtime.stage import DenoisingStage, ServedModel, attend
 from ditattn.runtime.step import StepClock
 
@@ -150,6 +151,17 @@ def test_a_family_that_says_nothing_of_its_streams_is_refused(monkeypatch: pytes
         served("torch_sdpa", SPLIT, *qkv())
 
 
+def test_a_model_that_is_never_right_when_split_is_refused_with_the_reason() -> None:
+    (hunyuan,) = (family for family in MODELS if family.name == "HunyuanVideo")
+    config = SimpleNamespace(num_attention_heads=4, image_condition_type="token_replace")
+    with pytest.raises(
+        UnsupportedModel, match="HunyuanVideo is not served under context parallelism with image_condition_type='token_replace'"
+    ):
+        rank_share(SPLIT, hunyuan, config, None)
+    config.image_condition_type = "latent_concat"
+    assert rank_share(SPLIT, hunyuan, config, None).heads is not None
+
+
 def test_streams_of_a_text_in_front_and_a_reference_behind() -> None:
     layout = TokenLayout((1, 4, 1, 30, 44), (1, 1, 1), 10, 256)
     assert prefix_and_rest(layout) == (10, 30 * 44 + 256)
@@ -163,7 +175,6 @@ def test_families_whose_tokens_are_known_to_be_split_have_joint_layers_alone() -
     for family in known:
         assert family.image_only is None
         assert family.key_mask(None, {"attention_mask": torch.ones(1, 3)}) is None
-        assert family.dispatches
 
 
 def test_tokens_that_others_have_split_are_counted_as_such(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "patch_triple",
     "prefix_and_rest",
     "text_length",
+    "video_and_suffix",
     "video_only",
 ]
 
@@ -106,6 +107,11 @@ def prefix_and_rest(layout: TokenLayout) -> tuple[int, ...]:
     return (layout.num_prefix_tokens, layout.num_video_tokens + layout.num_suffix_tokens)
 
 
+def video_and_suffix(layout: TokenLayout) -> tuple[int, ...]:
+    """Streams of a sequence whose text stands behind the video."""
+    return layout.num_prefix_tokens + layout.num_video_tokens, layout.num_suffix_tokens
+
+
 def default_frame_rate(pipeline_config: Any) -> int:
     """What most families were trained on."""
     return DEFAULT_FRAME_RATE
@@ -167,6 +173,8 @@ class ModelFamily:
         call_per_sample: its attention modules make one call for each sample of a batch.
         supported: names of the backends that make sense for it; None means every one.
         streams: TokenLayout -> lengths of the streams that context parallelism splits apart, in self-attention's order; None: not known.
+        never_split: model configuration -> why context parallelism would be wrong for such a model; None where it is right.
+        masks_stay_whole: there its masks are those of all tokens in the model's order, on every rank.
         notes: one sentence for the compatibility matrix.
     """
 
@@ -191,6 +199,8 @@ class ModelFamily:
     call_per_sample: bool = False
     supported: frozenset[str] | None = None
     streams: Callable[[TokenLayout], tuple[int, ...]] | None = None
+    never_split: Callable[[Any], str | None] = lambda _: None
+    masks_stay_whole: bool = False
     notes: str = ""
 
     def is_self_attention(self, path: str) -> bool:

@@ -97,6 +97,8 @@ def rank_share(split: SequenceSplit | TensorSplit | None, family: ModelFamily, c
         return WHOLE
     if isinstance(split, TensorSplit):
         return RankShare(heads=HeadShare(split.rank, split.ranks, family.num_heads(config)))
+    if (reason := family.never_split(config)) is not None:
+        raise UnsupportedModel(f"{family.name} is not served under context parallelism with {reason}")
     gathered = _gathered_tokens(split, family, layout)
     heads = HeadShare(split.rank % split.ulysses, split.ulysses, family.num_heads(config)) if split.ulysses > 1 else None
     return RankShare(gathered, _query_rows(split, gathered), heads)

@@ -297,6 +297,8 @@ class DenoisingStage:
         if reason is None:
             _check_whole(forward, query, key)
         moved: VideoFirst | None = None
+        if call.attn_mask is not None and forward.model.family.masks_stay_whole:
+            call = _with_gathered_mask(forward, call)
         if call.attn_mask is not None and reason is None:
             mask = _key_mask(forward, _in_model_order(forward, call.attn_mask, key))
             padding, reason = forward.masks.read(mask, key)
@@ -437,6 +439,14 @@ def _has_its_own_keys(forward: Forward, query: Tensor, key: Tensor) -> bool:
     return rows is not None and (query.shape[1], key.shape[1]) == (rows.num_tokens, sum(rows.gathered.streams))
 
 
+def _with_gathered_mask(forward: Forward, call: DenseCall) -> DenseCall:
+    """A call of gathered keys whose mask is in the model's order, with the mask in theirs."""
+    gathered, mask = forward.share.gathered, call.attn_mask
+    if gathered is None or not gathered.interleaves or mask is None or mask.shape[-1] != call.key.shape[1]:
+        return call
+    return replace(call, attn_mask=mask.index_select(-1, gathered.tokens(mask.device)))
+
+
 def _in_model_order(forward: Forward, mask: Tensor, key: Tensor) -> Tensor:
     """A mask over gathered keys as one over the model's; others as they are."""
     if forward.share.gathered is None or not forward.share.interleaves or mask.shape[-1] != key.shape[1]:
@@ -459,11 +469,12 @@ def _check_whole(forward: Forward, query: Tensor, key: Tensor) -> None:
     if forward.share.gathered is None or query.shape[1] != key.shape[1]:
         return
     whole = sum(forward.share.gathered.streams)
-    if query.shape[1] != whole:
-        raise UnsupportedCall(
-            f"{forward.model.name} is split between ranks, and a self-attention call has {query.shape[1]} of {whole} tokens: its processor "
-            "does not hand the host's parallel configuration on"
-        )
+    if query.shape[1] == whole:
+        return
+    found = f"{forward.model.name} is split between ranks, and a self-attention call has {query.shape[1]} of {whole} tokens"
+    if query.shape[1] > whole:
+        raise UnsupportedCall(f"{found}: the plan by which it is split leaves some of them whole on every rank")
+    raise UnsupportedCall(f"{found}: its processor does not hand the host's parallel configuration on")
 
 
 def _are_queries_of_the_image(forward: Forward, query: Tensor, key: Tensor) -> bool:

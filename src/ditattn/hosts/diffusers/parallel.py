@@ -81,11 +81,8 @@ def check_split(name: str, module: nn.Module, family: ModelFamily) -> None:
                 f"{name}: its attention processors are set for context parallelism, it is not: call its enable_parallelism"
             )
         return
-    what = f"{name} is split between ranks"
-    if not family.dispatches:
-        raise UnsupportedModel(f"{what}, but its attention processors do not go through diffusers' dispatcher, where ranks exchange tokens")
     if family.streams is None:
-        raise UnsupportedModel(f"{what}, and how the tokens of {family.name} are split is not known here")
+        raise UnsupportedModel(f"{name} is split between ranks, and how the tokens of {family.name} are split is not known here")
 
 
 def check_timesteps(module: nn.Module, arguments: Mapping[str, Any]) -> None:
