@@ -106,12 +106,14 @@ class PlanWatch:
         self.masks: list[Tensor] = []
         self.orders: list[TokenOrder] = []
         self.errors: list[float] = []
+        self.rows: list[Any] = []
 
     def look(self, forward: Any, _layer: Any, impl: Any, query: Tensor, key: Tensor, value: Tensor, metadata: Any, out: Tensor) -> None:
         for record in forward.records:
             if record.plan is not None:
                 self.masks.append(record.plan.to_mask())
                 self.orders.append(record.order)
+                self.rows.append(getattr(metadata, "rows", None))
                 if record.query_order is not None and not getattr(metadata, "tail", False):
                     self.errors.append(_off(record, query, key, value, out, impl.softmax_scale, metadata.known_key_lengths))
 
@@ -193,9 +195,10 @@ def compare_ring(name: str, backend: str, config: Mapping[str, Any], degrees: Ma
         length = watch.orders[0].length
         place = watch.orders[0].inverse if watch.orders[0].inverse is not None else torch.arange(length)
         # of one stream, so that nothing interleaves
-        blocks = place[torch.arange(length).tensor_split(dist.get_world_size())[dist.get_rank()]].sort().values[::128] // 128
+        blocks = place[watch.rows[0].tokens()].sort().values[::128] // 128
         wrong = [float((mask != other[:, :, blocks]).float().mean()) for mask, other in zip(watch.masks, plans, strict=True)]
-    return {"error": float((out - expected).abs().max()), "wrong": wrong, "off": watch.errors, "report": report}
+    dealt = [rows.num_tokens for rows in watch.rows if rows is not None and rows.dealt is not None]
+    return {"error": float((out - expected).abs().max()), "wrong": wrong, "off": watch.errors, "report": report, "dealt": dealt}
 
 
 def probed(name: str, backend: str, degrees: Mapping[str, Any]) -> tuple[list[CellReading], list[CellReading]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import benchmarks.parallel as bench
+import pytest
+from benchmarks.kept_pairs import GRID, kept_pairs, over_mean
 
 CONFIG = SimpleNamespace(num_attention_heads=4, attention_head_dim=64)
 WHOLE = 17 * 16 * 16 * 4 * 64 * 4
@@ -29,3 +31,19 @@ def test_every_rank_has_a_line_and_the_slowest_is_named() -> None:
     assert "density 0.250" in first
     assert "rank 1" in second
     assert "1.0 MiB sent, dense" in second
+
+
+@pytest.mark.parametrize("backend", ["block_sparse_attn", "rain_fusion_attn", "permuted_sparse_attn"])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ranks_differ_by_less_than_a_tenth_at_the_size_of_real_videos(backend: str, ranks: int) -> None:
+    pairs = kept_pairs(backend, GRID, ranks, 0.75, deals=True)
+    assert max(pairs) < 1.1 * sum(pairs) / ranks
+
+
+def test_without_the_deal_the_first_rank_works_longest() -> None:
+    pairs = kept_pairs("rain_fusion_attn", GRID, 8, 0.75, deals=False)
+    assert max(pairs) == pairs[0] > 1.7 * sum(pairs) / 8
+
+
+def test_every_rank_is_told_over_the_mean() -> None:
+    assert over_mean([30, 10, 20]) == "slowest 1.50: 1.50 0.50 1.00"

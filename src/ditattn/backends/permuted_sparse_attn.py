@@ -135,6 +135,7 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
     """
 
     not_causal = "permuted_sparse_attn"
+    keeps_first_frame_rows = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

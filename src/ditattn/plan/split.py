@@ -6,8 +6,10 @@ gathered sequence is `[text of rank 0, image of rank 0, text of rank 1, ...]`: n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -85,6 +87,14 @@ class RowOrder:
     own_blocks: bool
 
 
+class DealtTokens(Protocol):
+    """What is known of a deal (`plan/deal.py`) here."""
+
+    @property
+    def tokens(self) -> Sequence[Tensor]:
+        """By place in the ring, the model's tokens of a rank's queries."""
+
+
 @dataclass(frozen=True)
 class GatheredRows:
     """The queries of a rank that has everybody's keys: some neighbouring parts of the gathered sequence.
@@ -92,14 +102,23 @@ class GatheredRows:
     Attributes:
         gathered: the whole sequence.
         first, parts: the parts are `first`, ..., `first + parts - 1` of its ranks.
+        dealt: the model's tokens of the queries, where some were dealt out among the ranks; None where each has its own.
     """
 
     gathered: GatheredTokens
     first: int
     parts: int
+    dealt: DealtTokens | None = None
+
+    @property
+    def place(self) -> int:
+        """In the ring."""
+        return self.first // self.parts
 
     def tokens(self) -> Tensor:
         """int64 `[R]`: query i is the model's token `tokens[i]`."""
+        if self.dealt is not None:
+            return self.dealt.tokens[self.place]
         lengths = [
             sum(_share(length, rank, self.gathered.ranks) for length in self.gathered.streams) for rank in range(self.gathered.ranks)
         ]
@@ -108,6 +127,8 @@ class GatheredRows:
 
     @property
     def num_tokens(self) -> int:
+        if self.dealt is not None:
+            return len(self.dealt.tokens[self.place])
         ranks = range(self.first, self.first + self.parts)
         return sum(_share(length, rank, self.gathered.ranks) for rank in ranks for length in self.gathered.streams)
 

@@ -5,9 +5,10 @@ Pure torch: how a host (diffusers) calls in here is the business of the host's a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -30,7 +31,7 @@ from ditattn.runtime.autocast import autocast_as_sdpa
 from ditattn.runtime.branches import ForwardCounter
 from ditattn.runtime.foreign_modes import native_sdpa, why_native
 from ditattn.runtime.key_padding import MASK_WITH_GAPS, KeyPadding, MaskReader, VideoFirst, broadcastable
-from ditattn.runtime.metadata import build_attn_metadata, for_forward, for_length, for_sample
+from ditattn.runtime.metadata import build_attn_metadata, for_forward, for_length, for_sample, with_dealt_rows
 from ditattn.runtime.report import AttentionReport, ComponentLog
 from ditattn.runtime.run_share import KEYS, RunShare, holds_for_the_run
 from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit, TensorSplit, rank_share
@@ -90,6 +91,7 @@ class Forward:
     Attributes:
         split: how its tokens or weights are split between ranks; None if they are not.
         share: what this rank has of its calls.
+        dealt: metadata of calls before which the ranks of a ring deal out rows; None where they do not.
     """
 
     stage: DenoisingStage
@@ -106,6 +108,18 @@ class Forward:
     share: RankShare = WHOLE
     records: list[CallRecord] = field(default_factory=list)
     masks: MaskReader = field(default_factory=MaskReader)
+    dealt: SparseAttentionMetadata | None = None
+
+    @contextlib.contextmanager
+    def dealing(self) -> Iterator[None]:
+        """Calls of the block come after the deal."""
+        assert self.dealt is not None
+        own = self.share, self.metadata
+        self.share, self.metadata = replace(self.share, rows=self.dealt.rows), self.dealt
+        try:
+            yield
+        finally:
+            self.share, self.metadata = own
 
     def metadata_of(self, layer: int | None) -> AttentionMetadata:
         """The metadata of a layer's calls: layers that see the image alone have no text tokens."""
@@ -195,6 +209,9 @@ class DenoisingStage:
         forward = Forward(self, model, step, forward_id, layout, metadata, split=split, share=share)
         if model.image_layers and layout is not None:
             forward.image_metadata = self._metadata_of(model, step, layout.without_text(), forward_id, image_only=True)
+        if share.rows is not None:
+            impl_cls = model.backend.get_impl_cls()
+            forward.dealt = with_dealt_rows(metadata, issubclass(impl_cls, SparseAttentionImpl) and impl_cls.keeps_first_frame_rows)
         forward.key_mask = model.family.key_mask(model.model_config, arguments)
         model.log.split = "" if split is None else str(split)
         _local.stack = [*others, forward]

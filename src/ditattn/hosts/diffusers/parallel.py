@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ditattn.errors import UnsupportedCall, UnsupportedModel
 from ditattn.models import ModelFamily, unwrapped
+from ditattn.plan.deal import Deal
 from ditattn.runtime.split import SequenceSplit, TensorSplit
-from ditattn.runtime.stage import attend, running
+from ditattn.runtime.stage import Forward, attend, running
 
 __all__ = [
     "attend_in_parallel",
@@ -113,7 +114,7 @@ def attend_in_parallel(
     if forward is not None and forward.split is None:
         raise UnsupportedCall(f"{forward.model.name}: an attention processor is set for context parallelism, its denoiser is not")
     if forward is None or torch.compiler.is_compiling():
-        return _exchanged(query, key, value, attn_mask, dropout_p, scale, config, attend)
+        return _exchanged(query, key, value, attn_mask, dropout_p, scale, config, attend, None)
     watch = forward.model.log.communication
     with ExitStack() as stretch:
         stretch.enter_context(watch.measure(query.device))
@@ -124,15 +125,26 @@ def attend_in_parallel(
             stretch.enter_context(watch.measure(query.device))
             return out
 
-        return _exchanged(query, key, value, attn_mask, dropout_p, scale, config, attend_between)
+        return _exchanged(query, key, value, attn_mask, dropout_p, scale, config, attend_between, forward)
 
 
 def _exchanged(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, dropout_p: float, scale: float | None, config: Any, compute: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any,
+    dropout_p: float,
+    scale: float | None,
+    config: Any,
+    compute: Any,
+    forward: Forward | None,
 ) -> Tensor:
-    """Exchanges around `compute`, which gets the whole sequence of this rank's heads, or its own queries and everybody's keys."""
+    """Exchanges around `compute`, which gets the whole sequence of this rank's heads, or its own queries and everybody's keys.
+
+    A compiled graph knows no `forward`.
+    """
     if config.context_parallel_config.ring_degree > 1:
-        return _with_all_keys(query, key, value, attn_mask, dropout_p, scale, config.context_parallel_config, compute)
+        return _with_all_keys(query, key, value, attn_mask, dropout_p, scale, config.context_parallel_config, compute, forward)
 
     if attn_mask is not None and attn_mask.shape[-1] == key.shape[1]:
         # diffusers 0.42.1 pads uneven parts to equal ones and cuts the end alone: of three ranks' masks the padding stays in the middle
@@ -162,7 +174,15 @@ def _exchanged(
 
 
 def _with_all_keys(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, dropout_p: float, scale: float | None, degrees: Any, compute: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any,
+    dropout_p: float,
+    scale: float | None,
+    degrees: Any,
+    compute: Any,
+    forward: Forward | None,
 ) -> Tensor:
     """One rectangular call where diffusers' ring merges a call for each rank, which it gathers all keys for too.
 
@@ -174,10 +194,47 @@ def _with_all_keys(
     if degrees.ulysses_degree > 1:
         query, key, value = (attention_dispatch.SeqAllToAllDim.apply(group, x, 2, 1) for x in (query, key, value))
     key, value = _gathered(torch.stack([key, value]), 2, degrees._ring_mesh, degrees)
-    out: Tensor = compute(query, key, value, attn_mask, dropout_p, False, scale)
+    rows = None if forward is None or forward.dealt is None else forward.share.rows
+    if forward is not None and rows is not None and (query.shape[1], key.shape[1]) == (rows.num_tokens, sum(rows.gathered.streams)):
+        out = _dealt(query, key, value, attn_mask, dropout_p, scale, degrees, compute, forward)
+    else:
+        out = compute(query, key, value, attn_mask, dropout_p, False, scale)
     if degrees.ulysses_degree > 1:
         out = attention_dispatch.SeqAllToAllDim.apply(group, out, 1, 2)
     return out
+
+
+def _dealt(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any,
+    dropout_p: float,
+    scale: float | None,
+    degrees: Any,
+    compute: Any,
+    forward: Forward,
+) -> Tensor:
+    """Rows that keep every key go to ranks that have less to do, and their results come back."""
+    assert forward.dealt is not None
+    rows = forward.dealt.rows
+    assert rows is not None
+    assert isinstance(rows.dealt, Deal)
+    deal, place, group = rows.dealt, rows.place, degrees._ring_mesh.get_group()
+    stay, sent = (index.to(query.device) for index in (deal.stay[place], torch.cat(deal.sends[place])))
+    to_each, from_each = deal.sizes(place)
+    came = _exchanged_rows(query.index_select(1, sent), to_each, from_each, group)
+    with forward.dealing():
+        out: Tensor = compute(torch.cat([query.index_select(1, stay), came], 1), key, value, attn_mask, dropout_p, False, scale)
+    returned = _exchanged_rows(out[:, len(stay) :], from_each, to_each, group)
+    own = torch.empty_like(query)
+    return own.index_copy_(1, stay, out[:, : len(stay)]).index_copy_(1, sent, returned)
+
+
+def _exchanged_rows(x: Tensor, to_each: list[int], from_each: list[int], group: Any) -> Tensor:
+    """`[B, R, H, D]`: so many rows to each rank of the group, so many from each."""
+    exchanged = attention_dispatch.funcol.all_to_all_single(x.transpose(0, 1).contiguous(), from_each, to_each, group)
+    return attention_dispatch._wait_tensor(exchanged).transpose(0, 1)
 
 
 def _gathered(x: Tensor, dim: int, mesh: Any, degrees: Any) -> Tensor:
