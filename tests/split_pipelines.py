@@ -335,6 +335,32 @@ def both_orders() -> dict[str, Any]:
     return {"same": torch.equal(first, second) and not torch.equal(first, native), "dense afterwards": max(errors), "left": left}
 
 
+def split_by_others() -> dict[str, Any]:
+    """A program that splits tokens by hooks and a group of its own, without a word to diffusers."""
+    tiny = build("wan")
+    model, place = tiny.pipe.transformer, dist.get_rank()
+
+    def own(x: Tensor) -> Tensor:
+        return x.chunk(dist.get_world_size(), dim=1)[place]
+
+    def take_part(block: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden_states, text, timestep, rotary = args
+        return own(hidden_states) if block is model.blocks[0] else hidden_states, text, timestep, tuple(map(own, rotary))
+
+    def gather(_module: Any, _args: Any, out: Tensor) -> Tensor:
+        parts = [torch.empty_like(out) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, out.contiguous())
+        return torch.cat(parts, 1)
+
+    for block in model.blocks:
+        block.register_forward_pre_hook(take_part)
+    model.proj_out.register_forward_hook(gather)
+    _, _, report = run(tiny, "rain_fusion_attn", SPARSE)
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE, strict=True):
+        refusal = _message(lambda: tiny.run(1))
+    return {"report": report, "refusal": refusal}
+
+
 def refusals() -> dict[str, str]:
     """What is said to splits that are not served."""
     plan = {"transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)}}

@@ -1,7 +1,8 @@
-"""The benchmark of several processes: its bytes, and what it prints. Its runs are those of tests/cli/test_ranks.py."""
+"""The benchmark of several processes: its bytes, its counting, what it prints, and the demo clip on two processes."""
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import benchmarks.parallel as bench
@@ -47,3 +48,15 @@ def test_without_the_deal_the_first_rank_works_longest() -> None:
 
 def test_every_rank_is_told_over_the_mean() -> None:
     assert over_mean([30, 10, 20]) == "slowest 1.50: 1.50 0.50 1.00"
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_demo_clip_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    # one dense step, one sparse
+    bench.main(["--processes", "1", "2", "--steps", "2", "--backend", "rain_fusion_attn"])
+    said = capsys.readouterr().out
+    psnr = [float(found) for found in re.findall(r"PSNR (\S+) dB", said)]
+    assert len(psnr) == 2
+    # frames of 8 bits: a rounding that differs moves single values by one
+    assert psnr[1] > 60
+    assert len(re.findall(r"density 0\.\d+", said)) == 3

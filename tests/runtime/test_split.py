@@ -18,7 +18,7 @@ from ditattn.models.base import one_stream, prefix_and_rest
 from ditattn.plan.split import GatheredTokens
 from ditattn.runtime.report import ComponentReport
 from ditattn.runtime.split import SequenceSplit, rank_share
-from ditattn.runtime.stage import DenoisingStage, ServedModel, attend
+from ditattn.runtime.stage import DenoisingStage, Forward, ServedModel, attend
 from ditattn.runtime.step import StepClock
 
 TEXT, FRAMES, ROWS, COLUMNS = 40, 3, 16, 16
@@ -38,12 +38,21 @@ FAMILY = ModelFamily(
 
 
 def served(
-    backend: str, split: SequenceSplit | None, *tensors: Tensor, sparsity: float = 0.5, strict: bool = False, **call: Any
+    backend: str,
+    split: SequenceSplit | None,
+    *tensors: Tensor,
+    sparsity: float = 0.5,
+    strict: bool = False,
+    probe: Any = None,
+    token_order: str | None = None,
+    **call: Any,
 ) -> tuple[Tensor, ComponentReport]:
     """One call of a forward that is split so."""
     cls = load_backend(backend)
-    values = cls.get_config_cls().from_mapping({**SPARSE, "sparsity": sparsity} if cls.is_sparse else {})
+    keys = {**SPARSE, "sparsity": sparsity, **({} if token_order is None else {"token_order": token_order})}
+    values = cls.get_config_cls().from_mapping(keys if cls.is_sparse else {})
     stage = DenoisingStage(StepClock(), strict)
+    stage.probe = probe
     stage.models.append(ServedModel("transformer", FAMILY, None, cls, values, ["blocks.0.attn"]))
     forward = stage.enter(stage.models[0], ARGUMENTS, split=split)
     try:
@@ -129,6 +138,35 @@ def test_gaps_in_the_text_are_padding_of_a_gathered_call_too(backend: str) -> No
     exact = scaled_dot_product_attention(*(x.transpose(1, 2) for x in tensors), attn_mask=mask).transpose(1, 2)
     torch.testing.assert_close(out, exact[:, tokens][:, :half])
     assert report.dense_reasons == {"mask with gaps": 1}
+
+
+def test_a_row_may_keep_nothing_of_another_ranks_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge of one call for each rank's keys makes NaN of it."""
+
+    def no_text(_config: Any, arguments: Any) -> TokenLayout:
+        return TokenLayout(tuple(arguments["latents"].shape), (1, 1, 1))
+
+    monkeypatch.setitem(globals(), "FAMILY", dataclasses.replace(FAMILY, layout=no_text, streams=lambda _: (VIDEO,)))
+    q, k, v = (x[:, :VIDEO] for x in qkv())
+    half = VIDEO // 2
+    q += 1
+    k[:, :half] += 1
+    k[:, half:] -= 1
+    masks: list[Tensor] = []
+
+    class Look:
+        def look(self, forward: Forward, *_: Any) -> None:
+            masks.extend(record.plan.to_mask() for record in forward.records if record.plan is not None)
+
+    out, report = served("rain_fusion_attn", SequenceSplit(1, 2, 0), q[:, :half], k, v, probe=Look(), token_order="raster")
+    (mask,) = masks
+    # three of six blocks of keys are the other rank's
+    alone = ~mask[..., 3:].any(-1)
+    assert alone[0].any()
+    assert report.sparse == 1
+    keep = mask.repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, :half]
+    exact = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q[:, :half], k, v)), attn_mask=keep).transpose(1, 2)
+    torch.testing.assert_close(out, exact)
 
 
 @pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn"])

@@ -238,6 +238,14 @@ def test_installing_before_or_after_the_split_is_the_same_and_leaving_leaves_no_
         assert found["left"] == set()
 
 
+def test_a_model_that_others_have_split_runs_densely_counted_and_strict_refuses_it(two: Ranks) -> None:
+    for found in two.run(split_pipelines.split_by_others):
+        (reason,) = found["report"].dense_reasons
+        assert reason == "a part of the tokens alone: they are split between processes that are not known here"
+        assert found["report"].sparse == 0
+        assert "would run densely in step 0: a part of the tokens alone" in found["refusal"]
+
+
 def test_splits_that_are_not_served_are_refused(two: Ranks) -> None:
     for messages in two.run(split_pipelines.refusals):
         assert "how the tokens of ConsisID are split is not known here" in messages["unknown streams before"]
