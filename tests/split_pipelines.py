@@ -15,6 +15,7 @@ import torch.distributed as dist
 from diffusers.models._modeling_parallel import ContextParallelInput, TensorParallelConfig
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -277,6 +278,18 @@ def given_bricks() -> dict[str, int]:
     _, _, report = run(split("wan", (("ulysses_degree", 2),)), "permuted_sparse_attn", {**SPARSE, "head_bricks": names})
     orders: dict[str, int] = report.token_orders
     return orders
+
+
+def fully_sharded() -> dict[str, Any]:
+    """Weights that are split where they lie and whole where a layer runs."""
+    names = ("1x8x16,1x8x16,4x2x16,4x4x8",) * 2
+    config = {**SPARSE, "head_bricks": names}
+    expected, _, _ = run(whole("wan"), "permuted_sparse_attn", config)
+    tiny, mesh = build("wan"), init_device_mesh("cpu", (dist.get_world_size(),))
+    for part in (*tiny.pipe.transformer.blocks, tiny.pipe.transformer):
+        fully_shard(part, mesh=mesh)
+    out, _, report = run(tiny, "permuted_sparse_attn", config)
+    return {"error": float((out - expected).abs().max()), "report": report}
 
 
 def given_bricks_of_split_weights() -> dict[str, int]:

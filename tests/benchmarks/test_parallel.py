@@ -25,8 +25,8 @@ def test_every_rank_has_a_line_and_the_slowest_is_named() -> None:
         {"denoise_ms": 2000, "attention_ms": ms, "communication_ms": 100, "density": density, "own_blocks": 0, "bytes": 2**20}
         for ms, density in ((1000, 0.25), (3000, None))
     ]
-    clip, first, second = bench.lines(2, 61.25, ranks)
-    assert "2 processes: PSNR 61.2 dB" in clip
+    clip, first, second = bench.lines(2, 61.25, 30, ranks)
+    assert "2 processes: PSNR 61.2 dB against one, 30.0 dB against dense" in clip
     assert "1.50 x the mean" in clip
     assert "rank 0" in first
     assert "density 0.250" in first
@@ -55,7 +55,7 @@ def test_two_processes_make_the_demo_clip_of_one(capsys: pytest.CaptureFixture[s
     # one dense step, one sparse
     bench.main(["--processes", "1", "2", "--steps", "2", "--backend", "rain_fusion_attn"])
     said = capsys.readouterr().out
-    psnr = [float(found) for found in re.findall(r"PSNR (\S+) dB", said)]
+    psnr = [float(found) for found in re.findall(r"PSNR (\S+) dB against one", said)]
     assert len(psnr) == 2
     # frames of 8 bits: a rounding that differs moves single values by one
     assert psnr[1] > 60

@@ -145,9 +145,8 @@ def test_two_ranks_compare_as_one_process_does(launched: Any, tmp_path: Path, wa
 
 @pytest.mark.slow
 def test_two_ranks_tune_in_lockstep(launched: Any, tmp_path: Path) -> None:
-    process = launched(
-        "--num-inference-steps", "4", "--target-psnr", "10", "--budget-runs", "2", "--attention-backend-config", "min_tokens=0", verb="tune"
-    )
+    options = ["--num-inference-steps", "4", "--target-psnr", "10", "--budget-runs", "2", "--attention-backend-config", "min_tokens=0"]
+    process = launched(*options, "--ulysses-degree", "2", verb="tune")
     out, err = process.communicate(timeout=PATIENCE_S)
     # 3: it may be slower than dense on the clock; torchrun makes its own status of it
     assert process.returncode == 0 or "exitcode  : 3" in err, err

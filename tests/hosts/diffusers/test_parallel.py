@@ -212,6 +212,13 @@ def test_a_rank_takes_its_heads_share_of_given_bricks_where_weights_are_split(tw
     assert found == [{**whole, "1x8x16": 4}, {**whole, "4x2x16": 2, "4x4x8": 2}]
 
 
+def test_weights_that_fsdp_splits_are_whole_where_a_layer_runs(two: Ranks) -> None:
+    for found in two.run(split_pipelines.fully_sharded):
+        assert found["error"] < BOUND
+        assert found["report"].split == ""
+        assert found["report"].token_orders == {"1x8x16": 4, "4x2x16": 2, "4x4x8": 2}
+
+
 def test_all_ranks_refuse_given_bricks_for_another_number_of_heads(two: Ranks) -> None:
     for message in two.run(split_pipelines.too_many_bricks):
         assert "head_bricks: layer 0 has 3 key heads, its entry names 4" in message
