@@ -233,8 +233,10 @@ def _dealt(
 
 def _exchanged_rows(x: Tensor, to_each: list[int], from_each: list[int], group: Any) -> Tensor:
     """`[B, R, H, D]`: so many rows to each rank of the group, so many from each."""
-    exchanged = attention_dispatch.funcol.all_to_all_single(x.transpose(0, 1).contiguous(), from_each, to_each, group)
-    return attention_dispatch._wait_tensor(exchanged).transpose(0, 1)
+    rows = x.transpose(0, 1).contiguous()
+    exchanged = rows.new_empty(sum(from_each), *rows.shape[1:])
+    torch.distributed.all_to_all_single(exchanged, rows, from_each, to_each, group=group)
+    return exchanged.transpose(0, 1)
 
 
 def _gathered(x: Tensor, dim: int, mesh: Any, degrees: Any) -> Tensor:
