@@ -29,7 +29,7 @@ from ditattn.compare.setting import Clip
 from ditattn.errors import DitattnError
 from ditattn.hosts.diffusers.dispatcher import dispatched_attention
 from ditattn.hosts.diffusers.guidance_parallel import share_branches
-from ditattn.hosts.diffusers.split import enable_context_parallelism, split_denoisers
+from ditattn.hosts.diffusers.split import PLANS, enable_context_parallelism, split_denoisers
 from ditattn.hosts.diffusers.workload import PipelineWorkload
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
@@ -64,8 +64,9 @@ FURTHER: dict[str, Callable[[], TinyPipeline]] = {
     "chronoedit": tiny_pipelines.chronoedit,
     "qwen image of padded words": lambda: _with_padding(tiny_pipelines.qwen_image()),
     "wan with token timesteps": tiny_pipelines.wan_with_token_timesteps,
+    "wan of odd sizes": lambda: _resized(tiny_pipelines.wan(), height=144, width=208, num_frames=37),
 }
-"""Sequences of several grids, and the further families that diffusers has a plan for."""
+"""Sequences of several grids, further families that diffusers has a plan for, and 10 x 9 x 13 tokens."""
 
 GUIDED: dict[str, Callable[[], TinyPipeline]] = {
     "wan": tiny_pipelines.wan,
@@ -86,6 +87,7 @@ WEIGHTS: dict[str, Callable[[], TinyPipeline]] = {
 
 RING: dict[str, Callable[[], TinyPipeline]] = {
     "wan": tiny_pipelines.wan,
+    "wan of odd sizes": FURTHER["wan of odd sizes"],
     "wan in whole blocks": lambda: _resized(tiny_pipelines.wan(), height=256, width=256, num_frames=21),
     "flux": tiny_pipelines.flux,
     "flux kontext": tiny_pipelines.flux_kontext,
@@ -382,9 +384,10 @@ def refusals() -> dict[str, str]:
     messages = {}
     _split_by(before, plan)
     messages["unknown streams before"] = _message(lambda: ditattn.install(before.pipe, "rain_fusion_attn"))
-    for name, tiny in (("unknown streams after", after), ("a stream left whole", hunyuan)):
+    text_whole = {**PLANS["HunyuanVideoTransformer3DModel"], **plan}
+    for name, tiny, its_plan in (("unknown streams after", after, plan), ("a stream left whole", hunyuan, text_whole)):
         with ditattn.install(tiny.pipe, "torch_sdpa"):
-            _split_by(tiny, plan)
+            _split_by(tiny, its_plan)
             messages[name] = _message(lambda tiny=tiny: tiny.run(1))
     enable_context_parallelism(odd.pipe.transformer, ulysses_degree=2)
     config = odd.pipe.transformer._parallel_config
