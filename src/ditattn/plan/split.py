@@ -133,18 +133,14 @@ class GatheredRows:
         return sum(_share(length, rank, self.gathered.ranks) for rank in ranks for length in self.gathered.streams)
 
     def ordered(self, order: TokenOrder, device: torch.device | str = "cpu") -> RowOrder:
-        """The queries as they stand in an order of the model's tokens, on `device`. Reads the order from its device."""
+        """The queries as they stand in an order of the model's tokens, on `device`. Reads the order from its device.
+
+        Of one grid, blocks of 128 that are a rank's own as a whole come first, so that what it has of others shifts none of them.
+        """
         tokens = self.tokens()
         places = tokens if order.inverse is None else order.inverse.cpu()[..., tokens]
-        standing, spans = _grid_by_grid(places, order)
-        forward = standing.argsort(-1)
-        standing, places = standing.gather(-1, forward), places.gather(-1, forward)
-        spans = replace(
-            spans,
-            first_frame=_span(standing, spans.first_frame),
-            video=_span(standing, spans.video),
-            grids=tuple(_grid(standing, grid) for grid in spans.grids),
-        )
+        forward, spans = _grid_by_grid(places, order) if order.grids else _whole_blocks_first(places, order)
+        places = places.gather(-1, forward)
         index = torch.arange(len(tokens))
         start = places[..., index // BLOCK_SIZE * BLOCK_SIZE]
         together = (places - start == index % BLOCK_SIZE) & (start % BLOCK_SIZE == 0)
@@ -158,14 +154,61 @@ def _share(length: int, rank: int, ranks: int) -> int:
     return length // ranks + (rank < length % ranks)
 
 
-def _grid_by_grid(places: Tensor, order: TokenOrder) -> tuple[Tensor, TokenOrder]:
-    """Places in an order, and the spans of that order.
+def _whole_blocks_first(places: Tensor, order: TokenOrder) -> tuple[Tensor, TokenOrder]:
+    """Which of the places comes next, int64 like `places`, and the spans.
 
-    Where heads have an order each and there are several grids, what is left of a grid behind its whole blocks are other tokens in each
-    head, and a rank has more of them in one head than in another. There the places are those of an order that has all of a grid together.
+    Whole blocks of the first frame, whole blocks of the other frames, what is left of both, all other tokens; where heads have an order
+    each, all have as many of each.
     """
-    if places.ndim == 1 or not order.grids:
-        return places, order
+    (start, stop), (first, last) = order.first_frame, order.video
+    in_frame, in_video = (places >= start) & (places < stop), (places >= first) & (places < last)
+    block = places // BLOCK_SIZE
+    # blocks of one kind alone; what counts as whole has all its tokens here
+    whole_frame = in_frame & _has_all(block, in_frame, order.length)
+    whole_video = in_video & ~in_frame & _has_all(block, in_video & ~in_frame, order.length)
+    num_frame, num_video = (int(whole.sum(-1).min()) for whole in (whole_frame, whole_video))
+    kind = torch.full_like(places, 4)
+    kind[in_video], kind[in_frame] = 3, 2
+    for whole, number, count in ((whole_video, 1, num_video), (whole_frame, 0, num_frame)):
+        # of heads with more of them only the first ones
+        earlier = torch.where(whole, places, order.length).argsort(-1).argsort(-1)
+        kind[whole & (earlier < count)] = number
+    forward = (kind * order.length + places).argsort(-1)
+    # in every head of as many tokens
+    of_frame, of_video = (int(inside.sum(-1).max()) for inside in (in_frame, in_video))
+    left = num_frame + num_video
+    parts = ((0, num_frame), (left, left + of_frame - num_frame))
+    apart = num_video > 0 and num_frame < of_frame
+    grids = (OrderedGrid(((0, of_video),), parts),) if apart else ()
+    return forward, replace(order, first_frame=(0, num_frame if apart else of_frame), video=(0, of_video), grids=grids)
+
+
+def _has_all(block: Tensor, inside: Tensor, length: int) -> Tensor:
+    """bool like `block`: all tokens of a place's block are among those inside."""
+    counts = torch.zeros(*block.shape[:-1], length // BLOCK_SIZE + 1, dtype=torch.long).scatter_add_(-1, block, inside.long())
+    return counts.gather(-1, block) == BLOCK_SIZE
+
+
+def _grid_by_grid(places: Tensor, order: TokenOrder) -> tuple[Tensor, TokenOrder]:
+    """Which of the places comes next, and the spans, of a sequence of several grids.
+
+    Where heads have an order each, what is left of a grid behind its whole blocks are other tokens in each head, and a rank has more of
+    them in one head than in another. There tokens stand as in an order that has all of a grid together.
+    """
+    standing, spans = _together(places, order) if places.ndim == 2 else (places, order)
+    forward = standing.argsort(-1)
+    standing = standing.gather(-1, forward)
+    spans = replace(
+        spans,
+        first_frame=_span(standing, spans.first_frame),
+        video=_span(standing, spans.video),
+        grids=tuple(_grid(standing, grid) for grid in spans.grids),
+    )
+    return forward, spans
+
+
+def _together(places: Tensor, order: TokenOrder) -> tuple[Tensor, TokenOrder]:
+    """Places in an order that has all of a grid together, and the spans of that order."""
     spans = [span for grid in order.grids for span in grid.tokens]
     index = torch.cat([torch.arange(*span) for span in spans] + [torch.arange(order.video[1], order.length)])
     moved = index.argsort()
