@@ -129,10 +129,20 @@ def test_a_rank_takes_its_heads_of_given_orders() -> None:
     named = "1x8x16,4x2x16,16x4x2"
     for place, expected in enumerate([("1x8x16", "4x2x16"), ("16x4x2",)]):
         layer = Layer(len(expected), 32)
-        layer.step(2, tuple(x[:, :, : len(expected)] for x in tensors), head_bricks=[named], heads=HeadShare(place, 2))
+        layer.step(2, tuple(x[:, :, : len(expected)] for x in tensors), head_bricks=[named], heads=HeadShare(place, 2, 3))
         assert layer.records[-1].token_orders == expected
-    with pytest.raises(ConfigError, match="2 key heads on this rank, one of 2 that share them, its entry names 5"):
-        Layer(2, 32).step(2, tensors, head_bricks=[f"{named},1x8x16,1x8x16"], heads=HeadShare(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [("1x8x16,1x8x16,1x8x16,1x8x16", "layer 0 has 3 key heads, its entry names 4"), ("1x8x16,1x8x16,64x2x1", "64x2x1 does not fit")],
+)
+def test_all_ranks_refuse_given_orders_that_one_of_them_could_not_take(named: str, message: str) -> None:
+    # two heads for rank 0, one for rank 1: a share of four names would fit rank 0, and the shape of the last head is none of its own
+    tensors = planted(LENGTH)
+    for place, heads in enumerate([2, 1]):
+        with pytest.raises(ConfigError, match=message):
+            Layer(heads, 32).step(2, tuple(x[:, :, :heads] for x in tensors), head_bricks=[named], heads=HeadShare(place, 2, 3))
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from ditattn.ops import block_sparse_attention as sparse_op
 from ditattn.ops.pooled_tail import PooledTail
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 from ditattn.plan.bricks import FLAT, Brick, brick_name, brick_names, brick_order, brick_shapes, parse_bricks
+from ditattn.plan.split import HeadShare
 from ditattn.plan.token_order import TokenOrder
 
 __all__ = ["PermutedSparseAttentionBackend", "PermutedSparseAttentionConfig", "PermutedSparseAttentionImpl"]
@@ -134,6 +135,7 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
     """
 
     not_causal = "permuted_sparse_attn"
+    keeps_first_frame_rows = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -223,21 +225,28 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         if layer is None or layer >= len(given) or not given[layer]:
             return None
         named = [parse_bricks(name)[0] for name in given[layer].split(",")]
-        here = "" if metadata.heads is None else f" on this rank, one of {metadata.heads.ranks} that share them"
-        ours = slice(None) if metadata.heads is None else metadata.heads.of(len(named))
-        bricks = named * heads if len(named) == 1 else named[ours]
-        if len(bricks) != heads:
+        # the whole entry is checked, so that ranks that share the heads refuse it together: one alone would leave the others waiting
+        share = self._head_share(heads, metadata)
+        all_heads = heads if share is None else share.num_heads
+        if len(named) not in (1, all_heads):
             raise ConfigError(
-                f"head_bricks: layer {layer} has {heads} key heads{here}, its entry names {len(named)}: give one for each, or one"
+                f"head_bricks: layer {layer} has {all_heads} key heads, its entry names {len(named)}: give one for each, or one"
             )
-        strange = [brick for brick in bricks if any(size > most for size, most in zip(brick[1:], grid[1:], strict=True)) and brick != FLAT]
-        if strange or max(bricks)[0] > max(grid[0] - 1, 1):
-            wrong = brick_name(strange[0] if strange else max(bricks))
+        strange = [brick for brick in named if any(size > most for size, most in zip(brick[1:], grid[1:], strict=True)) and brick != FLAT]
+        if strange or max(named)[0] > max(grid[0] - 1, 1):
+            wrong = brick_name(strange[0] if strange else max(named))
             raise ConfigError(
                 f"head_bricks: {wrong} does not fit the {' x '.join(map(str, grid))} tokens of this call; it was found at another size: "
                 "tune at this one, or leave the key out"
             )
-        return bricks
+        return named * heads if len(named) == 1 else named[slice(None) if share is None else share.own]
+
+    def _head_share(self, heads: int, metadata: SparseAttentionMetadata) -> HeadShare | None:
+        """Which key heads of the layer these are; None where they are all, as in layers whose weights are whole."""
+        if metadata.heads is None:
+            return None
+        num_heads = metadata.heads.num_heads * self.num_kv_heads // self.num_heads
+        return None if heads == num_heads else replace(metadata.heads, num_heads=num_heads)
 
     def _best_bricks(
         self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, dense: Tensor | None

@@ -32,6 +32,7 @@ __all__ = [
     "SparseAttentionMetadata",
     "SparseAttentionMetadataBuilder",
     "latent_grid",
+    "why_not_this_step",
 ]
 
 logger = logging.getLogger("ditattn")
@@ -252,6 +253,8 @@ class SparseAttentionImpl(AttentionImpl):
     supported_head_sizes = KERNEL_HEAD_DIMS
     is_sparse = True
 
+    # False where the rows of a first frame are chosen like others
+    keeps_first_frame_rows: ClassVar[bool] = True
     # the backend's name, for the error
     not_causal: ClassVar[str | None] = None
     # of hosts that have dense attention of their own: computes the call that runs, if it runs densely; None leaves that to us
@@ -392,7 +395,7 @@ class SparseAttentionImpl(AttentionImpl):
         """The reason why this call runs densely, one of `Reason`; None if it runs sparse."""
         if self.keeps_everything(metadata):
             return Reason.SPARSITY_ZERO
-        reason = _why_not_this_step(metadata)
+        reason = why_not_this_step(metadata)
         if reason is not None:
             return reason
         if metadata.skip_layers and self.layer_index is None:
@@ -437,7 +440,8 @@ def _plan_facts(query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -
     return (timeless, query.shape, key.shape, query.dtype, query.device)
 
 
-def _why_not_this_step(metadata: SparseAttentionMetadata) -> str | None:
+def why_not_this_step(metadata: SparseAttentionMetadata) -> str | None:
+    """Why every call of this step runs densely, one of `Reason`; None if some run sparse."""
     step, first, last = metadata.current_timestep, metadata.skip_first_steps, metadata.skip_last_steps
     if first is None or last is None or (last and metadata.num_steps is None):
         return Reason.STEPS_UNKNOWN

@@ -24,6 +24,7 @@ __all__ = [
     "patch_triple",
     "prefix_and_rest",
     "text_length",
+    "video_and_suffix",
     "video_only",
 ]
 
@@ -106,6 +107,11 @@ def prefix_and_rest(layout: TokenLayout) -> tuple[int, ...]:
     return (layout.num_prefix_tokens, layout.num_video_tokens + layout.num_suffix_tokens)
 
 
+def video_and_suffix(layout: TokenLayout) -> tuple[int, ...]:
+    """Streams of a sequence whose text stands behind the video."""
+    return layout.num_prefix_tokens + layout.num_video_tokens, layout.num_suffix_tokens
+
+
 def default_frame_rate(pipeline_config: Any) -> int:
     """What most families were trained on."""
     return DEFAULT_FRAME_RATE
@@ -132,6 +138,11 @@ def attention_head_dim(config: Any) -> int:
     return int(config.attention_head_dim)
 
 
+def num_attention_heads(config: Any) -> int:
+    """Under the name that most of diffusers' transformers give it."""
+    return int(config.num_attention_heads)
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """One family: everything that is true of it and not of every model. No other folder names a family.
@@ -147,6 +158,7 @@ class ModelFamily:
             mask of it in every layer anew; None where it does not.
         text_is_keys_only: queries are the image's alone, keys are those of all tokens.
         head_size: model configuration -> D of its self-attention.
+        num_heads: model configuration -> heads of its self-attention; asked only where ranks share them.
         frame_rate: pipeline configuration -> frames per second that its videos are meant to be played at.
         size_multiple: heights and widths must be a multiple of it, whatever VAE and patch ask for.
         pixels_per_token: height and width of what a token stands for, where it does not follow from VAE and patch.
@@ -161,6 +173,8 @@ class ModelFamily:
         call_per_sample: its attention modules make one call for each sample of a batch.
         supported: names of the backends that make sense for it; None means every one.
         streams: TokenLayout -> lengths of the streams that context parallelism splits apart, in self-attention's order; None: not known.
+        never_split: model configuration -> why context parallelism would be wrong for such a model; None where it is right.
+        masks_stay_whole: there its masks are those of all tokens in the model's order, on every rank.
         notes: one sentence for the compatibility matrix.
     """
 
@@ -173,6 +187,7 @@ class ModelFamily:
     key_mask: Callable[[Any, Mapping[str, Any]], Tensor | None] = no_key_mask
     text_is_keys_only: bool = False
     head_size: Callable[[Any], int] = attention_head_dim
+    num_heads: Callable[[Any], int] = num_attention_heads
     frame_rate: Callable[[Any], int] = default_frame_rate
     size_multiple: int = 1
     pixels_per_token: int | None = None
@@ -184,6 +199,8 @@ class ModelFamily:
     call_per_sample: bool = False
     supported: frozenset[str] | None = None
     streams: Callable[[TokenLayout], tuple[int, ...]] | None = None
+    never_split: Callable[[Any], str | None] = lambda _: None
+    masks_stay_whole: bool = False
     notes: str = ""
 
     def is_self_attention(self, path: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditattn.models.base import ModelFamily, TokenLayout, patch_triple, text_length
+from ditattn.models.base import ModelFamily, TokenLayout, patch_triple, prefix_and_rest, text_length
 
 __all__ = ["COGVIDEOX", "frame_rate", "layout"]
 
@@ -28,5 +28,6 @@ COGVIDEOX = ModelFamily(
     self_attention=r"transformer_blocks\.\d+\.attn1",
     frame_rate=frame_rate,
     dispatches=False,
+    streams=prefix_and_rest,
     notes="text before video, protected; bypasses diffusers' dispatcher, so SDPA calls inside its attention modules are redirected",
 )

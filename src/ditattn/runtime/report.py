@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from ditattn.devices.clock import Stopwatch
 from ditattn.plan.token_grids import grid_name
 
 __all__ = ["AttentionReport", "ComponentLog", "ComponentReport"]
+
+# begins `split` of a report that several ranks' reports were put together to
+ALL_RANKS = "all "
 
 
 @dataclass
@@ -228,7 +231,29 @@ class ComponentReport:
         if not self.split:
             return ""
         blocks = f"; {self.own_blocks} calls by query blocks of this rank's own" if self.own_blocks else ""
-        return f", {self.communication_ms / 1e3:.2f} s in exchanges; {self.split} alone{blocks}"
+        whose = self.split if self.split.startswith(ALL_RANKS) else f"{self.split} alone"
+        return f", {self.communication_ms / 1e3:.2f} s in exchanges; {whose}{blocks}"
+
+    @classmethod
+    def of_ranks(cls, reports: Sequence[ComponentReport]) -> ComponentReport:
+        """See `AttentionReport.of_ranks`."""
+        return replace(
+            reports[0],
+            calls=sum(report.calls for report in reports),
+            sparse=sum(report.sparse for report in reports),
+            dense=sum(report.dense for report in reports),
+            reused_plans=sum(report.reused_plans for report in reports),
+            own_blocks=sum(report.own_blocks for report in reports),
+            not_reused_reasons=_summed(report.not_reused_reasons for report in reports),
+            dense_reasons=_summed(report.dense_reasons for report in reports),
+            token_orders=_summed(report.token_orders for report in reports),
+            sparse_density=_mean((report.sparse_density, report.sparse) for report in reports),
+            sparse_density_by_step=_means([report.sparse_density_by_step for report in reports]),
+            sparse_density_by_layer=_means([report.sparse_density_by_layer for report in reports]),
+            attention_ms=max(report.attention_ms for report in reports),
+            communication_ms=max(report.communication_ms for report in reports),
+            split=f"{ALL_RANKS}{len(reports)} ranks together, times of the slowest",
+        )
 
     def _served_as(self) -> str:
         return f"; {self.model}" if "served as" in self.model else ""
@@ -257,6 +282,20 @@ class ComponentReport:
         return f"no calls in {forwards} forwards; its attention processors or their backend were replaced after the installation"
 
 
+def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    return dict(sum(map(Counter, counts), Counter[str]()).most_common())
+
+
+def _mean(values: Iterable[tuple[float | None, int]]) -> float | None:
+    """Of values with weights; None of none."""
+    known = [(value, weight) for value, weight in values if value is not None and weight]
+    return sum(value * weight for value, weight in known) / sum(weight for _, weight in known) if known else None
+
+
+def _means(ranks: Sequence[dict[int, float | None]]) -> dict[int, float | None]:
+    return {key: _mean((densities.get(key), 1) for densities in ranks) for key in sorted({key for densities in ranks for key in densities})}
+
+
 def _counted(reasons: dict[str, int]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
 
@@ -272,6 +311,23 @@ class AttentionReport:
 
     components: dict[str, ComponentReport]
     not_served: dict[str, str]
+
+    @classmethod
+    def of_ranks(cls, reports: Sequence[AttentionReport]) -> AttentionReport:
+        """One report of what several ranks did: calls and reasons summed, densities averaged, times of the slowest.
+
+        Examples:
+            On every rank, after a run:
+
+            >>> import torch.distributed as dist
+            >>> from ditattn.runtime.report import AttentionReport
+            >>> reports = [None] * dist.get_world_size()
+            >>> dist.all_gather_object(reports, handle.report())
+            >>> print(AttentionReport.of_ranks(reports).summary())
+        """
+        first = reports[0]
+        merged = {name: ComponentReport.of_ranks([report.components[name] for report in reports]) for name in first.components}
+        return cls(merged, dict(first.not_served))
 
     @property
     def attention_ms(self) -> float:

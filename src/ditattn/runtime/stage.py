@@ -5,9 +5,10 @@ Pure torch: how a host (diffusers) calls in here is the business of the host's a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -30,10 +31,10 @@ from ditattn.runtime.autocast import autocast_as_sdpa
 from ditattn.runtime.branches import ForwardCounter
 from ditattn.runtime.foreign_modes import native_sdpa, why_native
 from ditattn.runtime.key_padding import MASK_WITH_GAPS, KeyPadding, MaskReader, VideoFirst, broadcastable
-from ditattn.runtime.metadata import build_attn_metadata, for_forward, for_length, for_sample
+from ditattn.runtime.metadata import build_attn_metadata, for_forward, for_length, for_sample, with_dealt_rows
 from ditattn.runtime.report import AttentionReport, ComponentLog
 from ditattn.runtime.run_share import KEYS, RunShare, holds_for_the_run
-from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit, rank_share
+from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit, TensorSplit, rank_share
 from ditattn.runtime.step import Step, StepClock
 
 __all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "running"]
@@ -88,9 +89,10 @@ class Forward:
     """One running forward of a denoiser: what an attention call inside it can know.
 
     Attributes:
-        split: how its tokens are split between ranks; None if they are not.
+        split: how its tokens or weights are split between ranks; None if they are not.
         share: what this rank has of its calls.
         native: computes the running call by the host's own attention, `[B, S, H, D]`, for calls that run densely; None leaves them to us.
+        dealt: metadata of calls before which the ranks of a ring deal out rows; None where they do not.
     """
 
     stage: DenoisingStage
@@ -103,11 +105,23 @@ class Forward:
     key_mask: Tensor | None = None
     layer: int | None = None
     num_calls: int = 0
-    split: SequenceSplit | None = None
+    split: SequenceSplit | TensorSplit | None = None
     share: RankShare = WHOLE
     native: Callable[[], Tensor] | None = None
     records: list[CallRecord] = field(default_factory=list)
     masks: MaskReader = field(default_factory=MaskReader)
+    dealt: SparseAttentionMetadata | None = None
+
+    @contextlib.contextmanager
+    def dealing(self) -> Iterator[None]:
+        """Calls of the block come after the deal."""
+        assert self.dealt is not None
+        own = self.share, self.metadata
+        self.share, self.metadata = replace(self.share, rows=self.dealt.rows), self.dealt
+        try:
+            yield
+        finally:
+            self.share, self.metadata = own
 
     def metadata_of(self, layer: int | None) -> AttentionMetadata:
         """The metadata of a layer's calls: layers that see the image alone have no text tokens."""
@@ -168,14 +182,14 @@ class DenoisingStage:
         cache_context: Any = None,
         branch: str | None = None,
         driver: Any = None,
-        split: SequenceSplit | None = None,
+        split: SequenceSplit | TensorSplit | None = None,
     ) -> Forward:
         """A forward of `model` begins in this thread.
 
         Args:
             arguments: of the forward, by name.
             cache_context, branch, driver: see `StepClock.read`.
-            split: how the host splits the tokens between ranks.
+            split: how the host splits tokens or weights between ranks.
 
         Raises:
             UnsupportedModel, UnsupportedCall: tokens that cannot be split so.
@@ -192,11 +206,14 @@ class DenoisingStage:
         layout = _layout(model, arguments)
         if layout is not None:
             model.log.note_grids([layout.grid, *(grid.size for grid in layout.further_grids)])
-        share = rank_share(split, model.family, layout)
+        share = rank_share(split, model.family, model.model_config, layout)
         metadata = self._metadata_of(model, step, layout, forward_id, share)
         forward = Forward(self, model, step, forward_id, layout, metadata, split=split, share=share)
         if model.image_layers and layout is not None:
             forward.image_metadata = self._metadata_of(model, step, layout.without_text(), forward_id, image_only=True)
+        if share.rows is not None:
+            impl_cls = model.backend.get_impl_cls()
+            forward.dealt = with_dealt_rows(metadata, issubclass(impl_cls, SparseAttentionImpl) and impl_cls.keeps_first_frame_rows)
         forward.key_mask = model.family.key_mask(model.model_config, arguments)
         model.log.split = "" if split is None else str(split)
         _local.stack = [*others, forward]
@@ -299,6 +316,8 @@ class DenoisingStage:
         if reason is None:
             _check_whole(forward, query, key)
         moved: VideoFirst | None = None
+        if call.attn_mask is not None and forward.model.family.masks_stay_whole:
+            call = _with_gathered_mask(forward, call)
         if call.attn_mask is not None and reason is None:
             mask = _key_mask(forward, _in_model_order(forward, call.attn_mask, key))
             padding, reason = forward.masks.read(mask, key)
@@ -441,6 +460,14 @@ def _has_its_own_keys(forward: Forward, query: Tensor, key: Tensor) -> bool:
     return rows is not None and (query.shape[1], key.shape[1]) == (rows.num_tokens, sum(rows.gathered.streams))
 
 
+def _with_gathered_mask(forward: Forward, call: DenseCall) -> DenseCall:
+    """A call of gathered keys whose mask is in the model's order, with the mask in theirs."""
+    gathered, mask = forward.share.gathered, call.attn_mask
+    if gathered is None or not gathered.interleaves or mask is None or mask.shape[-1] != call.key.shape[1]:
+        return call
+    return replace(call, attn_mask=mask.index_select(-1, gathered.tokens(mask.device)))
+
+
 def _in_model_order(forward: Forward, mask: Tensor, key: Tensor) -> Tensor:
     """A mask over gathered keys as one over the model's; others as they are."""
     if forward.share.gathered is None or not forward.share.interleaves or mask.shape[-1] != key.shape[1]:
@@ -463,11 +490,12 @@ def _check_whole(forward: Forward, query: Tensor, key: Tensor) -> None:
     if forward.share.gathered is None or query.shape[1] != key.shape[1]:
         return
     whole = sum(forward.share.gathered.streams)
-    if query.shape[1] != whole:
-        raise UnsupportedCall(
-            f"{forward.model.name} is split between ranks, and a self-attention call has {query.shape[1]} of {whole} tokens: its processor "
-            "does not hand the host's parallel configuration on"
-        )
+    if query.shape[1] == whole:
+        return
+    found = f"{forward.model.name} is split between ranks, and a self-attention call has {query.shape[1]} of {whole} tokens"
+    if query.shape[1] > whole:
+        raise UnsupportedCall(f"{found}: the plan by which it is split leaves some of them whole on every rank")
+    raise UnsupportedCall(f"{found}: its processor does not hand the host's parallel configuration on")
 
 
 def _are_queries_of_the_image(forward: Forward, query: Tensor, key: Tensor) -> bool:
