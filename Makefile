@@ -18,6 +18,11 @@ WHEEL_VENV := .venv-wheel
 WHEEL_BIN := $(WHEEL_VENV)/bin
 WHEEL_READY := $(WHEEL_VENV)/.ready
 DIST_READY := dist/.ready
+# releases of diffusers for make test-versions; "newest" is what the index has, pre-releases too
+DIFFUSERS_VERSIONS ?= 0.38.0 0.40.0 newest
+# the adapter, and not what is above it
+VERSION_TESTS := $(addprefix tests/hosts/diffusers/test_,private_names.py dispatcher.py install.py register.py steps_of_runs.py families.py \
+  step_caches.py) tests/models
 # the newest glibc that a wheel may ask for: that of torch's own wheels
 MANYLINUX := manylinux_2_28_$(shell uname -m)
 
@@ -25,7 +30,7 @@ MANYLINUX := manylinux_2_28_$(shell uname -m)
 PROCESSES ?= auto
 TESTS := -m pytest -q -n $(PROCESSES) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-npu test-vllm-omni test-isa test-wheel wheel wheels sdist check-dist check static docs format clean
+.PHONY: demo test test-npu test-vllm-omni test-isa test-versions test-wheel wheel wheels sdist check-dist check static docs format clean
 
 # a clip from the package's own small model: densely, with the recommended sparse backend at three sparsities, with another one beside it
 demo: $(READY)
@@ -49,6 +54,17 @@ test-vllm-omni: $(READY) $(VLLM_OMNI_READY)
 # the contract of every op on the CPU kernels of older processors
 test-isa: $(READY)
 	for isa in baseline avx2; do DITATTN_CPU_ISA=$$isa $(BIN)/python $(TESTS) $(wildcard tests/ops/*/test_contract.py) || exit 1; done
+
+# the adapter against other releases of diffusers. Each goes into a folder of its own, in front of the pinned one on the path; httpx and
+# httpcore are what older ones import and the pinned one does not
+test-versions: $(READY)
+	for version in $(DIFFUSERS_VERSIONS); do \
+	  asked=$$([ $$version = newest ] && echo "--pre diffusers" || echo diffusers==$$version); \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade -c constraints-versions.txt \
+	    --target .diffusers-versions/$$version $$asked httpx httpcore || exit 1; \
+	  echo "diffusers $$version:"; \
+	  PYTHONPATH=$(CURDIR)/.diffusers-versions/$$version $(BIN)/python $(TESTS) -m "not slow" $(VERSION_TESTS) || exit 1; \
+	done
 
 # dist/: an sdist, and a wheel for this machine's architecture that is built from it
 wheel: $(DIST_READY)

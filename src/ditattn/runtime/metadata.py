@@ -10,7 +10,7 @@ from ditattn.backends.sparse import SparseAttentionMetadata, why_not_this_step
 from ditattn.errors import ConfigError
 from ditattn.models import TokenLayout
 from ditattn.plan.deal import deal_rows
-from ditattn.plan.reuse import ForwardId
+from ditattn.plan.reuse import NO_PLACE, ForwardId
 from ditattn.runtime.split import WHOLE, RankShare
 from ditattn.runtime.step import Step
 
@@ -58,10 +58,13 @@ def for_length(metadata: AttentionMetadata, num_tokens: int) -> AttentionMetadat
     return metadata if behind < 0 else replace(metadata, num_suffix_tokens=behind)
 
 
-def for_sample(metadata: AttentionMetadata, sample: int, batch: int) -> AttentionMetadata:
-    """The metadata of a forward for a call of one sample of a batch: where plans are reused, each sample has its own."""
+def for_sample(metadata: AttentionMetadata, sample: int | None, batch: int) -> AttentionMetadata:
+    """The metadata of a forward for a call of one sample of a batch: where plans are reused, each sample has its own.
+
+    `sample` is None where nobody knows which one it is; its plan serves no other call then.
+    """
     if isinstance(metadata, SparseAttentionMetadata) and metadata.reuse.reuses:
-        number = metadata.forward_id.number * batch + sample
+        number = NO_PLACE if sample is None else metadata.forward_id.number * batch + sample
         return replace(metadata, forward_id=replace(metadata.forward_id, number=number))
     return metadata
 

@@ -89,6 +89,7 @@ class Forward:
     """One running forward of a denoiser: what an attention call inside it can know.
 
     Attributes:
+        layer_batch: batch elements that the running layer got; None if unknown. A step cache may leave a branch out, below the root.
         split: how its tokens or weights are split between ranks; None if they are not.
         share: what this rank has of its calls.
         native: computes the running call by the host's own attention, `[B, S, H, D]`, for calls that run densely; None leaves them to us.
@@ -104,6 +105,7 @@ class Forward:
     image_metadata: AttentionMetadata | None = None
     key_mask: Tensor | None = None
     layer: int | None = None
+    layer_batch: int | None = None
     num_calls: int = 0
     split: SequenceSplit | TensorSplit | None = None
     share: RankShare = WHOLE
@@ -428,7 +430,10 @@ def _of_call(forward: Forward, layer: int | None, query: Tensor, key: Tensor) ->
     if family.suffix_varies:
         metadata = for_length(metadata, key.shape[1])
     batch = _calls_per_layer(forward)
-    return metadata if batch == 1 else for_sample(metadata, (forward.num_calls - 1) % batch, batch)
+    if batch == 1:
+        return metadata
+    is_whole = forward.layer_batch in (None, batch)
+    return for_sample(metadata, (forward.num_calls - 1) % batch if is_whole else None, batch)
 
 
 def _calls_per_layer(forward: Forward) -> int:

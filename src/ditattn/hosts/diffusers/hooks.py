@@ -215,14 +215,15 @@ def _attend_bhsd(
     return attend(q, k, v, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)
 
 
-def enter_layer(layer: int | None) -> None:
-    """Self-attention layer number `layer` begins; None for a module that is not served."""
+def enter_layer(layer: int | None, hidden_states: Any = None) -> None:
+    """Self-attention layer number `layer` begins, with its input where that is known; None for a module that is not served."""
     # a compiled graph runs no Python here: there the layer is counted inside the operation
     if torch.compiler.is_compiling():
         return
     forward = running()
     if forward is not None:
         forward.layer = layer
+        forward.layer_batch = hidden_states.shape[0] if isinstance(hidden_states, Tensor) else None
 
 
 def leave_layer() -> None:
@@ -235,13 +236,13 @@ def add_layer_hooks(layers: Mapping[int, nn.Module]) -> Callable[[], None]:
     handles = []
     for number, module in layers.items():
 
-        def begin(_module: nn.Module, _args: Any, number: int = number) -> None:
-            enter_layer(number)
+        def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int = number) -> None:
+            enter_layer(number, args[0] if args else kwargs.get("hidden_states"))
 
         def end(_module: nn.Module, _args: Any, _output: Any) -> None:
             leave_layer()
 
-        handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+        handles += [module.register_forward_pre_hook(begin, with_kwargs=True), module.register_forward_hook(end)]
 
     def remove() -> None:
         for handle in handles:
