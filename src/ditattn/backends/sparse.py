@@ -44,6 +44,7 @@ class Reason:
     STEP_UNKNOWN = "step unknown"
     FIRST_STEPS = "first steps"
     LAST_STEPS = "last steps"
+    REFRESH = "a dense step among the sparse ones, to renew residuals"
     STEPS_UNKNOWN = "number of steps unknown"
     SKIPPED_LAYER = "skipped layer"
     LAYER_UNKNOWN = "layer unknown"
@@ -63,7 +64,9 @@ class NotReused:
 
 
 # conditions a user asked for; everything else makes strict=True raise
-EXPECTED_REASONS = frozenset({Reason.SPARSITY_ZERO, Reason.FIRST_STEPS, Reason.LAST_STEPS, Reason.SKIPPED_LAYER, Reason.SHORT})
+EXPECTED_REASONS = frozenset(
+    {Reason.SPARSITY_ZERO, Reason.FIRST_STEPS, Reason.LAST_STEPS, Reason.REFRESH, Reason.SKIPPED_LAYER, Reason.SHORT}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ class SparseAttentionMetadata(AttentionMetadata):
         gathered: where the tokens stand that several ranks gathered; None where they stand in the model's order.
         rows: which tokens the queries are, where a rank keeps some and has everybody's keys; None where it has all.
         heads: which heads of the layer a call has, where ranks share them; None where it has all.
-        forward_id: run and branch of the forward; looked at only where plans are reused.
+        forward_id: run and branch of the forward; looked at only where something outlasts a step.
 
     Examples:
         >>> import ditattn
@@ -270,12 +273,21 @@ class SparseAttentionImpl(AttentionImpl):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> Tensor:
         assert isinstance(attn_metadata, SparseAttentionMetadata)
         reason = self.why_dense(query, key, attn_metadata)
-        if reason is not None:
-            self._note(CallRecord(reason))
-            return self._dense(query, key, value, attn_metadata.key_lengths)
-        out, record = self._attend(query, key, value, attn_metadata)
+        if reason is None:
+            out, record = self._attend(query, key, value, attn_metadata)
+        else:
+            out = self._dense(query, key, value, attn_metadata.key_lengths)
+            record = self.learn(query, key, value, attn_metadata, reason, out)
         self._note(record)
         return out
+
+    def learns(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata, reason: str) -> bool:
+        """True if `learn` looks at the tensors of this call, which runs densely for `reason`."""
+        return False
+
+    def learn(self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, reason: str, out: Tensor) -> CallRecord:
+        """What a dense call with the output `out` tells the sparse calls after it; returns the record of the call."""
+        return CallRecord(reason)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata) -> tuple[Tensor, CallRecord]:
         """A call that runs sparse: order, plan, kernel."""
@@ -390,9 +402,10 @@ class SparseAttentionImpl(AttentionImpl):
         """The reason why this call runs densely, one of `Reason`; None if it runs sparse."""
         if self.keeps_everything(metadata):
             return Reason.SPARSITY_ZERO
-        reason = _why_not_this_step(metadata)
-        if reason is not None:
-            return reason
+        return _why_not_this_step(metadata) or self._why_never(query, key, metadata)
+
+    def _why_never(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> str | None:
+        """The reason why this call would run densely in every step."""
         if metadata.skip_layers and self.layer_index is None:
             return Reason.LAYER_UNKNOWN
         if self.layer_index in metadata.skip_layers:

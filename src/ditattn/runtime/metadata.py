@@ -42,8 +42,8 @@ def build_attn_metadata(
 
 
 def for_forward(metadata: AttentionMetadata, forward_id: ForwardId) -> AttentionMetadata:
-    """The metadata of a step as one forward of it needs it: where plans are reused, with its run and branch."""
-    if isinstance(metadata, SparseAttentionMetadata) and metadata.reuse.reuses:
+    """The metadata of a step as one forward of it needs it: where something outlasts a step, with its run and branch."""
+    if isinstance(metadata, SparseAttentionMetadata) and metadata.config.outlasts_steps:
         return replace(metadata, forward_id=forward_id)
     return metadata
 
@@ -58,8 +58,8 @@ def for_length(metadata: AttentionMetadata, num_tokens: int) -> AttentionMetadat
 
 
 def for_sample(metadata: AttentionMetadata, sample: int, batch: int) -> AttentionMetadata:
-    """The metadata of a forward for a call of one sample of a batch: where plans are reused, each sample has its own."""
-    if isinstance(metadata, SparseAttentionMetadata) and metadata.reuse.reuses:
+    """The metadata of a forward for a call of one sample of a batch: where something outlasts a step, each sample has its own."""
+    if isinstance(metadata, SparseAttentionMetadata) and metadata.config.outlasts_steps:
         number = metadata.forward_id.number * batch + sample
         return replace(metadata, forward_id=replace(metadata.forward_id, number=number))
     return metadata
