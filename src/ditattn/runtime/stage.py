@@ -386,8 +386,14 @@ class DenoisingStage:
         if reason is not None:
             if self.strict and _is_self_attention(forward, layer, call.query, call.key):
                 self._refuse(reason, forward)
-            forward.records.append(CallRecord(reason))
-            return _as_the_host(forward, call)
+            out = _as_the_host(forward, call)
+            if impl.learns(call.key, call.key, metadata, reason):
+                arranged = arrangement.arranged(call)
+                found = arrangement.arranged_output(out)
+                forward.records.append(impl.learn(arranged.query, arranged.key, arranged.value, metadata, reason, found))
+            else:
+                forward.records.append(CallRecord(reason))
+            return out
         arranged = arrangement.arranged(call)
         out = impl.forward(arranged.query, arranged.key, arranged.value, metadata)
         if self.probe is not None:
