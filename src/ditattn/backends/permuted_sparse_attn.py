@@ -35,8 +35,8 @@ from ditattn.ops.contract import checked_scale
 from ditattn.ops.pooled_tail import PooledTail
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 from ditattn.plan.bricks import FLAT, Brick, brick_name, brick_names, brick_order, brick_shapes, parse_bricks
-from ditattn.plan.split import HeadShare
 from ditattn.plan.reuse import MAX_UNNAMED
+from ditattn.plan.split import HeadShare
 from ditattn.plan.token_order import TokenOrder
 
 __all__ = ["PermutedSparseAttentionBackend", "PermutedSparseAttentionConfig", "PermutedSparseAttentionImpl"]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ditattn.plan.reuse import MAX_UNNAMED, ForwardId
+from ditattn.plan.reuse import ForwardId
 
 __all__ = ["LEAST_SPARSE_STEPS", "Refreshes", "Residuals", "refreshes", "without_residual"]
 
