@@ -5,9 +5,10 @@ Pure torch: how a host (diffusers) calls in here is the business of the host's a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -36,7 +37,7 @@ from ditattn.runtime.run_share import KEYS, RunShare, holds_for_the_run
 from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit, rank_share
 from ditattn.runtime.step import Step, StepClock
 
-__all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "running"]
+__all__ = ["DenoisingStage", "Forward", "Look", "Probe", "ServedModel", "attend", "dry_run", "running"]
 
 logger = logging.getLogger("ditattn")
 
@@ -83,6 +84,9 @@ class ServedModel:
         return self.served_layers[call] if beyond < 0 else len(self.layers) + beyond
 
 
+Look = Callable[["Forward", Tensor, Tensor, Tensor], Tensor]
+
+
 @dataclass
 class Forward:
     """One running forward of a denoiser: what an attention call inside it can know.
@@ -90,6 +94,7 @@ class Forward:
     Attributes:
         split: how its tokens are split between ranks; None if they are not.
         share: what this rank has of its calls.
+        look: in a dry run, sees every call and answers in its place.
     """
 
     stage: DenoisingStage
@@ -104,6 +109,7 @@ class Forward:
     num_calls: int = 0
     split: SequenceSplit | None = None
     share: RankShare = WHOLE
+    look: Look | None = None
     records: list[CallRecord] = field(default_factory=list)
     masks: MaskReader = field(default_factory=MaskReader)
 
@@ -135,6 +141,18 @@ def running() -> Forward | None:
     """The denoiser forward that runs in this thread, or None."""
     stack = getattr(_local, "stack", None)
     return stack[-1] if stack else None
+
+
+@contextlib.contextmanager
+def dry_run(model: ServedModel, look: Look) -> Iterator[None]:
+    """Served attention calls of this thread are answered by `look`, which gets a forward that knows the layer, and query, key and value."""
+    stack = getattr(_local, "stack", [])
+    forward = Forward(DenoisingStage(StepClock()), model, Step(None, None, "none"), ForwardId(), None, AttentionMetadata(), look=look)
+    _local.stack = [*stack, forward]
+    try:
+        yield
+    finally:
+        _local.stack = stack
 
 
 class DenoisingStage:
@@ -524,6 +542,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
     if forward is None:
         _warn_stray()
         return _native(_asked(query, key, value, attn_mask, is_causal, scale))
+    if forward.look is not None:
+        return forward.look(forward, query, key, value)
     return forward.stage.attend(forward, query, key, value, attn_mask, is_causal, scale)
 
 
@@ -539,7 +559,7 @@ _attend.register_autograd(refuse_gradients)
 def _count_native(out: Tensor, query: Tensor, key: Tensor, reason: str) -> Tensor:
     """The output of a call that was torch's own, counted when it runs: a compiled graph runs no Python of ours."""
     forward = running()
-    if forward is not None:
+    if forward is not None and forward.look is None:
         forward.stage.count_native(forward, query, key, reason)
     return out.clone()
 
