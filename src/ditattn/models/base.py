@@ -168,6 +168,7 @@ class ModelFamily:
             dtype.
         untrue_notices: what its pipelines log although it is not so, by name of the logger: records that hold the text are dropped.
         dispatches: its processors go through diffusers' attention dispatcher; False means they call torch's SDPA directly.
+        has_processors: its attention modules have a `processor`; False means that their own forward calls torch's SDPA.
         suffix_varies: calls of one forward differ in how many tokens stand behind the video; what a call has beside prefix and video
             stands there.
         call_per_sample: its attention modules make one call for each sample of a batch.
@@ -195,6 +196,7 @@ class ModelFamily:
     full_precision_vaes: frozenset[str] = frozenset()
     untrue_notices: Mapping[str, str] = field(default_factory=dict)
     dispatches: bool = True
+    has_processors: bool = True
     suffix_varies: bool = False
     call_per_sample: bool = False
     supported: frozenset[str] | None = None

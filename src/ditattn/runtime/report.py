@@ -185,7 +185,8 @@ class ComponentReport:
 
     Attributes:
         backend, config: what was asked.
-        model: class of the transformer; "Mine, served as Known" where it is a subclass of a known one.
+        model: class of the transformer; "Mine, served as Known" where it is a subclass of a known one; "Mine, unlisted: by rule: ..."
+            where it is of no family, with what was found about its tokens.
         calls, sparse, dense: numbers of self-attention calls.
         reused_plans: sparse calls whose plan an earlier call had made (`plan_refresh_steps`, `share_plan_between_branches`).
         not_reused_reasons: sparse calls that could have reused a plan by those settings and had to make one, by reason.
@@ -270,7 +271,7 @@ class ComponentReport:
         )
 
     def _served_as(self) -> str:
-        return f"; {self.model}" if "served as" in self.model else ""
+        return f"; {self.model}" if "served as" in self.model or "unlisted" in self.model else ""
 
     def _part_of_schedule(self) -> str:
         if self.schedule_steps is None or not 0 < self.steps_run < self.schedule_steps:

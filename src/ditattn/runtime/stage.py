@@ -37,7 +37,7 @@ from ditattn.runtime.run_share import KEYS, RunShare, holds_for_the_run
 from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit, TensorSplit, rank_share
 from ditattn.runtime.step import Step, StepClock
 
-__all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "running"]
+__all__ = ["DenoisingStage", "Forward", "Look", "Probe", "ServedModel", "attend", "dry_run", "running"]
 
 logger = logging.getLogger("ditattn")
 
@@ -84,6 +84,9 @@ class ServedModel:
         return self.served_layers[call] if beyond < 0 else len(self.layers) + beyond
 
 
+Look = Callable[["Forward", Tensor, Tensor, Tensor], Tensor]
+
+
 @dataclass
 class Forward:
     """One running forward of a denoiser: what an attention call inside it can know.
@@ -94,6 +97,7 @@ class Forward:
         share: what this rank has of its calls.
         native: computes the running call by the host's own attention, `[B, S, H, D]`, for calls that run densely; None leaves them to us.
         dealt: metadata of calls before which the ranks of a ring deal out rows; None where they do not.
+        look: in a dry run, sees every call and answers in its place.
     """
 
     stage: DenoisingStage
@@ -110,6 +114,7 @@ class Forward:
     split: SequenceSplit | TensorSplit | None = None
     share: RankShare = WHOLE
     native: Callable[[], Tensor] | None = None
+    look: Look | None = None
     records: list[CallRecord] = field(default_factory=list)
     masks: MaskReader = field(default_factory=MaskReader)
     dealt: SparseAttentionMetadata | None = None
@@ -153,6 +158,18 @@ def running() -> Forward | None:
     """The denoiser forward that runs in this thread, or None."""
     stack = getattr(_local, "stack", None)
     return stack[-1] if stack else None
+
+
+@contextlib.contextmanager
+def dry_run(model: ServedModel, look: Look) -> Iterator[None]:
+    """Served attention calls of this thread are answered by `look`, which gets a forward that knows the layer, and query, key and value."""
+    stack = getattr(_local, "stack", [])
+    forward = Forward(DenoisingStage(StepClock()), model, Step(None, None, "none"), ForwardId(), None, AttentionMetadata(), look=look)
+    _local.stack = [*stack, forward]
+    try:
+        yield
+    finally:
+        _local.stack = stack
 
 
 class DenoisingStage:
@@ -571,6 +588,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
     if forward is None:
         _warn_stray()
         return _native(_asked(query, key, value, attn_mask, is_causal, scale))
+    if forward.look is not None:
+        return forward.look(forward, query, key, value)
     return forward.stage.attend(forward, query, key, value, attn_mask, is_causal, scale)
 
 
@@ -586,7 +605,7 @@ _attend.register_autograd(refuse_gradients)
 def _count_native(out: Tensor, query: Tensor, key: Tensor, reason: str) -> Tensor:
     """The output of a call that was torch's own, counted when it runs: a compiled graph runs no Python of ours."""
     forward = running()
-    if forward is not None:
+    if forward is not None and forward.look is None:
         forward.stage.count_native(forward, query, key, reason)
     return out.clone()
 

@@ -20,7 +20,17 @@ from ditattn.runtime.foreign_modes import OwnMode
 from ditattn.runtime.split import SequenceSplit, TensorSplit
 from ditattn.runtime.stage import DenoisingStage, ServedModel, attend, running
 
-__all__ = ["add_layer_hooks", "add_root_hook", "bind_arguments", "enter_layer", "is_listening", "leave_layer", "redirect_sdpa"]
+__all__ = [
+    "add_layer_hooks",
+    "add_root_hook",
+    "bind_arguments",
+    "enter_layer",
+    "is_listening",
+    "leave_layer",
+    "redirect_forward",
+    "redirect_sdpa",
+    "why_no_dry_run",
+]
 
 HOOK_NAME = "ditattn"
 
@@ -75,6 +85,16 @@ class _ContextHook(ModelHook):
 def is_listening(module: nn.Module) -> bool:
     """True if an installation serves this denoiser."""
     return HOOK_NAME in getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+
+
+def why_no_dry_run(module: nn.Module) -> str | None:
+    """Why the forward of a denoiser must not run beside the pipeline's own calls: hooks of others that remember their calls. Else None."""
+    for part in module.modules():
+        hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
+        stateful = [name for name, hook in hooks.items() if name != HOOK_NAME and getattr(hook, "_is_stateful", False)]
+        if stateful:
+            return f"its hook {stateful[0]} remembers calls, which a dry run would be one of"
+    return None
 
 
 def _listen(module: nn.Module, hook: _ContextHook) -> Callable[[], None]:
@@ -195,6 +215,28 @@ def _redirected(cls: Any) -> Any:
                 return cls.__call__(self, *args, **kwargs)
 
     return Redirected
+
+
+def redirect_forward(part: nn.Module) -> Callable[[], None]:
+    """Let the SDPA calls of an attention module without a processor come to us. Returns the removal."""
+    forward, own = part.forward, "forward" in vars(part)
+
+    @functools.wraps(forward)
+    def redirected(*args: Any, **kwargs: Any) -> Any:
+        with _SdpaRedirect():
+            return forward(*args, **kwargs)
+
+    # copies of the part go without it
+    redirected.ditattn_redirects = True  # type: ignore[attr-defined]
+    vars(part)["forward"] = redirected
+
+    def remove() -> None:
+        if own:
+            vars(part)["forward"] = forward
+        else:
+            vars(part).pop("forward", None)
+
+    return remove
 
 
 def _attend_bhsd(
