@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditattn.models.base import ModelFamily, TokenLayout, patch_triple, text_length
+from ditattn.models.base import SINGLE_STREAM_LINEAR_LAYERS, ModelFamily, TokenLayout, patch_triple, text_length
 
 __all__ = ["HUNYUAN_VIDEO"]
 
@@ -20,6 +20,7 @@ HUNYUAN_VIDEO = ModelFamily(
     transformer_classes=("HunyuanVideoTransformer3DModel",),
     layout=layout,
     self_attention=r"(transformer_blocks|single_transformer_blocks)\.\d+\.attn",
+    linear_layers=SINGLE_STREAM_LINEAR_LAYERS,
     size_multiple=16,
     notes="text after video, protected; its key-padding mask is honoured by every kernel",
 )

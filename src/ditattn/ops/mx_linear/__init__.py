@@ -21,7 +21,7 @@ from ditattn.ops.mx_linear.mx_format import quantized_weight
 from ditattn.ops.table import FLOATS, HALF, Implementation, Names, choose, load, names_of
 from ditattn.packages import TORCH_NPU
 
-__all__ = ["TABLE", "MXWeight", "arranged", "mx_linear", "quantized_weight"]
+__all__ = ["TABLE", "MXWeight", "arranged", "mx_linear", "quantized_weight", "traced_mx_linear"]
 
 _OPTIONS = frozenset({"bias", "mul_scale"})
 
@@ -88,6 +88,14 @@ def mx_linear(
     if not torch.compiler.is_compiling():
         names = (choose(TABLE, linear_facts(x, weight, bias, mul_scale), names).name,)
     out: Tensor = _op(x, weight.packed, weight.scale, weight.dual_scale, bias, mul_scale, joined(names))
+    return out
+
+
+def traced_mx_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, dual_scale: Tensor | None, bias: Tensor | None, mul_scale: Tensor | None
+) -> Tensor:
+    """`mx_linear` for code that is being traced: unchecked, on the tensors of a weight; the op chooses when it first runs."""
+    out: Tensor = _op(x, packed, scale, dual_scale, bias, mul_scale, "")
     return out
 
 
