@@ -25,6 +25,7 @@ ONLY_IN: dict[str, list[str]] = {
     "diffusers": ["ditattn.hosts.diffusers"],
     "transformers": ["ditattn.hosts.diffusers"],
     "tokenizers": ["ditattn.hosts.diffusers"],
+    "sglang": ["ditattn.hosts.sglang"],
     "imageio": ["ditattn.cli"],
     "imageio_ffmpeg": ["ditattn.cli", "ditattn.compare"],
     "torchmetrics": ["ditattn.compare"],
