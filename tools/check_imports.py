@@ -27,6 +27,7 @@ ONLY_IN: dict[str, list[str]] = {
     "tokenizers": ["ditattn.hosts.diffusers"],
     "vllm_omni": ["ditattn.hosts.vllm_omni"],
     "vllm": ["ditattn.hosts.vllm_omni"],
+    "sglang": ["ditattn.hosts.sglang"],
     "imageio": ["ditattn.cli"],
     "imageio_ffmpeg": ["ditattn.cli", "ditattn.compare"],
     "torchmetrics": ["ditattn.compare"],

@@ -78,6 +78,10 @@ class ServedModel:
         self.served_layers = list(range(len(self.layers)))
         self.image_layers = frozenset(number for number, path in enumerate(self.layers) if self.family.is_image_only(path))
 
+    def begin_log(self) -> None:
+        """Count anew, as for another request; which implementations serve stays known."""
+        self.log = ComponentLog(self.name, self.backend.name, self.config.model_dump(), implementations=self.log.implementations)
+
     def layer_of_call(self, call: int) -> int:
         """Number of the layer that makes the n-th served call of a forward; calls beyond the last layer go on counting."""
         beyond = call - len(self.served_layers)
@@ -202,6 +206,7 @@ class DenoisingStage:
         branch: str | None = None,
         driver: Any = None,
         split: SequenceSplit | TensorSplit | None = None,
+        share: RankShare | None = None,
     ) -> Forward:
         """A forward of `model` begins in this thread.
 
@@ -209,6 +214,7 @@ class DenoisingStage:
             arguments: of the forward, by name.
             cache_context, branch, driver: see `StepClock.read`.
             split: how the host splits tokens or weights between ranks.
+            share: what this rank has of the calls, where the host tells; None where it follows from `split` and the family.
 
         Raises:
             UnsupportedModel, UnsupportedCall: tokens that cannot be split so.
@@ -225,7 +231,7 @@ class DenoisingStage:
         layout = _layout(model, arguments)
         if layout is not None:
             model.log.note_grids([layout.grid, *(grid.size for grid in layout.further_grids)])
-        share = rank_share(split, model.family, model.model_config, layout)
+        share = rank_share(split, model.family, model.model_config, layout) if share is None else share
         metadata = self._metadata_of(model, step, layout, forward_id, share)
         forward = Forward(self, model, step, forward_id, layout, metadata, split=split, share=share)
         if model.image_layers and layout is not None:

@@ -223,7 +223,7 @@ def redirect_forward(part: nn.Module) -> Callable[[], None]:
 
     @functools.wraps(forward)
     def redirected(*args: Any, **kwargs: Any) -> Any:
-        with _SdpaRedirect():
+        with _SdpaRedirect(None):
             return forward(*args, **kwargs)
 
     # copies of the part go without it
