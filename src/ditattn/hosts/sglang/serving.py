@@ -134,7 +134,7 @@ class Serving:
         split, share = None, WHOLE
         if ranks > 1:
             place = _ulysses_rank()
-            split, share = SequenceSplit(ranks, 1, place), RankShare(heads=HeadShare(place, ranks))
+            split, share = SequenceSplit(ranks, 1, place), RankShare(heads=HeadShare(place, ranks, layer.num_heads))
         step = Step(_step_index(context), _num_steps(context.forward_batch), "sglang")
         return self.stage.enter(layer.model, arguments, driver=step, split=split, share=share)
 
