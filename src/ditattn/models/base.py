@@ -16,6 +16,8 @@ from ditattn.plan.token_grids import TokenGrid, grids_of_sequence
 __all__ = [
     "DEFAULT_FRAME_RATE",
     "ModelFamily",
+    "SplitAxis",
+    "SplitPlan",
     "TokenLayout",
     "image_layout",
     "num_patches",
@@ -30,6 +32,22 @@ __all__ = [
 
 DEFAULT_FRAME_RATE = 24
 """Frames per second where nothing else is known."""
+
+
+@dataclass(frozen=True)
+class SplitAxis:
+    """An axis of tokens.
+
+    Attributes:
+        axis: its number.
+        ndim: axes of the tensor.
+    """
+
+    axis: int
+    ndim: int
+
+
+SplitPlan = Mapping[str, SplitAxis | Mapping[str | int, SplitAxis | tuple[SplitAxis, ...]]]
 
 
 @dataclass(frozen=True)
@@ -173,6 +191,9 @@ class ModelFamily:
         call_per_sample: its attention modules make one call for each sample of a batch.
         supported: names of the backends that make sense for it; None means every one.
         streams: TokenLayout -> lengths of the streams that context parallelism splits apart, in self-attention's order; None: not known.
+        split_plan: model configuration -> how context parallelism splits the tokens, for classes that the host has no plan of its own for:
+            by path of a module, by name of an argument or number of a result, which axis of a tensor of how many axes; a bare axis is
+            where the parts of the module's result are put together. None: not known.
         never_split: model configuration -> why context parallelism would be wrong for such a model; None where it is right.
         masks_stay_whole: there its masks are those of all tokens in the model's order, on every rank.
         notes: one sentence for the compatibility matrix.
@@ -199,6 +220,7 @@ class ModelFamily:
     call_per_sample: bool = False
     supported: frozenset[str] | None = None
     streams: Callable[[TokenLayout], tuple[int, ...]] | None = None
+    split_plan: Callable[[Any], SplitPlan] | None = None
     never_split: Callable[[Any], str | None] = lambda _: None
     masks_stay_whole: bool = False
     notes: str = ""
