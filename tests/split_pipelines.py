@@ -29,7 +29,7 @@ from ditattn.compare.setting import Clip
 from ditattn.errors import DitattnError
 from ditattn.hosts.diffusers.dispatcher import dispatched_attention
 from ditattn.hosts.diffusers.guidance_parallel import share_branches
-from ditattn.hosts.diffusers.split import PLANS, enable_context_parallelism, split_denoisers
+from ditattn.hosts.diffusers.split import enable_context_parallelism, split_denoisers
 from ditattn.hosts.diffusers.workload import PipelineWorkload
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
@@ -384,7 +384,8 @@ def refusals() -> dict[str, str]:
     messages = {}
     _split_by(before, plan)
     messages["unknown streams before"] = _message(lambda: ditattn.install(before.pipe, "rain_fusion_attn"))
-    text_whole = {**PLANS["HunyuanVideoTransformer3DModel"], **plan}
+    positions = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
+    text_whole = {"rope": {0: positions, 1: positions}, **plan}
     for name, tiny, its_plan in (("unknown streams after", after, plan), ("a stream left whole", hunyuan, text_whole)):
         with ditattn.install(tiny.pipe, "torch_sdpa"):
             _split_by(tiny, its_plan)

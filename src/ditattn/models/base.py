@@ -18,6 +18,8 @@ __all__ = [
     "LINEAR_LAYERS",
     "SINGLE_STREAM_LINEAR_LAYERS",
     "ModelFamily",
+    "SplitAxis",
+    "SplitPlan",
     "TokenLayout",
     "image_layout",
     "num_patches",
@@ -41,6 +43,22 @@ LINEAR_LAYERS = _NEITHER + r"\w*(attn|attention|ff|mlp|feed_forward)\w*\..+"
 
 SINGLE_STREAM_LINEAR_LAYERS = LINEAR_LAYERS + "|proj_mlp|proj_out"
 """The same where blocks of one stream compute attention and feed-forward side by side, with one projection out of both."""
+
+
+@dataclass(frozen=True)
+class SplitAxis:
+    """An axis of tokens.
+
+    Attributes:
+        axis: its number.
+        ndim: axes of the tensor.
+    """
+
+    axis: int
+    ndim: int
+
+
+SplitPlan = Mapping[str, SplitAxis | Mapping[str | int, SplitAxis | tuple[SplitAxis, ...]]]
 
 
 @dataclass(frozen=True)
@@ -189,6 +207,9 @@ class ModelFamily:
         checkpoint_names: (regular expression, replacement) that turn the names of the authors' own checkpoints into those of diffusers.
         checkpoint_folders: by component, the folder in which the authors' own checkpoints keep it.
         streams: TokenLayout -> lengths of the streams that context parallelism splits apart, in self-attention's order; None: not known.
+        split_plan: model configuration -> how context parallelism splits the tokens, for classes that the host has no plan of its own for:
+            by path of a module, by name of an argument or number of a result, which axis of a tensor of how many axes; a bare axis is
+            where the parts of the module's result are put together. None: not known.
         never_split: model configuration -> why context parallelism would be wrong for such a model; None where it is right.
         masks_stay_whole: there its masks are those of all tokens in the model's order, on every rank.
         notes: one sentence for the compatibility matrix.
@@ -219,6 +240,7 @@ class ModelFamily:
     checkpoint_names: tuple[tuple[str, str], ...] = ()
     checkpoint_folders: Mapping[str, str] = field(default_factory=dict)
     streams: Callable[[TokenLayout], tuple[int, ...]] | None = None
+    split_plan: Callable[[Any], SplitPlan] | None = None
     never_split: Callable[[Any], str | None] = lambda _: None
     masks_stay_whole: bool = False
     notes: str = ""

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditattn.models.base import SINGLE_STREAM_LINEAR_LAYERS, ModelFamily, TokenLayout, patch_triple, text_length, video_and_suffix
+from ditattn.models.base import (
+    SINGLE_STREAM_LINEAR_LAYERS,
+    ModelFamily,
+    SplitAxis,
+    SplitPlan,
+    TokenLayout,
+    patch_triple,
+    text_length,
+    video_and_suffix,
+)
 
 __all__ = ["HUNYUAN_VIDEO"]
 
@@ -13,6 +22,16 @@ __all__ = ["HUNYUAN_VIDEO"]
 def layout(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
     """`hidden_states` is `(B, C, T, H, W)`."""
     return TokenLayout(tuple(arguments["hidden_states"].shape), patch_triple(config), num_suffix_tokens=text_length(arguments))
+
+
+def split_plan(config: Any) -> SplitPlan:
+    """Text and video where the blocks begin, the positions where they are made. The text's refinement before runs whole."""
+    tokens, positions = SplitAxis(1, 3), SplitAxis(0, 2)
+    return {
+        "rope": {0: positions, 1: positions},
+        "transformer_blocks.0": {"hidden_states": tokens, "encoder_hidden_states": tokens},
+        "proj_out": tokens,
+    }
 
 
 def never_split(config: Any) -> str | None:
@@ -29,6 +48,7 @@ HUNYUAN_VIDEO = ModelFamily(
     linear_layers=SINGLE_STREAM_LINEAR_LAYERS,
     size_multiple=16,
     streams=video_and_suffix,
+    split_plan=split_plan,
     never_split=never_split,
     masks_stay_whole=True,
     notes="text after video, protected; its key-padding mask is honoured by every kernel",

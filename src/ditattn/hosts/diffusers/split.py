@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,42 +12,39 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ditattn.errors import ConfigError, UnsupportedModel
 from ditattn.hosts.diffusers.guidance_parallel import BRANCHES, share_branches
-from ditattn.models import unwrapped
+from ditattn.models import family_of, unwrapped
+from ditattn.models.base import SplitAxis
 
-__all__ = ["PLANS", "enable_context_parallelism", "split_denoisers"]
-
-_TOKENS = ContextParallelInput(split_dim=1, expected_dims=3)
-_POSITIONS = ContextParallelInput(split_dim=0, expected_dims=2)
-_BLOCKS = {"transformer_blocks.0": {"hidden_states": _TOKENS, "encoder_hidden_states": _TOKENS}}
-_RESULT = {"proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3)}
-
-PLANS: dict[str, dict[str, Any]] = {
-    "HunyuanVideoTransformer3DModel": {
-        "rope": {place: replace(_POSITIONS, split_output=True) for place in (0, 1)},
-        **_BLOCKS,
-        **_RESULT,
-    },
-    "CogVideoXTransformer3DModel": {"": {"image_rotary_emb": [_POSITIONS, _POSITIONS]}, **_BLOCKS, **_RESULT},
-}
-"""By class, for transformers that diffusers 0.42.1 has no plan for. They are right with an installed backend alone: HunyuanVideo's mask is
-not split with its tokens, and CogVideoX does not exchange any by itself."""
+__all__ = ["enable_context_parallelism", "split_denoisers"]
 
 
 def _plan(module: Any) -> Any:
-    """How the module's tokens are split: its own plan, or ours; None if there is none."""
+    """How the module's tokens are split: diffusers' own plan, or that of the family; None if there is none."""
     own = unwrapped(module)
-    plan = getattr(own, "_cp_plan", None) or PLANS.get(type(own).__name__)
-    if plan is not None and not getattr(own.config, "use_rotary_positional_embeddings", True):
-        # CogVideoX of 2 B parameters has positions in its embedding
-        return {name: part for name, part in plan.items() if name}
-    return plan
+    family, plan = family_of(own), getattr(own, "_cp_plan", None)
+    if plan is not None or family is None or family.split_plan is None:
+        return plan
+    return {path: _in_diffusers_words(part) for path, part in family.split_plan(own.config).items()}
+
+
+def _in_diffusers_words(part: Any) -> Any:
+    if isinstance(part, SplitAxis):
+        return ContextParallelOutput(gather_dim=part.axis, expected_dims=part.ndim)
+
+    def given(axis: SplitAxis, *, of_result: bool) -> ContextParallelInput:
+        return ContextParallelInput(split_dim=axis.axis, expected_dims=axis.ndim, split_output=of_result)
+
+    return {
+        name: [given(axis, of_result=False) for axis in axes] if isinstance(axes, tuple) else given(axes, of_result=isinstance(name, int))
+        for name, axes in part.items()
+    }
 
 
 def enable_context_parallelism(module: Any, cp_plan: Any = None, mesh: Any = None, **degrees: Any) -> None:
     """`module.enable_parallelism` of diffusers with a `ContextParallelConfig` of these degrees.
 
-    `cp_plan` is the model's own unless given, or one of `PLANS` where it has none; `mesh` has the dimensions ring and ulysses and is made
-    of all ranks unless given.
+    `cp_plan` is the model's own unless given, or its family's where diffusers has none; `mesh` has the dimensions ring and ulysses and is
+    made of all ranks unless given.
 
     It divides by the number of accelerators to find this rank's device, also on a machine that has none (seen in 0.42.1): there torch is
     made to count the CPU as one while it looks.
