@@ -45,7 +45,7 @@ class Reason:
     STEP_UNKNOWN = "step unknown"
     FIRST_STEPS = "first steps"
     LAST_STEPS = "last steps"
-    REFRESH = "a dense step among the sparse ones, to renew residuals"
+    REFRESH = "refresh step"
     STEPS_UNKNOWN = "number of steps unknown"
     SKIPPED_LAYER = "skipped layer"
     LAYER_UNKNOWN = "layer unknown"
