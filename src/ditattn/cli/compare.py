@@ -60,7 +60,7 @@ def run(settings: CompareSettings, *, debug: bool = False) -> None:
     clips = [Clip(prompt, seed) for prompt in settings.prompt for seed in settings.seed]
     comparison = compare(references, attention, clips, repeats=settings.repeats, probe=settings.probe, progress=say)
     fps = playing_rate(job, pipe)
-    record = comparison_record(comparison, {**_made(comparison, fps), **origin(job, references)})
+    record = comparison_record(comparison, {**_made(comparison, fps), **origin(job, references)}, settings.target_psnr)
     folder = Path(settings.output_path)
     videos = _clip_files(comparison, record, folder, name) if settings.save_videos else {}
     page, numbers = _write(comparison, record, folder, name, fps, videos)
@@ -144,10 +144,9 @@ def _print_table(record: Mapping[str, Any]) -> None:
     for setting in record["settings"]:
         table.add_row(setting["name"], *(_cell(setting["statistics"][key], digits, divisor) for key, _, digits, divisor in shown))
     print_rich(table)
+    typer.echo(record["verdict"])
     if len(record["clips"]) > 1:
         typer.echo(f"medians over {len(record['clips'])} clips, each against its own reference; in brackets the worst")
-    if record["model"]["random_weights"]:
-        typer.echo("the model's weights are random: the quality figures mean nothing")
 
 
 def _cell(found: Mapping[str, Any] | None, digits: int, divisor: float) -> str:

@@ -232,6 +232,11 @@ class CompareSettings(CallSettings):
     Writes one self-contained HTML page and the same numbers as JSON.
     """
 
+    target_psnr: Annotated[
+        FiniteFloat | None,
+        Field(ge=1),
+        Option(OUTPUT, "Decibels that you want to keep: the result then names the fastest setting that keeps them, and the page marks them."),
+    ] = None
     seed: Annotated[Seeds, SEEDS] = Field(default_factory=lambda: [42])
     attention_backend: Annotated[
         Texts,
