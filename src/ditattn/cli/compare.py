@@ -16,6 +16,7 @@ import typer
 from ditattn.backends.setting import Setting
 from ditattn.cli.job import load, playing_rate, prepare
 from ditattn.cli.output import DraftFiles, check_plain_name, default_name, numbered, write_media
+from ditattn.cli.progress import progress_bar
 from ditattn.cli.ranks import check_alone
 from ditattn.cli.references import check_metrics, dense_references, origin
 from ditattn.cli.settings import CompareSettings
@@ -56,9 +57,10 @@ def run(settings: CompareSettings, *, debug: bool = False) -> None:
     attention = _parse_attention(settings)
     job = prepare(settings, [REFERENCE, *attention])
     pipe, _ = load(job)
-    references = dense_references(job, pipe, cached=settings.reference_cache)
     clips = [Clip(prompt, seed) for prompt in settings.prompt for seed in settings.seed]
-    comparison = compare(references, attention, clips, repeats=settings.repeats, probe=settings.probe, progress=say)
+    with progress_bar() as progress:
+        references = dense_references(job, pipe, cached=settings.reference_cache, progress=progress)
+        comparison = compare(references, attention, clips, repeats=settings.repeats, probe=settings.probe, progress=progress)
     fps = playing_rate(job, pipe)
     record = comparison_record(comparison, {**_made(comparison, fps), **origin(job, references)}, settings.target_psnr)
     folder = Path(settings.output_path)

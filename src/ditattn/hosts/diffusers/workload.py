@@ -11,7 +11,7 @@ import torch
 from ditattn.backends.setting import Setting
 from ditattn.compare.setting import REFERENCE, Clip
 from ditattn.compare.workload import Rendered, Workload
-from ditattn.hosts.diffusers.call import call_defaults, call_pipeline
+from ditattn.hosts.diffusers.call import OnStep, call_defaults, call_pipeline, no_step
 from ditattn.hosts.diffusers.install import denoisers, install_setting, serve
 from ditattn.models import family_of, unwrapped
 from ditattn.runtime.probe import CellReading, SparseProbe
@@ -28,11 +28,13 @@ class PipelineWorkload(Workload):
         pipe: the pipeline.
         arguments: of its call, from a prompt.
         strict: see `install`.
+        on_step: called with the steps of a run that are done, and how many there are, after each of them.
     """
 
     pipe: Any
     arguments: Callable[[str], Mapping[str, Any]]
     strict: bool = False
+    on_step: OnStep = no_step
 
     @property
     def device(self) -> torch.device:
@@ -45,14 +47,14 @@ class PipelineWorkload(Workload):
     def render(self, setting: Setting, clip: Clip, **changes: Any) -> Rendered:
         arguments = {**self.arguments(clip.prompt), **changes}
         with install_setting(self.pipe, setting, strict=self.strict) as handle:
-            frames, times = call_pipeline(self.pipe, arguments, seed=clip.seed)
+            frames, times = call_pipeline(self.pipe, arguments, seed=clip.seed, on_step=self.on_step)
             return Rendered(frames, times.stages, times.steps, handle.report(), handle.overall_densities(), handle.head_orders())
 
     def probe(self, settings: Sequence[Setting], clip: Clip) -> list[list[CellReading]]:
         probe = SparseProbe([_sparse_models(self.pipe, setting) for setting in settings])
         with install_setting(self.pipe, REFERENCE) as handle:
             handle.watch(probe)
-            call_pipeline(self.pipe, self.arguments(clip.prompt), seed=clip.seed)
+            call_pipeline(self.pipe, self.arguments(clip.prompt), seed=clip.seed, on_step=self.on_step)
         return [probe.readings(number) for number in range(len(settings))]
 
 
