@@ -22,7 +22,7 @@ MANYLINUX := manylinux_2_28_$(shell uname -m)
 PROCESSES ?= auto
 TESTS := -m pytest -q -n $(PROCESSES) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-npu test-isa test-wheel wheel wheels sdist check-dist check static docs format clean
+.PHONY: demo test test-all test-npu test-isa test-wheel wheel wheels sdist check-dist check static docs format clean
 
 # a clip from the package's own small model: densely, with the recommended sparse backend at three sparsities, with another one beside it
 demo: $(READY)
@@ -30,7 +30,13 @@ demo: $(READY)
 	  --attention-backend rain_fusion_attn --grid sparsity=0.5,0.75,0.9 \
 	  --no-probe --no-reference-cache --save-videos --output-path outputs --output-file-name demo
 
+# every behaviour
 test: $(READY) $(NPU_READY)
+	$(BIN)/python $(TESTS) -m "not long" --durations=20
+	$(MAKE) test-npu
+
+# every build too: sanitizers, other compilers, every GPU architecture, all products of families, backends and splits
+test-all: $(READY) $(NPU_READY)
 	$(BIN)/python $(TESTS) --durations=20
 	$(MAKE) test-npu
 
@@ -73,7 +79,7 @@ docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=true $(DOCS_BIN)/mkdocs build --strict
 
 check: static
-	$(BIN)/python $(TESTS) -m "not slow"
+	$(BIN)/python $(TESTS) -m "not slow and not long"
 
 format: $(READY)
 	$(BIN)/ruff format .
