@@ -33,7 +33,7 @@ MANYLINUX := manylinux_2_28_$(shell uname -m)
 PROCESSES ?= auto
 TESTS := -m pytest -q -n $(PROCESSES) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-npu test-sglang test-vllm-omni test-isa test-versions test-wheel wheel wheels sdist check-dist check static docs format clean
+.PHONY: demo test test-all test-npu test-sglang test-vllm-omni test-isa test-versions test-wheel wheel wheels sdist check-dist check static docs format clean
 
 # a clip from the package's own small model: densely, with the recommended sparse backend at three sparsities, with another one beside it
 demo: $(READY)
@@ -41,7 +41,13 @@ demo: $(READY)
 	  --attention-backend rain_fusion_attn --grid sparsity=0.5,0.75,0.9 \
 	  --no-probe --no-reference-cache --save-videos --output-path outputs --output-file-name demo
 
+# every behaviour
 test: $(READY) $(NPU_READY) $(SGLANG_READY)
+	$(BIN)/python $(TESTS) -m "not long" --durations=20
+	$(MAKE) test-npu test-sglang test-vllm-omni
+
+# every build too: sanitizers, other compilers, every GPU architecture, all products of families, backends and splits
+test-all: $(READY) $(NPU_READY) $(SGLANG_READY)
 	$(BIN)/python $(TESTS) --durations=20
 	$(MAKE) test-npu test-sglang test-vllm-omni
 
@@ -104,7 +110,7 @@ docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=true $(DOCS_BIN)/mkdocs build --strict
 
 check: static
-	$(BIN)/python $(TESTS) -m "not slow"
+	$(BIN)/python $(TESTS) -m "not slow and not long"
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
-from ditattn.bench import status_line, suite
+from ditattn.bench import suite
 from ditattn.bench.timing import Effort
+from ditattn.cli.progress import progress_bar
 
 RESULTS = Path(__file__).parent / "results/cpu_attention.jsonl"
 
@@ -30,9 +30,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of tables")
     parser.add_argument("--record", action="store_true", help="append the JSON line to benchmarks/results")
     options = parser.parse_args()
-    tell = (lambda text: None) if options.json else partial(print, flush=True)
-    effort = Effort(options.rounds, options.budget, status_line.show)
-    answers = suite.ask(suite.QUICK if options.quick else suite.FULL, effort, not options.no_flex, tell)
+    with progress_bar() as progress:
+        tell = (lambda text: None) if options.json else progress.print
+        effort = Effort(options.rounds, options.budget, progress.begin)
+        answers = suite.ask(suite.QUICK if options.quick else suite.FULL, effort, not options.no_flex, tell, progress)
     line = json.dumps(answers.as_dict())
     if options.json:
         print(line)

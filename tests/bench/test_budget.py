@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ditattn.bench import budget, status_line, timing
+from ditattn.bench import budget, timing
 from ditattn.bench.budget import Call, Row, compared, halvings, measure, next_size, settle
 from ditattn.bench.timing import Effort, Timing, interleaved
 
@@ -159,21 +159,3 @@ def test_uncounted_work_has_no_rate() -> None:
 def test_two_runs_are_the_least() -> None:
     """What the tests above count with."""
     assert (budget.LEAST_RUNS, budget.MARGIN) == (2, 4.0)
-
-
-class Stream:
-    def __init__(self, terminal: bool) -> None:
-        self.text = ""
-        self.isatty = lambda: terminal
-        self.write = lambda text: setattr(self, "text", self.text + text)
-        self.flush = lambda: None
-
-
-@pytest.mark.parametrize(("terminal", "found"), [(False, "first\nsecond and l\n"), (True, "\r\x1b[Kfirst\r\x1b[Ksecond an\r\x1b[K")])
-def test_on_a_terminal_progress_is_one_line_and_elsewhere_a_line_each(monkeypatch: pytest.MonkeyPatch, terminal: bool, found: str) -> None:
-    stream = Stream(terminal)
-    monkeypatch.setattr(status_line.sys, "stderr", stream)
-    monkeypatch.setenv("COLUMNS", "10")
-    for line in ("first", "second and l", ""):
-        status_line.show(line)
-    assert stream.text == found

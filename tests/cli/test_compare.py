@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torchmetrics", reason="SSIM and MS-SSIM come from torchmetrics")
@@ -66,7 +68,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
         self._in_record = tag == "script" and values.get("id") == "record"
-        self._metric = values.get("data-metric") if tag == "td" else None if tag != "small" else "worst"
+        # a small text elsewhere is no worst clip
+        self._metric = values.get("data-metric") if tag == "td" else "worst" if tag == "small" and self._metric else None
         if self._metric == "psnr":
             self.cells.append([])
         self.sources += [value for key, value in attrs if key in ("src", "href") and value]
@@ -88,6 +91,10 @@ def test_the_pages_numbers_are_the_jsons(made):
         metric = ""
         for name, text in cells:
             metric = metric if name == "worst" else name
+            if setting["statistics"][metric] is None:
+                # no call ran sparse
+                assert (metric, text) == ("sparse_density", "-")
+                continue
             value = float(setting["statistics"][metric]["worst" if name == "worst" else "median"]) / divisors.get(metric, 1)
             digits = len(text.partition(".")[2])
             assert text == ("identical" if value == float("inf") else f"{value:.{digits}f}"), metric
@@ -124,44 +131,62 @@ def test_the_page_needs_no_network(made):
     assert sum(source.startswith("data:video/mp4") for source in page.sources) == 2 * (1 + 2 * 2)
 
 
-def test_a_browser_shows_it(made, tmp_path):
+def browser_command(tmp_path: Path, page: Path, *more: str) -> list[str]:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"no browser found (looked for {', '.join(BROWSERS)})")
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,900"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=20000", "--timeout=60000"]
+    return [*command, *more, page.as_uri()]
+
+
+# resolves when every video has a frame to show
+LOADED = """const all = selector => [...document.querySelectorAll(selector)];
+    const pause = time => new Promise(done => setTimeout(done, time));
+    const ready = async video => { while (video.readyState < 2 && !video.error) await pause(20); };
+    const loaded = () => Promise.all(all("video").map(ready)).then(() => pause(200));"""
+
+
+def test_a_browser_shows_it(made, tmp_path):
     # collects errors from the first line on, and in the end writes down what the page shows
     before = """<script>window.problems = [];
     window.addEventListener("error", event => problems.push(String(event.message || event.target.src)), true);</script>"""
-    after = """<pre id="seen"></pre><script>
-    const ready = video => video.readyState >= 2 ? 0 : new Promise(done => { video.onloadeddata = done; video.onerror = done; });
-    window.addEventListener("load", async () => {
-      const all = selector => [...document.querySelectorAll(selector)];
-      await Promise.all(all("video").map(ready));
-      await Promise.all(all("video").map(video => video.readyState > 2 ? 0 : new Promise(done => { video.oncanplay = done; })));
-      await new Promise(done => setTimeout(done, 100));
+    after = f"""<pre id="seen"></pre><script>{{ {LOADED}
+    window.addEventListener("load", async () => {{
+      await loaded();
       const playing = all("video").map(video => !video.paused);
       const clip = [...document.querySelector(".clip").querySelectorAll("video")];
       clip[0].currentTime = 0;
       clip[1].currentTime = clip[1].duration / 2;
       clip[0].dispatchEvent(new Event("ended"));
       const places = clip.map(video => video.currentTime);
-      const seek = document.querySelector(".seek");
+      const seek = document.querySelector(".clip .seek");
       seek.value = 1000;
       seek.dispatchEvent(new Event("input"));
       clip[0].dispatchEvent(new Event("ended"));
       const stays = clip.every(video => video.paused);
       document.querySelector(".differ").click();
-      document.getElementById("seen").textContent = JSON.stringify({
-        problems, playing, stays, spread: Math.max(...places) - Math.min(...places),
+      const press = key => document.querySelector(".divide").dispatchEvent(new KeyboardEvent("keydown", {{ key, bubbles: true }}));
+      const frame = () => document.querySelector("#wipe .frame").textContent;
+      press(" ");
+      const paused = all("#wipe video").every(video => video.paused);
+      press("."); press("."); press(",");
+      const second = frame();
+      const minor = () => getComputedStyle(document.querySelector("td.minor")).display;
+      const before = minor();
+      document.getElementById("more").click();
+      document.getElementById("seen").textContent = JSON.stringify({{
+        problems, playing, stays, spread: Math.max(...places) - Math.min(...places), paused, second, minor: [before, minor()],
         pictures: all("img").map(one => one.naturalWidth), videos: all("video").map(one => one.videoWidth),
         shown: all(".clip video.difference").map(one => one.offsetHeight > 50),
-        dots: all("#plot circle").length, cells: all("svg.heat rect").length });
-    });</script>"""
+        choices: all(".of-b option").map(one => one.text), chosen: all("#wipe .choose select").map(one => one.selectedIndex),
+        wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+        dots: all("svg.wide circle").length, maps: all(".heat").map(one => [one.naturalWidth, one.naturalHeight]) }});
+    }}); }}</script>"""
     text = (made / "page.html").read_text()
     page = tmp_path / "page.html"
     page.write_text(text.replace("<head>", "<head>" + before).replace("</body>", after + "</body>"))
-    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--timeout=60000", "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(browser_command(tmp_path, page, "--dump-dom"), capture_output=True, text=True, timeout=180)
     found = re.search(r'<pre id="seen">(\{.*?\})</pre>', done.stdout)
     assert found, done.stderr[-2000:]
     seen = json.loads(found[1])
@@ -169,15 +194,88 @@ def test_a_browser_shows_it(made, tmp_path):
     assert "CONSOLE" not in done.stderr
     assert len(seen["pictures"]) >= 2 * 5
     assert min(seen["pictures"]) > 0
-    assert seen["videos"] == [192] * 10
-    assert seen["playing"] == [True] * 10
+    # ten of the clips, and A and B
+    assert seen["videos"] == [192] * 12
+    assert seen["playing"] == [True] * 12
     assert seen["stays"], "drawn to the end, they show the last frame"
     # they turn round together
     assert seen["spread"] < 0.05, seen["spread"]
+    assert seen["paused"]
+    assert re.fullmatch(r"frame [234] of 4", seen["second"])
     # the box of the first clip was ticked, the second's was not
     assert seen["shown"] == [True, True, False, False]
+    assert seen["choices"] == [
+        *("torch_sdpa, dense reference", "rain_fusion_attn, sparsity 0.0", "rain_fusion_attn, sparsity 0.7"),
+        *("difference of rain_fusion_attn, sparsity 0.0", "difference of rain_fusion_attn, sparsity 0.7"),
+    ]
+    assert seen["chosen"] == [0, 1, 0]
+    assert seen["minor"] == ["none", "table-cell"]
+    assert seen["wide"] <= 0, "the page is wider than the window"
     assert seen["dots"] == 2
-    assert seen["cells"] > 0
+    # 2 steps, 1 layer; computed and dropped for each of two settings
+    assert seen["maps"] == [[2, 1]] * 4
+
+
+@pytest.fixture(scope="module")
+def image(flux_folder, tmp_path_factory) -> Path:
+    """A comparison of an image under a sparse backend and a dense one; the folder of its files."""
+    from ditattn.cli.app import run
+
+    folder = tmp_path_factory.mktemp("image")
+    arguments = ["--model-path", flux_folder, "--prompt", "a", "--height", 64, "--width", 96, "--num-inference-steps", 2, "--no-probe"]
+    arguments += ["--attention-backend", "rain_fusion_attn", "--attention-backend", "fa"]
+    arguments += ["--output-path", folder, "--output-file-name", "x", "--no-reference-cache"]
+    assert run(["compare", *map(str, arguments)]) == 0
+    return folder
+
+
+def test_the_divider_shows_a_on_its_left_and_b_on_its_right(image, tmp_path):
+    """A is the dense picture, B the grey one of a difference. A picture, not a clip, since a browser shows it when it is told to."""
+    from PIL import Image
+
+    seen = {}
+    for at in (0, 50, 100):
+        script = f"""<script>{{
+        const [of, divide] = [".of-b", ".divide"].map(one => document.querySelector(one));
+        of.value = "2 difference";
+        of.dispatchEvent(new Event("change"));
+        divide.value = {at};
+        divide.dispatchEvent(new Event("input"));
+        const place = document.querySelector(".stage").getBoundingClientRect();
+        document.title = [place.left, place.top, place.width, place.height].join(" ");
+        }}</script>"""
+        page = tmp_path / f"at{at}.html"
+        page.write_text((image / "x.html").read_text().replace("</body>", script + "</body>"))
+        picture = tmp_path / f"at{at}.png"
+        done = subprocess.run(
+            browser_command(tmp_path, page, "--dump-dom", f"--screenshot={picture}"), capture_output=True, text=True, timeout=180
+        )
+        left, top, width, height = map(float, re.search(r"<title>([\d. ]+)</title>", done.stdout)[1].split())
+        pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+        # what lies between the letters on top and the handle in the middle
+        middle = pixels[int(top + 0.2 * height) : int(top + 0.4 * height)]
+        seen[at] = [middle[:, int(left + a * width) : int(left + b * width)] for a, b in ((0.05, 0.45), (0.55, 0.95))]
+    a, b = seen[100], seen[0]
+    for side in (0, 1):
+        # a difference to what is all but equal is grey everywhere
+        assert np.abs(b[side] - 128).max() < 12
+        assert np.abs(a[side] - b[side]).mean() > 5
+    assert np.abs(seen[50][0] - a[0]).mean() < 1
+    assert np.abs(seen[50][1] - b[1]).mean() < 1
+
+
+def test_a_target_is_in_the_first_sentence_the_record_and_the_page(ditattn, made, options, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(made / "cache"))
+    more = ["--prompt", 'a "red" <circle>', "--seed", 2, "--no-probe", "--attention-backend-config", "sparsity=0.5,min_tokens=0"]
+    done = ditattn(*options, *more, "--output-path", made, "--output-file-name", "target", "--target-psnr", 100)
+    assert done.status == 0, done.err
+    record = json.loads((made / "target.json").read_text())
+    assert record["target_psnr"] == 100
+    assert record["verdict"] in done.out.splitlines()
+    text = (made / "target.html").read_text()
+    assert f'<h1 id="verdict">{html.escape(record["verdict"])}</h1>' in text
+    assert text.count('class="target"') == 2
+    assert 'class="target"' not in (made / "page.html").read_text()
 
 
 def test_table_and_cache(ditattn, made, options, monkeypatch):
@@ -214,17 +312,11 @@ def test_every_clip_is_written_where_it_is_asked_for(ditattn, options, tmp_path,
     assert all(name in done.out for name in videos)
 
 
-def test_an_image_pipeline(ditattn, flux_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    done = ditattn(
-        *("compare", "--model-path", flux_folder, "--prompt", "a", "--height", 64, "--width", 96, "--num-inference-steps", 2, "--no-probe"),
-        *("--attention-backend", "rain_fusion_attn", "--attention-backend", "fa", "--output-path", tmp_path, "--output-file-name", "x"),
-    )
-    assert done.status == 0, done.err
-    record = json.loads((tmp_path / "x.json").read_text())
+def test_an_image_pipeline(image):
+    record = json.loads((image / "x.json").read_text())
     assert [setting["name"] for setting in record["settings"]] == ["rain_fusion_attn", "fa"]
     assert record["settings"][1]["statistics"]["flicker_ratio"] is None
-    assert "<video src" not in (tmp_path / "x.html").read_text()
+    assert "<video class" not in (image / "x.html").read_text()
 
 
 def test_two_transformers_each_with_its_own_map(ditattn, wan22_folder, tmp_path, monkeypatch):

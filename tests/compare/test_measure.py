@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from ditattn.errors import ConfigError
 from ditattn.hosts.diffusers.fingerprint import model_fingerprint
 from ditattn.hosts.diffusers.geometry import frames_to_ask
 from ditattn.hosts.diffusers.workload import PipelineWorkload
+from ditattn.progress import Progress
 
 EVERY_CALL = {"skip_first_steps": 0, "min_tokens": 0}
 CLIPS = [Clip("a cat", 1), Clip("a dog", 2)]
@@ -35,12 +37,35 @@ FACTS = {
 }
 
 
+class Heard(Progress):
+    """Writes down what it hears."""
+
+    def __init__(self) -> None:
+        self.expected: list[int] = []
+        self.lines: list[tuple[str, bool]] = []
+        self.steps: list[tuple[int, int | None]] = []
+        self.ended = 0
+
+    def expect(self, num_runs: int) -> None:
+        self.expected.append(num_runs)
+
+    def begin(self, line: str, *, counts: bool = True) -> None:
+        self.lines.append((line, counts))
+
+    def step(self, done: int, total: int | None) -> None:
+        self.steps.append((done, total))
+
+    def advance(self) -> None:
+        self.ended += 1
+
+
 @pytest.fixture(scope="module")
 def compared(workload, tmp_path_factory):
     settings = expand(["rain_fusion_attn"], [{**EVERY_CALL, "skip_layers": "1"}], {"sparsity": [0.0, 0.7]})
     cache = ReferenceCache(tmp_path_factory.mktemp("references"))
-    said = []
-    return compare(References(workload, cache, FACTS), settings, CLIPS, with_vmaf=False, progress=said.append), cache, said
+    heard = Heard()
+    heard_steps = replace(workload, on_step=heard.step)
+    return compare(References(heard_steps, cache, FACTS), settings, CLIPS, with_vmaf=False, progress=heard), cache, heard
 
 
 def test_sparsity_zero_is_the_reference_and_sparse_is_not(compared):
@@ -77,13 +102,25 @@ def test_the_probe_sees_what_runs_saw(compared):
 
 
 def test_settings_take_turns(compared):
-    _, _, said = compared
-    runs = [line for line in said if line.startswith("clip")]
+    _, _, heard = compared
+    runs = [line for line, _ in heard.lines if line.startswith("clip")]
     assert [line.partition(": ")[2].split()[0] for line in runs] == [
         *("torch_sdpa", "rain_fusion_attn", "rain_fusion_attn"),
         *("rain_fusion_attn", "rain_fusion_attn", "torch_sdpa"),
     ]
     assert sorted(measure._order(3, 2, 2)) == sorted([(which, clip) for which in range(3) for clip in range(2)] * 2)
+
+
+def test_progress_hears_every_run_and_step(compared):
+    _, _, heard = compared
+    # three settings, two clips, and the probe; warm-ups and metrics are no runs
+    assert heard.expected == [7]
+    assert heard.ended == sum(counts for _, counts in heard.lines) == 7
+    assert [line for line, counts in heard.lines if not counts] == [
+        *("warm up: torch_sdpa (reference)", "warm up: rain_fusion_attn sparsity=0.0", "warm up: rain_fusion_attn sparsity=0.7"),
+        "metrics",
+    ]
+    assert heard.steps == [(1, 2), (2, 2)] * 10
 
 
 def test_a_second_comparison_takes_the_reference_from_the_cache(compared, workload, monkeypatch):

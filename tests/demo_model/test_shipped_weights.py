@@ -48,7 +48,7 @@ def test_direction_and_time_place_the_object_in_pure_noise(pipe, direction):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_held_out_clip_is_what_its_caption_tells(pipe, number):
     scene = world.held_out_scenes()[number]
     verdict = judge(draw_clips(pipe, [world.caption(scene)], seed=number, steps=12)[0])

@@ -43,11 +43,11 @@ def _runs_here(variant: str) -> bool:
     return cpu_library.problem() is not None or bool(cpu_library._runnable() >> cpu_library.VARIANTS.index(variant) & 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 @pytest.mark.parametrize("variant", cpu_library.VARIANTS)
 def test_sanitizers(variant: str, sanitizer: str, tmp_path: Path) -> None:
-    """Exact-size buffers, every tail, dense and sparse: no access outside, no data race."""
+    """Exact-size buffers, dense and sparse: no access outside at any tail, no data race between threads."""
     if not _runs_here(variant):
         pytest.skip(f"this CPU cannot run {variant}")
     target = _build(tmp_path / "sanitize", "g++", "-O1", "-g1", f"-fsanitize={sanitizer}", *FLAGS[variant])
@@ -55,7 +55,7 @@ def test_sanitizers(variant: str, sanitizer: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-500:]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("compiler", "variant", "emulator"),
     [

@@ -1,4 +1,4 @@
-"""What the sparse backends share: their metadata, when they run densely, and the road through order, plan and kernel."""
+"""What the sparse backends share: their metadata, when they run densely, and the sparse call path: reorder, plan, attend."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from ditattn.bench.timing import Effort, machine
 from ditattn.errors import BackendUnavailable
 from ditattn.ops import cpu_library
 from ditattn.ops.block_sparse_attention.flex import why_not_compiled
+from ditattn.progress import SILENT, Progress
 
 __all__ = ["FULL", "QUICK", "Answers", "Sizes", "ask"]
 
@@ -63,8 +64,10 @@ class Answers:
         }
 
 
-def ask(sizes: Sizes, effort: Effort, flex: bool, tell: Callable[[str], None]) -> Answers:
+def ask(sizes: Sizes, effort: Effort, flex: bool, tell: Callable[[str], None], progress: Progress = SILENT) -> Answers:
     """Measure everything. `tell` gets the machine and then every table as Markdown, each as soon as it is known.
+
+    `progress` hears how many tables there are, and of each that is known; what is being measured, `effort.progress` hears.
 
     Raises:
         BackendUnavailable: this machine has no compiled kernel to measure; says why.
@@ -79,9 +82,10 @@ def ask(sizes: Sizes, effort: Effort, flex: bool, tell: Callable[[str], None]) -
         tell(f"left out: {name}: {reason}")
     torch.manual_seed(SEED)
     tables, measured = _tables(sizes, not left_out), []
+    progress.expect(len(tables))
     for number, table in enumerate(tables, 1):
         measured.append(table(effort.about(f"table {number} of {len(tables)}")))
-        effort.progress("")
+        progress.advance()
         tell(render(measured[-1]))
     return Answers(effort.rounds, effort.budget_s, tuple(measured), left_out)
 

@@ -31,7 +31,7 @@ class Effort:
     Attributes:
         rounds: times that every call is measured, if the time is enough.
         budget_s: seconds that one table may take.
-        progress: told what begins, in one line; told "" before something else is printed.
+        progress: told what begins, in one line.
         clock: seconds from any beginning.
     """
 

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["backends"]
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON, for programs.")]
 OnlyDevice = Annotated[str | None, typer.Option("--device", help="Only this device type: cpu, cuda, npu, ...", show_default="all")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")]
 
 
 def backends(as_json: AsJson = False, device: OnlyDevice = None, debug: Debug = False) -> None:

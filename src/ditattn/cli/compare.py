@@ -16,6 +16,7 @@ import typer
 from ditattn.backends.setting import Setting
 from ditattn.cli.job import load, playing_rate, prepare
 from ditattn.cli.output import DraftFiles, check_plain_name, default_name, numbered, write_media
+from ditattn.cli.progress import progress_bar
 from ditattn.cli.ranks import this_rank, together
 from ditattn.cli.references import check_metrics, dense_references, origin
 from ditattn.cli.settings import CompareSettings
@@ -56,16 +57,17 @@ def run(settings: CompareSettings, *, debug: bool = False) -> None:
     job = prepare(settings, [REFERENCE, *attention])
     with together(settings.num_processes, job.device):
         pipe, _ = load(job)
-        references = dense_references(job, pipe, cached=settings.reference_cache)
         clips = [Clip(prompt, seed) for prompt in settings.prompt for seed in settings.seed]
-        comparison = compare(references, attention, clips, repeats=settings.repeats, probe=settings.probe, progress=say)
+        with progress_bar() as progress:
+            references = dense_references(job, pipe, cached=settings.reference_cache, progress=progress)
+            comparison = compare(references, attention, clips, repeats=settings.repeats, probe=settings.probe, progress=progress)
         if this_rank().is_first:
             _tell(settings, name, comparison, origin(job, references), playing_rate(job, pipe))
 
 
 def _tell(settings: CompareSettings, name: str, comparison: Comparison, made_by: Mapping[str, Any], fps: int) -> None:
     """Write the files, print the table."""
-    record = comparison_record(comparison, {**_made(comparison, fps), **made_by})
+    record = comparison_record(comparison, {**_made(comparison, fps), **made_by}, settings.target_psnr)
     folder = Path(settings.output_path)
     videos = _clip_files(comparison, record, folder, name) if settings.save_videos else {}
     page, numbers = _write(comparison, record, folder, name, fps, videos)
@@ -151,10 +153,9 @@ def _print_table(record: Mapping[str, Any]) -> None:
     for setting in record["settings"]:
         table.add_row(setting["name"], *(_cell(setting["statistics"][key], digits, divisor) for key, _, digits, divisor in shown))
     print_rich(table)
+    typer.echo(record["verdict"])
     if len(record["clips"]) > 1:
         typer.echo(f"medians over {len(record['clips'])} clips, each against its own reference; in brackets the worst")
-    if record["model"]["random_weights"]:
-        typer.echo("the model's weights are random: the quality figures mean nothing")
 
 
 def _cell(found: Mapping[str, Any] | None, digits: int, divisor: float) -> str:

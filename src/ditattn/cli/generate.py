@@ -14,6 +14,7 @@ import typer
 from ditattn.backends.setting import Setting
 from ditattn.cli.job import Job, load, pipeline_arguments, playing_rate, prepare
 from ditattn.cli.output import DraftFiles, check_file_name, check_folder, default_name, numbered, write_media
+from ditattn.cli.progress import progress_bar
 from ditattn.cli.ranks import rank_group, together
 from ditattn.cli.record import RunRecord
 from ditattn.cli.settings import PIPELINE_KEYS, GenerateSettings
@@ -90,8 +91,10 @@ def _make_one(request: GenerateJob, pipe: Any, number: int, load_ms: float) -> N
     job, settings, prompt = request.job, request.settings, request.settings.prompt[number]
     arguments, fps = pipeline_arguments(job, pipe, prompt), playing_rate(job, pipe)
     handle = install_setting(pipe, request.attention, strict=settings.strict)
-    with handle, timed("denoise and decode"):
-        frames, times = call_pipeline(pipe, arguments, seed=settings.seed)
+    with handle, timed("denoise and decode"), progress_bar() as progress:
+        progress.expect(1)
+        progress.begin("denoise" if len(settings.prompt) == 1 else f"denoise, prompt {number + 1} of {len(settings.prompt)}")
+        frames, times = call_pipeline(pipe, arguments, seed=settings.seed, on_step=progress.step)
     ranks = rank_group()
     reports = ranks.all_gather(handle.report())
     if not ranks.is_first:

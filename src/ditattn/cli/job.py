@@ -180,7 +180,8 @@ def load(job: Job) -> tuple[Any, float]:
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
         )
-    pipe.set_progress_bar_config(desc="denoise", unit="step")
+    # ditattn draws its own, see cli/progress.py
+    pipe.set_progress_bar_config(disable=True)
     if settings.split:
         from ditattn.hosts.diffusers.split import split_denoisers
 

@@ -16,13 +16,13 @@ __all__ = ["compressed", "models"]
 Model = Annotated[
     str | None, typer.Argument(help="A folder, a hub id, or a pipeline or transformer class of diffusers.", show_default="all")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON, for programs.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the hub.", show_default="main")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")]
 
 
 def models(model: Model = None, as_json: AsJson = False, revision: Revision = None, debug: Debug = False) -> None:
-    """List the model families that are served, or say what would happen to one model: served how, which layers, how many tokens.
+    """List the model families that are served, or say what would happen to one model: backends, layers, tokens.
 
     No weights are needed: of a folder or a model on the hub, only `model_index.json` and `config.json` files are read.
     """

@@ -75,7 +75,8 @@ def _parameter(key: str, field: FieldInfo) -> inspect.Parameter:
     shown = typer.Option(
         # typer would add --no-strict beside --strict
         *([flag(name)] if is_switch else []),
-        metavar=option.metavar,
+        # a switch takes no value; without a name typer shows <bool>
+        metavar="" if is_switch else option.metavar,
         rich_help_panel=option.panel,
         help=option.help,
         show_default=_shown_default(option, field) or False,

@@ -16,6 +16,7 @@ from ditattn.compare.measure import References
 from ditattn.devices import find_device
 from ditattn.errors import BackendUnavailable
 from ditattn.packages import TORCHMETRICS
+from ditattn.progress import Progress
 
 __all__ = ["check_metrics", "dense_references", "origin"]
 
@@ -26,13 +27,18 @@ def check_metrics() -> None:
         raise BackendUnavailable(TORCHMETRICS.sentence())
 
 
-def dense_references(job: Job, pipe: Any, *, cached: bool) -> References:
-    """The loaded pipeline as a workload; its dense runs are made when they are needed, or with `cached` taken from earlier runs."""
+def dense_references(job: Job, pipe: Any, *, cached: bool, progress: Progress) -> References:
+    """The loaded pipeline as a workload; its dense runs are made when they are needed, or with `cached` taken from earlier runs.
+
+    `progress` hears the steps of every run.
+    """
     from ditattn.hosts.diffusers.demo_model import cache_folder
     from ditattn.hosts.diffusers.workload import PipelineWorkload
 
-    pipe.set_progress_bar_config(disable=True)
-    workload = PipelineWorkload(pipe, lambda prompt: pipeline_arguments(job, pipe, prompt), job.settings.strict, rank_group())
+    def arguments(prompt: str) -> dict[str, Any]:
+        return pipeline_arguments(job, pipe, prompt)
+
+    workload = PipelineWorkload(pipe, arguments, job.settings.strict, rank_group(), progress.step)
     return References(workload, ReferenceCache(cache_folder() / "references") if cached else None, _facts(job, pipe))
 
 

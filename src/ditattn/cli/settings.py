@@ -111,7 +111,7 @@ COMPARED_NAMES = ", ".join(name for name in backend_names() if name != DEFAULT_B
 SPARSE_KEYS = ", ".join(SparseAttentionConfig.model_fields)
 FIXED_KEYS = ", ".join(key for key in SparseAttentionConfig.model_fields if key not in (*TUNED_KEYS, "preset"))
 
-SEEDS = Option(SAMPLING, "Repeat it for several: every prompt is made with every seed.")
+SEEDS = Option(SAMPLING, "Seed of the noise. Repeat it for several: every prompt is made with every seed.")
 
 
 class CommandOptions(KnownKeys):
@@ -147,28 +147,33 @@ class CallSettings(KnownKeys):
     )
     negative_prompt: Annotated[str | None, Option(SAMPLING, "What to avoid.")] = None
     image_path: Annotated[UserPath | None, Option(SAMPLING, "First frame, for image-to-video models.", metavar="FILE")] = None
-    height: Annotated[Count | None, Option(SAMPLING, "Pixels.", THE_MODELS)] = None
-    width: Annotated[Count | None, Option(SAMPLING, "Pixels.", THE_MODELS)] = None
-    num_frames: Annotated[Count | None, Option(SAMPLING, "Frames of a video; 1 makes an image.", THE_MODELS)] = None
+    height: Annotated[Count | None, Option(SAMPLING, "Height of the result, in pixels.", THE_MODELS)] = None
+    width: Annotated[Count | None, Option(SAMPLING, "Width of the result, in pixels.", THE_MODELS)] = None
+    num_frames: Annotated[Count | None, Option(SAMPLING, "Number of frames of a video; 1 makes an image.", THE_MODELS)] = None
     fps: Annotated[FrameRate | None, Option(SAMPLING, "Frames per second of a video.", THE_MODELS)] = None
-    num_inference_steps: Annotated[Count | None, Option(SAMPLING, "Denoising steps.", THE_MODELS)] = None
+    num_inference_steps: Annotated[Count | None, Option(SAMPLING, "Number of denoising steps.", THE_MODELS)] = None
     guidance_scale: Annotated[FiniteFloat | None, Option(SAMPLING, "Strength of the prompt (classifier-free guidance).", THE_MODELS)] = None
     component_attention_backends: Annotated[
         Names,
         Option(
             ATTENTION,
-            "Other backends for single denoisers, such as transformer_2=torch_sdpa; several are separated by commas.",
+            "Another backend for one of several denoisers: transformer_2=torch_sdpa. Separate several by commas.",
             metavar="K=V,...",
         ),
     ] = Field(default_factory=dict)
     strict: Annotated[
         bool,
-        Option(ATTENTION, "Fail where a sparse backend would run the whole clip densely, or a call for a reason that nobody asked for."),
+        Option(
+            ATTENTION,
+            "Fail if a call falls back to dense attention for a reason that no setting asks for, or if the whole clip would be dense.",
+        ),
     ] = False
     output_path: Annotated[UserPath, Option(OUTPUT, "Where results go; made if missing.", metavar="FOLDER")] = "outputs"
-    output_file_name: Annotated[str | None, Option(OUTPUT, "Of the result.")] = None
+    output_file_name: Annotated[str | None, Option(OUTPUT, "Name of the result.")] = None
     device: Annotated[str | None, Option(MACHINE, "torch device, such as cuda:1.", "cuda or npu if there is one, else cpu")] = None
-    dtype: Annotated[str | None, Option(MACHINE, "Of the weights: float32, bfloat16 or float16.", "bfloat16, on the CPU float32")] = None
+    dtype: Annotated[str | None, Option(MACHINE, "Type of the weights: float32, bfloat16 or float16.", "bfloat16, on the CPU float32")] = (
+        None
+    )
     ulysses_degree: Annotated[
         Count,
         Option(
@@ -205,12 +210,12 @@ class CallSettings(KnownKeys):
 
 
 class GenerateSettings(CallSettings):
-    """Make a video or an image with a diffusers pipeline whose self-attention runs through the backend you name.
+    """Make a video or an image with a diffusers pipeline, its self-attention served by the backend you name.
 
-    Beside the result a .json file records every setting, version and time, and what the attention really did.
+    A .json file beside the result records every setting, version and time, and what the attention really did.
     """
 
-    seed: Annotated[Seed, Option(SAMPLING, "Of the noise, drawn on the CPU: the same on every device.")] = 42
+    seed: Annotated[Seed, Option(SAMPLING, "Seed of the noise, which is drawn on the CPU: the same on every device.")] = 42
     attention_backend: Annotated[
         str | None,
         Option(
@@ -225,7 +230,7 @@ class GenerateSettings(CallSettings):
         Pairs,
         Option(
             ATTENTION,
-            "Settings of the backend: k=v,k=v (sparsity=0.5), JSON text, or a .json or .yaml file. "
+            "Settings of the backend: sparsity=0.5,skip_first_steps=20%, JSON text, or a .json or .yaml file. "
             f"Keys of the sparse ones: {SPARSE_KEYS}.",
             metavar="CONFIG",
             before="component_attention_backends",
@@ -246,11 +251,18 @@ class GenerateSettings(CallSettings):
 
 
 class CompareSettings(CallSettings):
-    """Measure what settings cost and save, against dense attention with the same prompts and seeds.
+    """Measure how fast and how good settings are, against dense attention with the same prompts and seeds.
 
     Writes one self-contained HTML page and the same numbers as JSON.
     """
 
+    target_psnr: Annotated[
+        FiniteFloat | None,
+        Field(ge=1),
+        Option(
+            OUTPUT, "Decibels that you want to keep: the result then names the fastest setting that keeps them, and the page marks them."
+        ),
+    ] = None
     seed: Annotated[Seeds, SEEDS] = Field(default_factory=lambda: [42])
     attention_backend: Annotated[
         Texts,
@@ -265,7 +277,8 @@ class CompareSettings(CallSettings):
         ManyPairs,
         Option(
             ATTENTION,
-            "Settings: k=v,k=v, JSON text, or a .json or .yaml file. Repeat it for several: every backend runs with each of them.",
+            "Settings: sparsity=0.5,skip_first_steps=20%, JSON text, or a .json or .yaml file. Repeat it for several: "
+            "every backend runs with each of them.",
             metavar="CONFIG",
             before="component_attention_backends",
         ),
@@ -281,12 +294,14 @@ class CompareSettings(CallSettings):
         ),
     ] = Field(default_factory=dict)
     output_file_name: Annotated[
-        str | None, Option(OUTPUT, "Of the page (.html) and the numbers (.json).", "prompt, time and a hash", metavar="NAME")
+        str | None, Option(OUTPUT, "Name of the page (.html) and of the numbers (.json).", "prompt, time and a hash", metavar="NAME")
     ] = None
     save_videos: Annotated[bool, Option(OUTPUT, "Also write every clip of every setting, as .mp4 or .png beside the page.")] = False
     repeats: Annotated[Count, Option(MACHINE, "Runs per clip and setting; times are medians.")] = 1
-    probe: Annotated[bool, Option(MACHINE, "Do not measure dropped softmax mass, which costs a dense run more.")] = True
-    reference_cache: Annotated[bool, Option(MACHINE, "Make the dense references anew, and keep none.")] = True
+    probe: Annotated[bool, Option(MACHINE, "Leave out the dropped softmax mass, which costs one more dense run.")] = True
+    reference_cache: Annotated[
+        bool, Option(MACHINE, "Make the dense references anew instead of taking those of earlier runs, and keep none.")
+    ] = True
 
 
 class TuneSettings(CallSettings):
@@ -296,9 +311,11 @@ class TuneSettings(CallSettings):
     Exit status 3: nothing meets the target faster than dense.
     """
 
-    target_psnr: Annotated[FiniteFloat | None, Field(ge=1), Option(TARGET, "Decibels that the worst clip must reach against dense.")] = None
-    target_ssim: Annotated[float | None, Field(ge=0, le=1), Option(TARGET, "SSIM that the worst clip must reach, too.")] = None
-    budget_runs: Annotated[Count, Option(TARGET, "Settings to try at most, each on all clips.")] = 12
+    target_psnr: Annotated[
+        FiniteFloat | None, Field(ge=1), Option(TARGET, "PSNR against dense that the worst clip must reach, in decibels.")
+    ] = None
+    target_ssim: Annotated[float | None, Field(ge=0, le=1), Option(TARGET, "SSIM that the worst clip must reach too, 0 to 1.")] = None
+    budget_runs: Annotated[Count, Option(TARGET, "Number of settings to try at most, each on all clips.")] = 12
     check_prompt: Annotated[
         Texts,
         Option(
@@ -309,9 +326,9 @@ class TuneSettings(CallSettings):
         ),
     ] = Field(default_factory=list)
     seed: Annotated[Seeds, SEEDS] = Field(default_factory=lambda: [42])
-    attention_backend: Annotated[str, Option(ATTENTION, "A sparse backend.", metavar="NAME", before="component_attention_backends")] = (
-        RECOMMENDED_BACKEND
-    )
+    attention_backend: Annotated[
+        str, Option(ATTENTION, "The sparse backend whose setting is searched.", metavar="NAME", before="component_attention_backends")
+    ] = RECOMMENDED_BACKEND
     attention_backend_config: Annotated[
         Pairs,
         Option(
@@ -321,7 +338,7 @@ class TuneSettings(CallSettings):
             before="component_attention_backends",
         ),
     ] = Field(default_factory=dict)
-    output_file_name: Annotated[str | None, Option(OUTPUT, "Of the .yaml file.", "tune_ and a hash", metavar="NAME")] = None
+    output_file_name: Annotated[str | None, Option(OUTPUT, "Name of the .yaml file.", "tune_ and a hash", metavar="NAME")] = None
 
 
 def flag(key: str) -> str:

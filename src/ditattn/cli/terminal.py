@@ -1,4 +1,4 @@
-"""What a person reads while a verb works and when it ends: messages, times, tables, progress, and failures in one line."""
+"""What a person reads while a verb works and when it ends: messages, times, tables, and failures in one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,7 +25,6 @@ __all__ = [
     "EXIT_USAGE",
     "Timed",
     "print_rich",
-    "progress_bar",
     "report_failure",
     "say",
     "set_up_messages",
@@ -93,23 +92,6 @@ def print_rich(*parts: RenderableType) -> None:
         for part in parts:
             console.print(part)
     typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
-
-
-@contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal; everywhere a line for every step, which the function that it gives is called with."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("runs", total=total)
-
-        def advance(line: str) -> None:
-            progress.advance(task)
-            console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-        yield advance
 
 
 def report_failure(error: BaseException, *, debug: bool, instead: str | None = "") -> int:

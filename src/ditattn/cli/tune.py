@@ -12,14 +12,16 @@ from ditattn.backends.registry import load_backend
 from ditattn.backends.setting import Setting
 from ditattn.cli.job import load, prepare
 from ditattn.cli.output import DraftFiles, check_plain_name
+from ditattn.cli.progress import progress_bar
 from ditattn.cli.ranks import this_rank, together
 from ditattn.cli.references import check_metrics, dense_references
 from ditattn.cli.settings import TuneSettings
-from ditattn.cli.terminal import progress_bar, say, set_up_messages
+from ditattn.cli.terminal import say, set_up_messages
 from ditattn.compare.measure import References
 from ditattn.compare.setting import REFERENCE, Clip
 from ditattn.errors import ConfigError
 from ditattn.ops import cpu_library
+from ditattn.progress import Progress
 from ditattn.tune.candidate import TUNED_KEYS, Candidate, Outcome, Target
 from ditattn.tune.head_orders import most_chosen_orders, setting_chooses_orders
 from ditattn.tune.objective import Objective, check, probe
@@ -60,40 +62,51 @@ def run(settings: TuneSettings, *, debug: bool = False) -> None:
     job = prepare(settings, [REFERENCE, request.setting])
     with together(settings.num_processes, job.device):
         pipe, _ = load(job)
-        is_faster = _tune(request, dense_references(job, pipe, cached=True))
+        with progress_bar() as progress:
+            references = dense_references(job, pipe, cached=True, progress=progress)
+            state = TuneState.open(Path(settings.output_path), _facts(references, request), references.workload.ranks)
+            path = _yaml_path(settings, state)
+            finding = _find(references, request, state, path, progress)
+        is_faster = _tell(request, state, path, finding)
     if not is_faster:
         raise typer.Exit(EXIT_NOTHING_FOUND)
 
 
-def _tune(request: TuneRequest, references: References) -> bool:
-    """Search, check, write; True if something is faster than dense. Several ranks go the same way, since the first one decides."""
-    settings = request.settings
-    state = TuneState.open(Path(settings.output_path), _facts(references, request), references.workload.ranks)
-    objective = Objective(references, request.setting, list(request.clips), request.target)
-    path = _yaml_path(settings, state)
-    sensitivity = _measure_sensitivity(references, request, state, objective)
-    search = _search(request, state, objective, sensitivity, path)
-    best = search.best
-    if best is None:
+def _tell(request: TuneRequest, state: TuneState, path: Path, finding: Finding | None) -> bool:
+    """What was found, for people; True if something is faster than dense."""
+    if finding is None:
         say(f"nothing meets the target ({request.target.words()}) faster than dense, in {len(state.outcomes)} runs: {_nearest(state)}")
         return False
-    # there even if what follows is interrupted
-    _write(path, _finding(request, state, sensitivity, best, None))
-    if setting_chooses_orders(request.setting):
-        say(f"orders: {count_clips(len(request.clips))} with the setting found, to see what heads choose")
-        orders = most_chosen_orders(references.workload, request.setting.with_keys(**best.keys), request.clips)
-        if not orders:
-            say("several denoisers share the setting, so their heads go on choosing")
-        request = replace(request, setting=request.setting.with_keys(head_bricks=orders))
-        _write(path, _finding(request, state, sensitivity, best, None))
-    say(f"check on {count_clips(len(request.held_out))} that nothing was tuned on")
-    checked = check(references, request.setting.with_keys(**best.keys), request.held_out, request.target)
-    finding = _finding(request, state, sensitivity, best, checked)
-    _write(path, finding)
     for line in finding.summary():
         typer.echo(line)
     typer.echo(f"wrote {path}; use it: --attention-backend {request.setting.backend} --attention-backend-config {path}")
-    return checked.is_faster
+    return finding.checked is not None and finding.checked.is_faster
+
+
+def _find(references: References, request: TuneRequest, state: TuneState, path: Path, progress: Progress) -> Finding | None:
+    """Search, choose the orders of heads, check, and write what is known after each; None if nothing meets the target.
+
+    Several ranks go the same way, since the first one decides.
+    """
+    objective = Objective(references, request.setting, list(request.clips), request.target)
+    sensitivity = _measure_sensitivity(references, request, state, objective, progress)
+    best = _search(request, state, objective, sensitivity, path, progress).best
+    if best is None:
+        return None
+    # there even if what follows is interrupted
+    _write(path, _finding(request, state, sensitivity, best, None))
+    if setting_chooses_orders(request.setting):
+        progress.begin(f"orders: {count_clips(len(request.clips))} with the setting found, to see what heads choose", counts=False)
+        orders = most_chosen_orders(references.workload, request.setting.with_keys(**best.keys), request.clips)
+        if not orders:
+            progress.note("several denoisers share the setting, so their heads go on choosing")
+        request = replace(request, setting=request.setting.with_keys(head_bricks=orders))
+        _write(path, _finding(request, state, sensitivity, best, None))
+    progress.begin(f"check on {count_clips(len(request.held_out))} that nothing was tuned on", counts=False)
+    checked = check(references, request.setting.with_keys(**best.keys), request.held_out, request.target)
+    finding = _finding(request, state, sensitivity, best, checked)
+    _write(path, finding)
+    return finding
 
 
 def _request(settings: TuneSettings) -> TuneRequest:
@@ -131,33 +144,41 @@ def _facts(references: References, request: TuneRequest) -> dict[str, Any]:
     }
 
 
-def _measure_sensitivity(references: References, request: TuneRequest, state: TuneState, objective: Objective) -> Sensitivity:
+def _measure_sensitivity(
+    references: References, request: TuneRequest, state: TuneState, objective: Objective, progress: Progress
+) -> Sensitivity:
     """The dense runs, and the probe unless an earlier run of the same search has made it."""
-    say(f"dense: {count_clips(len(request.clips))}" + (f", going on after {len(state.outcomes)} runs" if state.outcomes else ""))
+    going_on = f", going on after {len(state.outcomes)} runs" if state.outcomes else ""
+    progress.begin(f"dense: {count_clips(len(request.clips))}{going_on}", counts=False)
     attention_share = objective.prepare(anew=not state.readings)
     if not state.readings:
-        say(f"probe: {len(PROBED_SPARSITIES)} sparsities on every attention call of a dense run")
+        progress.begin(f"probe: {len(PROBED_SPARSITIES)} sparsities on every attention call of a dense run", counts=False)
         state.keep_probe(probe(references, request.setting, request.clips[0]), attention_share)
     return Sensitivity.from_readings(state.readings, state.attention_share)
 
 
-def _search(request: TuneRequest, state: TuneState, objective: Objective, sensitivity: Sensitivity, path: Path) -> Search:
+def _search(
+    request: TuneRequest, state: TuneState, objective: Objective, sensitivity: Sensitivity, path: Path, progress: Progress
+) -> Search:
     """Run the search; whatever ends it early, the best so far is written down."""
-    with progress_bar(request.settings.budget_runs) as advance:
+    budget = request.settings.budget_runs
+    progress.expect(max(budget - len(state.outcomes), 0))
+    progress.begin(f"search: at most {budget} settings")
 
-        def evaluate(candidate: Candidate) -> Outcome:
-            outcome = objective(candidate)
-            state.keep_outcome(candidate, outcome)
-            advance(f"run {len(state.outcomes)} of at most {request.settings.budget_runs}: {candidate.words()}: {outcome.words()}")
-            return outcome
+    def evaluate(candidate: Candidate) -> Outcome:
+        outcome = objective(candidate)
+        state.keep_outcome(candidate, outcome)
+        progress.note(f"run {len(state.outcomes)} of at most {budget}: {candidate.words()}: {outcome.words()}")
+        progress.advance()
+        return outcome
 
-        keeps_first_frame = "first_frame_sink" not in request.setting.keys
-        search = Search(sensitivity, request.target, evaluate, request.settings.budget_runs, keeps_first_frame, state.outcomes)
-        try:
-            search.run()
-        except BaseException:
-            _keep_best(request, state, sensitivity, search.best, path)
-            raise
+    keeps_first_frame = "first_frame_sink" not in request.setting.keys
+    search = Search(sensitivity, request.target, evaluate, budget, keeps_first_frame, state.outcomes)
+    try:
+        search.run()
+    except BaseException:
+        _keep_best(request, state, sensitivity, search.best, path)
+        raise
     return search
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -13,11 +13,10 @@ from ditattn.compare.metrics import Scores, score
 from ditattn.compare.run import Run, run_clip, warm_up
 from ditattn.compare.setting import REFERENCE, REFERENCE_NAME, Clip, setting_names
 from ditattn.compare.workload import Workload
+from ditattn.progress import SILENT, Progress
 from ditattn.runtime.probe import CellReading
 
 __all__ = ["Comparison", "MeasuredClip", "References", "compare"]
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def compare(
     repeats: int = 1,
     probe: bool = True,
     with_vmaf: bool = True,
-    progress: Progress = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Comparison:
     """Measure settings against the dense reference.
 
@@ -123,7 +122,7 @@ def compare(
         repeats: runs of each setting and clip; times are their medians. A cached reference is one run.
         probe: also try the sparse settings on the attention calls of one dense run, which costs one run more.
         with_vmaf: measure VMAF where ffmpeg can.
-        progress: told what begins.
+        progress: hears what begins and ends.
 
     Clip by clip all settings run once, and the order rotates from clip to clip, so that a machine that becomes slower or faster meanwhile
     favours none of them. Several ranks make every run together and the first one scores it; times are its own.
@@ -131,12 +130,14 @@ def compare(
     Raises:
         DitattnError: see `Workload.render`.
     """
-    runs = _runs(references, settings, clips, repeats, progress)
+    probe = probe and bool(settings)
+    runs = _runs(references, settings, clips, repeats, int(probe), progress)
     readings = None
-    if probe and settings:
-        progress("probe: dropped softmax mass, on the calls of a dense run")
+    if probe:
+        progress.begin("probe: dropped softmax mass, on the calls of a dense run")
         readings = references.workload.probe(settings, clips[0])
-    progress("metrics")
+        progress.advance()
+    progress.begin("metrics", counts=False)
     scored = references.workload.ranks.is_first
     reference = [MeasuredClip(clip, runs[0, number], None) for number, clip in enumerate(clips)]
     measured = [
@@ -154,21 +155,26 @@ def compare(
 
 
 def _runs(
-    references: References, settings: Sequence[Setting], clips: Sequence[Clip], repeats: int, progress: Progress
+    references: References, settings: Sequence[Setting], clips: Sequence[Clip], repeats: int, num_more: int, progress: Progress
 ) -> dict[tuple[int, int], list[Run]]:
-    """Runs by setting and clip, both numbered; setting 0 is the reference, which runs only for clips that the cache does not have."""
+    """Runs by setting and clip, both numbered; setting 0 is the reference, which runs only for clips that the cache does not have.
+
+    `num_more` runs are expected after these.
+    """
     workload, names = references.workload, [REFERENCE_NAME, *setting_names(settings)]
     runs = {(0, number): [found] for number, clip in enumerate(clips) if (found := references.find(clip))}
     cached = set(runs)
+    order = [turn for turn in _order(1 + len(settings), len(clips), repeats) if turn not in cached]
+    progress.expect(len(order) + num_more)
     for which, setting in enumerate([REFERENCE, *settings]):
         if which > 0 or len(cached) < len(clips):
-            progress(f"warm up: {names[which]}")
+            progress.begin(f"warm up: {names[which]}", counts=False)
             warm_up(workload, setting, clips[0])
-    for which, number in _order(1 + len(settings), len(clips), repeats):
-        if (which, number) not in cached:
-            progress(f"clip {number + 1} of {len(clips)}: {names[which]}")
-            made = references.make(clips[number]) if which == 0 else run_clip(workload, settings[which - 1], clips[number])
-            runs.setdefault((which, number), []).append(made)
+    for which, number in order:
+        progress.begin(f"clip {number + 1} of {len(clips)}: {names[which]}")
+        made = references.make(clips[number]) if which == 0 else run_clip(workload, settings[which - 1], clips[number])
+        runs.setdefault((which, number), []).append(made)
+        progress.advance()
     return runs
 
 

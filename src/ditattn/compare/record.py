@@ -9,6 +9,7 @@ from typing import Any
 
 from ditattn.compare.measure import Comparison, MeasuredClip
 from ditattn.compare.statistics import spread
+from ditattn.compare.verdict import verdict
 from ditattn.runtime.probe import CellReading
 
 __all__ = ["METRICS", "comparison_record", "plain"]
@@ -30,16 +31,20 @@ METRICS: dict[str, tuple[str, bool, str]] = {
 }
 
 
-def comparison_record(comparison: Comparison, about: Mapping[str, Any]) -> dict[str, Any]:
+def comparison_record(comparison: Comparison, about: Mapping[str, Any], target_psnr: float | None = None) -> dict[str, Any]:
     """Everything of a comparison but the pixels.
 
     Args:
         comparison: what was measured.
         about: model, device, versions and settings, as plain values.
+        target_psnr: decibels that the user wants to keep.
     """
     settings = [_setting(comparison, number) for number in range(len(comparison.settings))]
+    num_clips, random_weights = len(comparison.clips), bool(about.get("model", {}).get("random_weights"))
     return {
         **about,
+        "target_psnr": target_psnr,
+        "verdict": verdict(settings, num_clips=num_clips, target_psnr=target_psnr, random_weights=random_weights),
         "metrics": {name: {"unit": unit, "more_is_better": more, "is": what} for name, (unit, more, what) in METRICS.items()},
         "clips": [asdict(clip) for clip in comparison.clips],
         "reference": {"name": "torch_sdpa", "clips": [_costs(one) for one in comparison.reference]},

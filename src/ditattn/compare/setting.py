@@ -11,7 +11,7 @@ from ditattn.backends.registry import DEFAULT_BACKEND, load_backend
 from ditattn.backends.setting import Setting
 from ditattn.errors import ConfigError
 
-__all__ = ["REFERENCE", "REFERENCE_NAME", "Clip", "dropped_keys", "expand", "setting_names"]
+__all__ = ["REFERENCE", "REFERENCE_NAME", "Clip", "dropped_keys", "expand", "setting_label", "setting_names"]
 
 
 @dataclass(frozen=True)
@@ -77,3 +77,8 @@ def _name(setting: Setting, same: Sequence[Setting]) -> str:
     keys = [key for key in setting.keys if len(same) == 1 or any(other.keys.get(key) != setting.keys[key] for other in same)]
     values = ",".join(f"{key}={setting.keys[key]}" for key in keys)
     return f"{setting.backend} {values}".strip()
+
+
+def setting_label(name: str) -> str:
+    """What stands in a name of `setting_names` behind the backend, in words: "sparsity 0.5"; empty where nothing does."""
+    return name.partition(" ")[2].replace("=", " ").replace(",", ", ")

@@ -181,7 +181,7 @@ class DenoisingStage:
 
     Args:
         clock: tells the step of every forward.
-        strict: raise DenseInStrictMode where a sparse backend would run densely for a reason that nobody asked for, or in every call of
+        strict: raise DenseInStrictMode if a call falls back to dense attention for a reason that no setting asks for, or in every call of
             the run.
 
     Attributes:
@@ -424,7 +424,7 @@ class DenoisingStage:
         return arrangement.answer(out)
 
     def _refuse(self, reason: str | None, forward: Forward) -> None:
-        """Raise for a dense call that nobody asked for, or that shows that the whole run will be dense."""
+        """Raise for a dense call that no setting asks for, or that shows that the whole run will be dense."""
         model, metadata = forward.model, forward.metadata
         if reason is None or not model.backend.is_sparse:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +14,17 @@ from ranks import Ranks
 # fp32, latents of order 1: exact kernels sum in another order, and a denoiser makes more of it
 BOUND = 1e-4
 SPARSE_BACKENDS = ("block_sparse_attn", "rain_fusion_attn", "permuted_sparse_attn")
+
+
+def each_with_one(names: Iterable[str], backends: Sequence[str]) -> list[Any]:
+    """All pairs. Those beyond one backend for each family, in turn, are `long`: how a family is split and what a backend does with its
+    share are two rules.
+    """
+    return [
+        pytest.param(name, backend, marks=[] if number % len(backends) == turn else pytest.mark.long, id=f"{backend}-{name}")
+        for number, name in enumerate(names)
+        for turn, backend in enumerate(backends)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +45,14 @@ def test_ulysses_is_one_process(two: Ranks, name: str, backend: str, sparsity: f
     check_ulysses(two, name, backend, sparsity)
 
 
+@pytest.mark.parametrize(("name", "backend"), each_with_one(split_pipelines.FURTHER, SPARSE_BACKENDS))
+def test_ulysses_is_one_process_for_several_grids_and_further_families(two: Ranks, name: str, backend: str) -> None:
+    check_ulysses(two, name, backend, 0.75)
+
+
 @pytest.mark.parametrize("name", split_pipelines.FURTHER)
-@pytest.mark.parametrize(("backend", "sparsity"), [("torch_sdpa", 0), *itertools.product(SPARSE_BACKENDS, (0.75,))])
-def test_ulysses_is_one_process_for_several_grids_and_further_families(two: Ranks, name: str, backend: str, sparsity: float) -> None:
-    check_ulysses(two, name, backend, sparsity)
+def test_dense_ulysses_is_one_process_for_several_grids_and_further_families(two: Ranks, name: str) -> None:
+    check_ulysses(two, name, "torch_sdpa", 0)
 
 
 @pytest.mark.parametrize("name", split_pipelines.PLANNED)
@@ -62,16 +77,14 @@ def check_ulysses(two: Ranks, name: str, backend: str, sparsity: float) -> None:
             assert report.sparse == 0
 
 
-@pytest.mark.parametrize("name", split_pipelines.RING)
-@pytest.mark.parametrize("backend", ["torch_sdpa", *SPARSE_BACKENDS])
+@pytest.mark.parametrize(("name", "backend"), each_with_one(split_pipelines.RING, ("torch_sdpa", *SPARSE_BACKENDS)))
 def test_ring_with_every_block_is_one_process(two: Ranks, name: str, backend: str) -> None:
     for found in two.run(split_pipelines.compare_ring, name, backend, everything(backend), ring_of(name)):
         assert found["error"] < BOUND
         assert (found["report"].sparse == 0) == (backend == "torch_sdpa")
 
 
-@pytest.mark.parametrize("name", split_pipelines.RING)
-@pytest.mark.parametrize("backend", SPARSE_BACKENDS)
+@pytest.mark.parametrize(("name", "backend"), each_with_one(split_pipelines.RING, SPARSE_BACKENDS))
 def test_ring_is_exact_over_its_own_plan(two: Ranks, name: str, backend: str) -> None:
     config = {**split_pipelines.SPARSE, **({"tail": False} if backend == "permuted_sparse_attn" else {})}
     for rank, found in enumerate(two.run(split_pipelines.compare_ring, name, backend, config, ring_of(name))):

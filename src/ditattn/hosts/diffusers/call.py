@@ -18,7 +18,13 @@ from ditattn.hosts.diffusers.geometry import check_geometry, frames_to_ask
 from ditattn.hosts.diffusers.install import denoisers
 from ditattn.models import DEFAULT_FRAME_RATE, family_of, find_family, unwrapped
 
-__all__ = ["CallTimes", "call_defaults", "call_pipeline", "check_arguments", "frame_rate", "makes_video"]
+__all__ = ["CallTimes", "OnStep", "call_defaults", "call_pipeline", "check_arguments", "frame_rate", "makes_video", "no_step"]
+
+OnStep = Callable[[int, int | None], None]
+
+
+def no_step(done: int, total: int | None) -> None:
+    """Nobody wants to know."""
 
 
 def _parameters(pipeline_cls: type) -> Mapping[str, inspect.Parameter]:
@@ -88,7 +94,8 @@ class CallTimes:
 class _Watch:
     """Marks: the call begins, the first denoiser forward begins, a step ends, the call ends."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, on_step: OnStep) -> None:
+        self._on_step = on_step
         self._device_module = None if device.type == "cpu" else getattr(torch, device.type, None)
         self.times = CallTimes()
         self._last_s = self._now()
@@ -119,8 +126,9 @@ class _Watch:
             self._denoising = True
             self._end_stage("encode", self._lap_ms())
 
-    def on_step_end(self, _pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def on_step_end(self, pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         self.times.steps.append(self._lap_ms())
+        self._on_step(len(self.times.steps), getattr(pipe, "num_timesteps", None))
         return tensors
 
     def finish(self) -> CallTimes:
@@ -132,13 +140,17 @@ class _Watch:
         return self.times
 
 
-def call_pipeline(pipe: Any, arguments: Mapping[str, Any], *, seed: int) -> tuple[np.ndarray[Any, Any], CallTimes]:
+def call_pipeline(
+    pipe: Any, arguments: Mapping[str, Any], *, seed: int, on_step: OnStep = no_step
+) -> tuple[np.ndarray[Any, Any], CallTimes]:
     """Run a pipeline once.
 
     Args:
         pipe: a loaded pipeline.
         arguments: of its call, by name; `num_frames` is what is wanted, not what the pipeline's rounding must be told.
         seed: of a generator on the CPU, so that runs on different devices start from the same noise.
+        on_step: called after each step, where the pipeline says when one ends, with the steps that are done and how many there are (None
+            if the pipeline does not say).
 
     Returns:
         frames `[F, H, W, 3]`, uint8 (an image is one frame), and the times.
@@ -151,7 +163,7 @@ def call_pipeline(pipe: Any, arguments: Mapping[str, Any], *, seed: int) -> tupl
     if "num_frames" in arguments:
         arguments["num_frames"] = frames_to_ask(pipe, arguments["num_frames"])
     parameters = _parameters(type(pipe))
-    watch = _Watch(torch.device(pipe.device))
+    watch = _Watch(torch.device(pipe.device), on_step)
     extras = {"generator": torch.Generator("cpu").manual_seed(seed), "output_type": "np", "callback_on_step_end": watch.on_step_end}
     arguments |= {name: value for name, value in extras.items() if name in parameters}
     hooks = [module.register_forward_pre_hook(watch.on_forward) for module in denoisers(pipe).values()]

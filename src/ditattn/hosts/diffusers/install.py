@@ -94,9 +94,9 @@ def install(
         backend: a backend or its name; None takes DITATTN_ATTENTION_BACKEND or torch_sdpa.
         components: other backends for single components, such as {"transformer_2": "torch_sdpa"}. `config` belongs to `backend` (without
             one, to the backend that the components name); a component with a different backend runs with that one's defaults.
-        strict: raise DenseInStrictMode for a call that would run densely for a reason that nobody asked for, and for a run that would be
-            dense from end to end (no step after the dense first ones, short sequences, sparsity 0), and UnsupportedModel for a model that
-            is not known.
+        strict: raise DenseInStrictMode if a call falls back to dense attention for a reason that no setting asks for, and for a run that
+            would be dense from end to end (no step after the dense first ones, short sequences, sparsity 0), and UnsupportedModel for a
+            model that is not known.
         config: keys of the backend's configuration, such as sparsity=0.5.
 
     Returns:

@@ -13,7 +13,7 @@ from ditattn.compare.merging import mean_densities, merged_orders, merged_readin
 from ditattn.compare.rank_group import ALONE, RankGroup
 from ditattn.compare.setting import REFERENCE, Clip
 from ditattn.compare.workload import Rendered, Workload
-from ditattn.hosts.diffusers.call import call_defaults, call_pipeline
+from ditattn.hosts.diffusers.call import OnStep, call_defaults, call_pipeline, no_step
 from ditattn.hosts.diffusers.install import denoisers, install_setting, serve
 from ditattn.hosts.diffusers.parallel import sequence_split
 from ditattn.models import family_of, unwrapped
@@ -32,12 +32,14 @@ class PipelineWorkload(Workload):
         arguments: of its call, from a prompt.
         strict: see `install`.
         group: the ranks between which the pipeline's denoisers are split.
+        on_step: called with the steps of a run that are done, and how many there are, after each of them.
     """
 
     pipe: Any
     arguments: Callable[[str], Mapping[str, Any]]
     strict: bool = False
     group: RankGroup = ALONE
+    on_step: OnStep = no_step
 
     @property
     def ranks(self) -> RankGroup:
@@ -54,7 +56,7 @@ class PipelineWorkload(Workload):
     def render(self, setting: Setting, clip: Clip, **changes: Any) -> Rendered:
         arguments = {**self.arguments(clip.prompt), **changes}
         with install_setting(self.pipe, setting, strict=self.strict) as handle:
-            frames, times = call_pipeline(self.pipe, arguments, seed=clip.seed)
+            frames, times = call_pipeline(self.pipe, arguments, seed=clip.seed, on_step=self.on_step)
             densities = mean_densities(self.group.all_gather(handle.overall_densities()))
             orders = merged_orders(self.group.all_gather(handle.head_orders()), _ulysses_degree(self.pipe))
             return Rendered(frames, times.stages, times.steps, handle.report(), densities, orders)
@@ -63,7 +65,7 @@ class PipelineWorkload(Workload):
         probe = SparseProbe([_sparse_models(self.pipe, setting) for setting in settings])
         with install_setting(self.pipe, REFERENCE) as handle:
             handle.watch(probe)
-            call_pipeline(self.pipe, self.arguments(clip.prompt), seed=clip.seed)
+            call_pipeline(self.pipe, self.arguments(clip.prompt), seed=clip.seed, on_step=self.on_step)
         by_rank = self.group.all_gather([probe.readings(number) for number in range(len(settings))])
         return [merged_readings(of_setting) for of_setting in zip(*by_rank, strict=True)]
 
