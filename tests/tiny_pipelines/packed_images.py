@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from tiny_pipelines.loop import looped_by
 from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, enlarge_weights, noise
-from tiny_pipelines.transformer_loop import looped
 
 ROWS, COLUMNS = 30, 44
 # sums to the head size
@@ -72,7 +72,7 @@ def flux3() -> TinyPipeline:
             "image_cond_ids": position_ids(8, 8, image=10, width=4),
         }
 
-    return looped(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 10, 40))
+    return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 10, 40))
 
 
 def chroma() -> TinyPipeline:
@@ -132,7 +132,7 @@ def bria_fibo() -> TinyPipeline:
             "joint_attention_kwargs": {"attention_mask": keep},
         }
 
-    return looped(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 12, 40))
+    return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 12, 40))
 
 
 def longcat_image() -> TinyPipeline:
@@ -158,7 +158,7 @@ def longcat_image() -> TinyPipeline:
             "txt_ids": text_ids,
         }
 
-    return looped(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 10, 40))
+    return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 10, 40))
 
 
 def ovis_image() -> TinyPipeline:
@@ -245,7 +245,7 @@ def nucleusmoe_image() -> TinyPipeline:
             "timestep": timestep / 1000,
         }
 
-    return looped(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 12, 24))
+    return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 12, 24))
 
 
 def qwen_image21(use_cache: bool = True) -> TinyPipeline:
@@ -283,4 +283,4 @@ def qwen_image21(use_cache: bool = True) -> TinyPipeline:
             **cached,
         }
 
-    return looped(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 25, 24), image_last=True)
+    return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 25, 24), image_last=True)
