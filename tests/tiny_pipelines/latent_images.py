@@ -406,3 +406,62 @@ def prx() -> TinyPipeline:
         return {"hidden_states": latents, "timestep": timestep / 1000, "encoder_hidden_states": text, "attention_mask": mask}
 
     return looped_by(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 12, 24))
+
+
+def hunyuan_dit() -> TinyPipeline:
+    """HunyuanDiT with heads of 88, as published: the image in self-attention, the text in cross-attention."""
+    from diffusers import HunyuanDiT2DModel
+
+    torch.manual_seed(0)
+    transformer = HunyuanDiT2DModel(
+        num_attention_heads=1,
+        attention_head_dim=88,
+        hidden_size=88,
+        in_channels=4,
+        patch_size=2,
+        sample_size=2 * COLUMNS,
+        num_layers=LAYERS,
+        mlp_ratio=1.5,
+        learn_sigma=False,
+        cross_attention_dim=24,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=20,
+        text_len=12,
+        text_len_t5=6,
+        use_style_cond_and_image_meta_size=False,
+    )
+    enlarge_weights(transformer)
+
+    def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
+        second = {"encoder_hidden_states_t5": noise(1, 6, 16, seed=3), "text_embedding_mask_t5": first(4, of=6)}
+        first_text = {"encoder_hidden_states": text, "text_embedding_mask": first(9, of=12)}
+        return {"hidden_states": latents, "timestep": timestep.float(), **first_text, **second}
+
+    return looped_by(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 12, 24))
+
+
+def lumina_next() -> TinyPipeline:
+    """Lumina-Next with heads of 72, as published: the image in self-attention, the text in cross-attention."""
+    from diffusers import LuminaNextDiT2DModel
+    from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+
+    torch.manual_seed(0)
+    transformer = LuminaNextDiT2DModel(
+        sample_size=2 * COLUMNS,
+        in_channels=4,
+        hidden_size=72,
+        num_layers=LAYERS,
+        num_attention_heads=1,
+        num_kv_heads=1,
+        multiple_of=16,
+        learn_sigma=False,
+        cross_attention_dim=24,
+    )
+    enlarge_weights(transformer)
+    rotations = get_2d_rotary_pos_embed_lumina(72, 64, 64)
+
+    def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
+        named = {"encoder_hidden_states": text, "encoder_mask": first(9, of=12), "image_rotary_emb": rotations}
+        return {"hidden_states": latents, "timestep": timestep / 1000, **named, "cross_attention_kwargs": {}}
+
+    return looped_by(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 12, 24))

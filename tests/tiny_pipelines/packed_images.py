@@ -248,6 +248,44 @@ def nucleusmoe_image() -> TinyPipeline:
     return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 12, 24))
 
 
+def ideogram4() -> TinyPipeline:
+    """Ideogram 4: 12 text tokens of which the last 9 are real, then the image."""
+    from diffusers import Ideogram4Transformer2DModel
+
+    torch.manual_seed(0)
+    transformer = Ideogram4Transformer2DModel(
+        in_channels=16,
+        num_layers=LAYERS,
+        attention_head_dim=HEAD_SIZE,
+        num_attention_heads=HEADS,
+        intermediate_size=48,
+        adaln_dim=16,
+        llm_features_dim=24,
+        mrope_section=(6, 5, 5),
+    )
+    enlarge_weights(transformer)
+    places = torch.arange(12 + ROWS * COLUMNS)
+    image = (places >= 12).unsqueeze(0)
+    ids = torch.zeros(1, len(places), 3, dtype=torch.long)
+    ids[0, 3:12] = torch.arange(9).unsqueeze(1)
+    ids[0, 12:, 1:] = torch.cartesian_prod(torch.arange(ROWS), torch.arange(COLUMNS))
+    ids[0, 12:] += 65536
+    segments = (places >= 3).long().unsqueeze(0) * 2 - 1
+    roles = image.long() * 2 + ((places >= 3) & (places < 12)).long() * 3
+
+    def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
+        return {
+            "hidden_states": torch.cat([latents.new_zeros(1, 12, 16), latents], 1),
+            "timestep": 1 - timestep / 1000,
+            "encoder_hidden_states": torch.cat([text, text.new_zeros(1, ROWS * COLUMNS, 24)], 1),
+            "position_ids": ids,
+            "segment_ids": segments,
+            "indicator": roles,
+        }
+
+    return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 12, 24), image_last=True)
+
+
 def qwen_image21(use_cache: bool = True) -> TinyPipeline:
     """Qwen-Image 2.1 with an image of 8 x 8 tokens that is given: 9 text tokens, its tokens, then the image's."""
     from diffusers import QwenImage21Transformer2DModel
