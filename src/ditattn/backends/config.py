@@ -86,6 +86,11 @@ class SparseAttentionConfig(AttentionConfig):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
+    @property
+    def outlasts_steps(self) -> bool:
+        """True if layers keep something from one step for another, so that they must know which forwards belong together."""
+        return self.plan_refresh_steps > 1 or self.share_plan_between_branches
+
     @field_validator("skip_first_steps", mode="before")
     @classmethod
     def _check_first_steps(cls, value: Any) -> Steps:

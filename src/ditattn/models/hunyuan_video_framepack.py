@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ditattn.models.base import ModelFamily, TokenLayout, patch_triple
+from ditattn.models.base import SINGLE_STREAM_LINEAR_LAYERS, ModelFamily, TokenLayout, patch_triple
 from ditattn.models.history import behind_history
 
 __all__ = ["HUNYUAN_VIDEO_FRAMEPACK"]
@@ -43,6 +43,7 @@ HUNYUAN_VIDEO_FRAMEPACK = ModelFamily(
     transformer_classes=("HunyuanVideoFramepackTransformer3DModel",),
     layout=layout,
     self_attention=r"(transformer_blocks|single_transformer_blocks)\.\d+\.attn",
+    linear_layers=SINGLE_STREAM_LINEAR_LAYERS,
     size_multiple=16,
     notes="earlier frames have blocks of their own; image and text behind the video, protected; steps begin anew with every section",
 )

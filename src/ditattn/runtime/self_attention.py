@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -25,6 +26,7 @@ __all__ = [
     "metadata_of_call",
     "next_layer",
     "video_first",
+    "with_gathered_mask",
 ]
 
 
@@ -36,7 +38,10 @@ def metadata_of_call(forward: Forward, layer: int | None, query: Tensor, key: Te
     if family.suffix_varies:
         metadata = for_length(metadata, key.shape[1])
     batch = _calls_per_layer(forward)
-    return metadata if batch == 1 else for_sample(metadata, (forward.num_calls - 1) % batch, batch)
+    if batch == 1:
+        return metadata
+    is_whole = forward.layer_batch in (None, batch)
+    return for_sample(metadata, (forward.num_calls - 1) % batch if is_whole else None, batch)
 
 
 def _calls_per_layer(forward: Forward) -> int:
@@ -68,32 +73,12 @@ def _has_its_own_keys(forward: Forward, query: Tensor, key: Tensor) -> bool:
     return rows is not None and (query.shape[1], key.shape[1]) == (rows.num_tokens, sum(rows.gathered.streams))
 
 
-def _are_queries_of_the_image(forward: Forward, query: Tensor, key: Tensor) -> bool:
-    """True where the text is keys only, and these are the image's queries with the keys of all tokens."""
-    layout = forward.layout
-    if layout is None or not forward.model.family.text_is_keys_only:
-        return False
-    text = layout.num_prefix_tokens + layout.num_suffix_tokens
-    return query.shape[1] + text == key.shape[1] == layout.num_tokens
-
-
-def extra_queries(forward: Forward, call: DenseCall) -> tuple[int, int]:
-    """Tokens before and after the queries that are keys only."""
-    if forward.layout is None or call.causal or not _are_queries_of_the_image(forward, call.query, call.key):
-        return 0, 0
-    return forward.layout.num_prefix_tokens, forward.layout.num_suffix_tokens
-
-
-def check_whole(forward: Forward, query: Tensor, key: Tensor) -> None:
-    """Raise UnsupportedCall if a call of a split denoiser has as many keys as queries, and not all tokens: nobody gathered them."""
-    if forward.share.gathered is None or query.shape[1] != key.shape[1]:
-        return
-    whole = sum(forward.share.gathered.streams)
-    if query.shape[1] != whole:
-        raise UnsupportedCall(
-            f"{forward.model.name} is split between ranks, and a self-attention call has {query.shape[1]} of {whole} tokens: its processor "
-            "does not hand the host's parallel configuration on"
-        )
+def with_gathered_mask(forward: Forward, call: DenseCall) -> DenseCall:
+    """A call of gathered keys whose mask is in the model's order, with the mask in theirs."""
+    gathered, mask = forward.share.gathered, call.attn_mask
+    if gathered is None or not gathered.interleaves or mask is None or mask.shape[-1] != call.key.shape[1]:
+        return call
+    return replace(call, attn_mask=mask.index_select(-1, gathered.tokens(mask.device)))
 
 
 def in_model_order(forward: Forward, mask: Tensor, key: Tensor) -> Tensor:
@@ -111,6 +96,35 @@ def video_first(forward: Forward, mask: Tensor, call: DenseCall, metadata: Atten
     if moved is None or forward.share.gathered is None:
         return moved
     return moved.of_gathered(forward.share.gathered)
+
+
+def check_whole(forward: Forward, query: Tensor, key: Tensor) -> None:
+    """Raise UnsupportedCall if a call of a split denoiser has as many keys as queries, and not all tokens: nobody gathered them."""
+    if forward.share.gathered is None or query.shape[1] != key.shape[1]:
+        return
+    whole = sum(forward.share.gathered.streams)
+    if query.shape[1] == whole:
+        return
+    found = f"{forward.model.name} is split between ranks, and a self-attention call has {query.shape[1]} of {whole} tokens"
+    if query.shape[1] > whole:
+        raise UnsupportedCall(f"{found}: the plan by which it is split leaves some of them whole on every rank")
+    raise UnsupportedCall(f"{found}: its processor does not hand the host's parallel configuration on")
+
+
+def _are_queries_of_the_image(forward: Forward, query: Tensor, key: Tensor) -> bool:
+    """True where the text is keys only, and these are the image's queries with the keys of all tokens."""
+    layout = forward.layout
+    if layout is None or not forward.model.family.text_is_keys_only:
+        return False
+    text = layout.num_prefix_tokens + layout.num_suffix_tokens
+    return query.shape[1] + text == key.shape[1] == layout.num_tokens
+
+
+def extra_queries(forward: Forward, call: DenseCall) -> tuple[int, int]:
+    """Tokens before and after the queries that are keys only."""
+    if forward.layout is None or call.causal or not _are_queries_of_the_image(forward, call.query, call.key):
+        return 0, 0
+    return forward.layout.num_prefix_tokens, forward.layout.num_suffix_tokens
 
 
 def key_mask(forward: Forward, mask: Tensor) -> Tensor:

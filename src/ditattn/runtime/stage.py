@@ -31,7 +31,7 @@ from ditattn.runtime.autocast import autocast_as_sdpa
 from ditattn.runtime.branches import ForwardCounter
 from ditattn.runtime.foreign_modes import native_sdpa, why_native
 from ditattn.runtime.key_padding import MASK_WITH_GAPS, KeyPadding, MaskReader, VideoFirst, broadcastable
-from ditattn.runtime.metadata import build_attn_metadata, for_forward
+from ditattn.runtime.metadata import build_attn_metadata, for_forward, with_dealt_rows
 from ditattn.runtime.report import AttentionReport, ComponentLog
 from ditattn.runtime.run_share import KEYS, RunShare, holds_for_the_run
 from ditattn.runtime.self_attention import (
@@ -43,8 +43,9 @@ from ditattn.runtime.self_attention import (
     metadata_of_call,
     next_layer,
     video_first,
+    with_gathered_mask,
 )
-from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit, rank_share
+from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit, TensorSplit, rank_share
 from ditattn.runtime.step import Step, StepClock
 
 __all__ = ["DenoisingStage", "Forward", "Look", "Probe", "ServedModel", "attend", "dry_run", "running"]
@@ -88,6 +89,10 @@ class ServedModel:
         self.served_layers = list(range(len(self.layers)))
         self.image_layers = frozenset(number for number, path in enumerate(self.layers) if self.family.is_image_only(path))
 
+    def begin_log(self) -> None:
+        """Count anew, as for another request; which implementations serve stays known."""
+        self.log = ComponentLog(self.name, self.backend.name, self.config.model_dump(), implementations=self.log.implementations)
+
     def layer_of_call(self, call: int) -> int:
         """Number of the layer that makes the n-th served call of a forward; calls beyond the last layer go on counting."""
         beyond = call - len(self.served_layers)
@@ -102,8 +107,11 @@ class Forward:
     """One running forward of a denoiser: what an attention call inside it can know.
 
     Attributes:
-        split: how its tokens are split between ranks; None if they are not.
+        layer_batch: batch elements that the running layer got; None if unknown. A step cache may leave a branch out, below the root.
+        split: how its tokens or weights are split between ranks; None if they are not.
         share: what this rank has of its calls.
+        native: computes the running call by the host's own attention, `[B, S, H, D]`, for calls that run densely; None leaves them to us.
+        dealt: metadata of calls before which the ranks of a ring deal out rows; None where they do not.
         look: in a dry run, sees every call and answers in its place.
     """
 
@@ -116,12 +124,26 @@ class Forward:
     image_metadata: AttentionMetadata | None = None
     key_mask: Tensor | None = None
     layer: int | None = None
+    layer_batch: int | None = None
     num_calls: int = 0
-    split: SequenceSplit | None = None
+    split: SequenceSplit | TensorSplit | None = None
     share: RankShare = WHOLE
+    native: Callable[[], Tensor] | None = None
     look: Look | None = None
     records: list[CallRecord] = field(default_factory=list)
     masks: MaskReader = field(default_factory=MaskReader)
+    dealt: SparseAttentionMetadata | None = None
+
+    @contextlib.contextmanager
+    def dealing(self) -> Iterator[None]:
+        """Calls of the block come after the deal."""
+        assert self.dealt is not None
+        own = self.share, self.metadata
+        self.share, self.metadata = replace(self.share, rows=self.dealt.rows), self.dealt
+        try:
+            yield
+        finally:
+            self.share, self.metadata = own
 
     def metadata_of(self, layer: int | None) -> AttentionMetadata:
         """The metadata of a layer's calls: layers that see the image alone have no text tokens."""
@@ -194,14 +216,16 @@ class DenoisingStage:
         cache_context: Any = None,
         branch: str | None = None,
         driver: Any = None,
-        split: SequenceSplit | None = None,
+        split: SequenceSplit | TensorSplit | None = None,
+        share: RankShare | None = None,
     ) -> Forward:
         """A forward of `model` begins in this thread.
 
         Args:
             arguments: of the forward, by name.
             cache_context, branch, driver: see `StepClock.read`.
-            split: how the host splits the tokens between ranks.
+            split: how the host splits tokens or weights between ranks.
+            share: what this rank has of the calls, where the host tells; None where it follows from `split` and the family.
 
         Raises:
             UnsupportedModel, UnsupportedCall: tokens that cannot be split so.
@@ -218,11 +242,14 @@ class DenoisingStage:
         layout = _layout(model, arguments)
         if layout is not None:
             model.log.note_grids([layout.grid, *(grid.size for grid in layout.further_grids)])
-        share = rank_share(split, model.family, layout)
+        share = rank_share(split, model.family, model.model_config, layout) if share is None else share
         metadata = self._metadata_of(model, step, layout, forward_id, share)
         forward = Forward(self, model, step, forward_id, layout, metadata, split=split, share=share)
         if model.image_layers and layout is not None:
             forward.image_metadata = self._metadata_of(model, step, layout.without_text(), forward_id, image_only=True)
+        if share.rows is not None:
+            impl_cls = model.backend.get_impl_cls()
+            forward.dealt = with_dealt_rows(metadata, issubclass(impl_cls, SparseAttentionImpl) and impl_cls.keeps_first_frame_rows)
         forward.key_mask = model.family.key_mask(model.model_config, arguments)
         model.log.split = "" if split is None else str(split)
         _local.stack = [*others, forward]
@@ -325,6 +352,8 @@ class DenoisingStage:
         if reason is None:
             check_whole(forward, query, key)
         moved: VideoFirst | None = None
+        if call.attn_mask is not None and forward.model.family.masks_stay_whole:
+            call = with_gathered_mask(forward, call)
         if call.attn_mask is not None and reason is None:
             mask = key_mask(forward, in_model_order(forward, call.attn_mask, key))
             padding, reason = forward.masks.read(mask, key)
@@ -341,7 +370,7 @@ class DenoisingStage:
             if self.strict and is_self_attention(forward, layer, query, key):
                 self._refuse(reason, forward)
             forward.records.append(CallRecord(reason))
-            return _native(call)
+            return _as_the_host(forward, call)
         return self._run(forward, layer, call, metadata)
 
     def _serve_in_model_order(
@@ -368,6 +397,8 @@ class DenoisingStage:
         if strict and isinstance(impl, SparseAttentionImpl):
             assert isinstance(metadata, SparseAttentionMetadata)
             self._refuse(impl.why_dense(query, key, metadata), forward)
+        if isinstance(impl, SparseAttentionImpl):
+            impl.host_dense = forward.native
         out = impl.forward(query, key, value, metadata)
         if not forward.records:
             # an impl of another package that notes nothing is counted all the same
@@ -389,8 +420,14 @@ class DenoisingStage:
         if reason is not None:
             if self.strict and is_self_attention(forward, layer, call.query, call.key):
                 self._refuse(reason, forward)
-            forward.records.append(CallRecord(reason))
-            return _native(call)
+            out = _as_the_host(forward, call)
+            if impl.learns(call.key, call.key, metadata, reason):
+                arranged = arrangement.arranged(call)
+                found = arrangement.arranged_output(out)
+                forward.records.append(impl.learn(arranged.query, arranged.key, arranged.value, metadata, reason, found))
+            else:
+                forward.records.append(CallRecord(reason))
+            return out
         arranged = arrangement.arranged(call)
         out = impl.forward(arranged.query, arranged.key, arranged.value, metadata)
         if self.probe is not None:
@@ -445,6 +482,10 @@ def _asked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, 
     if query.ndim != 4 or key.ndim != 4:
         check_qkv(query, key, value)
     return DenseCall(query, key, value, checked_scale(scale, query.shape[3]), is_causal, attn_mask=attn_mask)
+
+
+def _as_the_host(forward: Forward, call: DenseCall) -> Tensor:
+    return _native(call) if forward.native is None else forward.native()
 
 
 def _native(call: DenseCall) -> Tensor:

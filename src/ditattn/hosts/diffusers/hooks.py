@@ -14,8 +14,10 @@ from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
 from torch import Tensor, nn
 
 from ditattn.hosts.diffusers.driver import driving_scheduler
-from ditattn.hosts.diffusers.parallel import check_timesteps, sequence_split
+from ditattn.hosts.diffusers.parallel import attend_in_parallel, check_timesteps, sequence_split, tensor_split
+from ditattn.models import unwrapped
 from ditattn.runtime.foreign_modes import OwnMode
+from ditattn.runtime.split import SequenceSplit, TensorSplit
 from ditattn.runtime.stage import DenoisingStage, ServedModel, attend, running
 
 __all__ = [
@@ -129,9 +131,11 @@ class _RootHooks:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward begins."""
         arguments = bind_arguments(self._signature, module, args, kwargs)
-        split = sequence_split(module)
+        split: SequenceSplit | TensorSplit | None = sequence_split(module)
         if split is not None:
             check_timesteps(module, arguments)
+        elif self._model.layers:
+            split = tensor_split(module, unwrapped(module).get_submodule(self._model.layers[0]))
         self._stage.enter(self._model, arguments, self._sink.pushed, self._sink.branch, driving_scheduler(module), split)
 
     @torch.compiler.disable
@@ -164,11 +168,15 @@ def add_root_hook(module: nn.Module, stage: DenoisingStage, model: ServedModel) 
 
 
 class _SdpaRedirect(OwnMode):
-    """Torch's SDPA, which has `[B, H, S, D]`, comes to us."""
+    """Torch's SDPA, which has `[B, H, S, D]`, comes to us; `parallel_config` is diffusers' where tokens are split between ranks."""
+
+    def __init__(self, parallel_config: Any) -> None:
+        super().__init__()
+        self._attend = _attend_bhsd if parallel_config is None else functools.partial(_attend_bhsd, parallel_config=parallel_config)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         # torch takes the mode off while it runs, so that the SDPA call of our own kernel does not come back here
-        run = _attend_bhsd if func is nn.functional.scaled_dot_product_attention else func
+        run = self._attend if func is nn.functional.scaled_dot_product_attention else func
         if func is Tensor.unflatten:
             # the method is Python that calls super(), which torch.compile cannot trace from here; the function is the same
             run = torch.unflatten
@@ -197,10 +205,13 @@ def _redirected(cls: Any) -> Any:
     """A processor class whose calls of SDPA come to us."""
 
     class Redirected(cls):
+        # diffusers' enable_parallelism sets it, as it does on processors that go through its dispatcher
+        _parallel_config: Any = None
+
         # the attention module reads the signature to know which arguments to pass
         @functools.wraps(cls.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            with _SdpaRedirect():
+            with _SdpaRedirect(self._parallel_config):
                 return cls.__call__(self, *args, **kwargs)
 
     return Redirected
@@ -212,7 +223,7 @@ def redirect_forward(part: nn.Module) -> Callable[[], None]:
 
     @functools.wraps(forward)
     def redirected(*args: Any, **kwargs: Any) -> Any:
-        with _SdpaRedirect():
+        with _SdpaRedirect(None):
             return forward(*args, **kwargs)
 
     # copies of the part go without it
@@ -237,20 +248,24 @@ def _attend_bhsd(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    parallel_config: Any = None,
 ) -> Tensor:
-    """`attend` behind the signature and layout of torch's SDPA."""
+    """`attend` behind the signature and layout of torch's SDPA, between the exchanges of ranks where tokens are split."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if parallel_config is not None:
+        return attend_in_parallel(q, k, v, attn_mask, dropout_p, is_causal, scale, parallel_config).transpose(1, 2)
     return attend(q, k, v, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)
 
 
-def enter_layer(layer: int | None) -> None:
-    """Self-attention layer number `layer` begins; None for a module that is not served."""
+def enter_layer(layer: int | None, hidden_states: Any = None) -> None:
+    """Self-attention layer number `layer` begins, with its input where that is known; None for a module that is not served."""
     # a compiled graph runs no Python here: there the layer is counted inside the operation
     if torch.compiler.is_compiling():
         return
     forward = running()
     if forward is not None:
         forward.layer = layer
+        forward.layer_batch = hidden_states.shape[0] if isinstance(hidden_states, Tensor) else None
 
 
 def leave_layer() -> None:
@@ -263,13 +278,13 @@ def add_layer_hooks(layers: Mapping[int, nn.Module]) -> Callable[[], None]:
     handles = []
     for number, module in layers.items():
 
-        def begin(_module: nn.Module, _args: Any, number: int = number) -> None:
-            enter_layer(number)
+        def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int = number) -> None:
+            enter_layer(number, args[0] if args else kwargs.get("hidden_states"))
 
         def end(_module: nn.Module, _args: Any, _output: Any) -> None:
             leave_layer()
 
-        handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+        handles += [module.register_forward_pre_hook(begin, with_kwargs=True), module.register_forward_hook(end)]
 
     def remove() -> None:
         for handle in handles:

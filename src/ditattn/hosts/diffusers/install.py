@@ -21,7 +21,7 @@ from ditattn.hosts.diffusers.copies import copies_are_plain
 from ditattn.hosts.diffusers.dispatcher import add_private_backend
 from ditattn.hosts.diffusers.execution import execution_device
 from ditattn.hosts.diffusers.hooks import add_layer_hooks, add_root_hook, is_listening, redirect_forward, redirect_sdpa, why_no_dry_run
-from ditattn.hosts.diffusers.parallel import check_split
+from ditattn.hosts.diffusers.parallel import check_split, sequence_split
 from ditattn.models import MODELS, ModelFamily, family_of, known_class, unwrapped, why_not_served
 from ditattn.models.unlisted import BY_RULE, family_by_rule
 from ditattn.runtime.layout_by_rule import LayoutByRule
@@ -226,7 +226,9 @@ def _install_one(
     else:
         for part in layers.values():
             handle.on_remove(copies_are_plain(part, partial(copy.copy, part.processor)))
-            handle.on_remove(_replace_processor(part, redirect_sdpa(part.processor)))
+            twin = redirect_sdpa(part.processor)
+            twin._parallel_config = getattr(module, "_parallel_config", None) if sequence_split(module) is not None else None
+            handle.on_remove(_replace_processor(part, twin))
     handle.on_remove(copies_are_plain(module))
 
 
