@@ -42,6 +42,8 @@ CASES = (
     Case("batch of 2, lengths between blocks", batch=2, query_length=700, key_length=700, plan="random", layout="transposed"),
     Case("grouped heads 8 to 2, batch of 2", batch=2, heads=8, key_heads=2, query_length=517, key_length=517, plan="random"),
     Case("head size 32", dim=32, query_length=390, key_length=517, plan="random"),
+    Case("head size 72", dim=72, query_length=390, key_length=517, plan="uneven"),
+    Case("head size 88", dim=88, query_length=390, key_length=300, plan="random"),
     Case("head size 96", dim=96, query_length=517, key_length=390, plan="random", layout="odd strides"),
     Case("head size 128, large logits", dim=128, query_length=517, key_length=517, plan="random", data="large logits"),
     Case("negative logits, short last block", query_length=517, key_length=517, plan="last block", data="negative logits"),

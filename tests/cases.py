@@ -217,7 +217,7 @@ _SHAPES = (
     *(Case(f"layout: {layout}, head size 128", layout=layout, dim=128, batch=2) for layout in ("transposed", "odd strides")),
     *(Case(f"length {n}", query_length=n, key_length=n) for n in (1, 2, 5, 63, 64, 65, 127, 128, 129, 190, 256, 383)),
     *(Case(f"lengths {s} and {t}", query_length=s, key_length=t) for s, t in ((1, 300), (300, 1), (40, 700), (390, 130), (129, 257))),
-    *(Case(f"head size {d}", dim=d) for d in (32, 80, 96, 128)),
+    *(Case(f"head size {d}", dim=d) for d in (32, 72, 80, 88, 96, 128, 256)),
     Case("batch of 2", batch=2),
     Case("one head", heads=1, key_heads=1),
     Case("grouped heads 6 to 2", heads=6, key_heads=2),

@@ -15,7 +15,7 @@ from ditattn.ops import cpu_library
 from ditattn.ops.block_mean import block_mean
 from ditattn.ops.block_sparse_attention import block_sparse_attention
 from ditattn.ops.dense_attention import dense_attention
-from ditattn.ops.table import KERNEL_HEAD_DIMS
+from ditattn.ops.table import PADDED_HEAD_DIMS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,7 +32,7 @@ def check_case(case: Case, dtype: torch.dtype) -> None:
 
 def check_cases() -> int:
     """Every case of the op that the kernel takes, each in one dtype in turn (the contract tests take all for the chosen variant)."""
-    cases = [case for case in (*SPARSE_CASES, *TAIL_CASES) if case.dim in KERNEL_HEAD_DIMS and case.block_size == 128]
+    cases = [case for case in (*SPARSE_CASES, *TAIL_CASES) if case.dim in PADDED_HEAD_DIMS and case.block_size == 128]
     for number, case in enumerate(cases):
         check_case(case, DTYPES[number % len(DTYPES)])
     return len(cases)

@@ -50,4 +50,4 @@ def test_every_backend_has_its_four_classes(backend: AttentionBackendEnum) -> No
     assert isinstance(metadata, cls.get_metadata_cls())
     assert metadata.current_timestep == 3
     sizes = cls.get_supported_head_sizes()
-    assert sizes == ([] if backend in (AttentionBackendEnum.TORCH_SDPA, AttentionBackendEnum.FA) else [32, 64, 96, 128])
+    assert sizes == (list(range(8, 129, 8)) if backend is AttentionBackendEnum.LASER_ATTN else [])

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 import judge
 import oracle
 from ditattn.backends.base import AttentionBackend
 from ditattn.backends.config import SparseAttentionConfig
 from ditattn.backends.sparse import Reason, SparseAttentionMetadata, SparseAttentionMetadataBuilder
-from ditattn.errors import ConfigError, UnsupportedHeadSize
+from ditattn.errors import ConfigError
 from ditattn.plan.token_order import token_order
 from sparse_calls import SPARSE_BACKENDS, call, draw
 
@@ -194,11 +195,18 @@ def test_batch_elements_get_their_own_plans(backend: type[AttentionBackend]) -> 
 
 
 @backends
-@pytest.mark.parametrize("head_size", [16, 48, 80, 256])
-def test_other_head_sizes_say_which_are_possible(backend: type[AttentionBackend], head_size: int) -> None:
-    with pytest.raises(UnsupportedHeadSize, match=f"32, 64, 96, 128, not {head_size}"):
-        backend.get_impl_cls()(2, head_size)
-    assert backend.get_supported_head_sizes() == [32, 64, 96, 128]
+@pytest.mark.parametrize("head_size", [16, 20, 72, 88, 256])
+def test_heads_that_no_kernel_multiplies_run_sparse_all_the_same(backend: type[AttentionBackend], head_size: int) -> None:
+    """Kernels pad them, plain torch takes the others; a density of 1 is dense attention with the scale of the true size."""
+    q, k, v = (draw(1, LENGTH, 2, head_size, seed=i) for i in range(3))
+    everything, record = call(backend, q, k, v, GRID, sparsity=1e-4)
+    assert record.reason is None
+    exact = scaled_dot_product_attention(*(x.transpose(1, 2).double() for x in (q, k, v))).transpose(1, 2)
+    torch.testing.assert_close(everything.double(), exact, rtol=0, atol=1e-5)
+    less, record = call(backend, q, k, v, GRID, sparsity=0.8)
+    assert record.plan is not None
+    assert record.plan.density() < 0.9
+    assert not torch.equal(less, everything)
 
 
 @backends

@@ -112,11 +112,12 @@ def test_the_lines_of_a_model_that_is_served(ditattn):
     assert "  tokens by default: 4096 of 1024 x 1024 pixels, text left out" in lines
 
 
-def test_a_head_size_that_no_sparse_kernel_takes_is_told(told):
+def test_a_head_size_that_a_backend_does_not_take_is_told(told):
     (one,) = told("AuraFlowTransformer2DModel")
     assert one["head_size"] == 256
     assert one["backends"]["torch_sdpa"] is None
-    assert one["backends"]["rain_fusion_attn"] == "rain_fusion_attn supports head sizes 32, 64, 96, 128, not 256"
+    assert one["backends"]["rain_fusion_attn"] is None
+    assert one["backends"]["laser_attn"] == "laser_attn supports head sizes 8, 16, ... 128, not 256"
 
 
 def test_a_model_that_is_not_served_and_why(told, ditattn):

@@ -61,6 +61,14 @@ def test_every_model_family_is_in_the_matrix() -> None:
             assert (word == "yes") is (family.supported is None or backend in family.supported) or word.startswith("no: ")
 
 
+def test_the_readme_counts_the_families() -> None:
+    """`test_every_family_is_run_here` runs each of them, `test_every_transformer.py` walks the classes."""
+    told = re.search(r"^(\d+) families, (\d+) of the (\d+) transformer classes", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert told is not None
+    served = [name for family in MODELS for name in family.transformer_classes]
+    assert tuple(map(int, told.groups())) == (len(MODELS), len(served), len(served) + len(NOT_SERVED))
+
+
 def test_every_reason_against_a_model_is_in_its_table() -> None:
     table = rows((ROOT / "docs" / "compatibility.md").read_text(), "<!-- not served")
     told = {name.strip("`"): reason for names, reason in table for name in names.split(", ")}

@@ -463,10 +463,15 @@ def test_framepack_has_earlier_frames_in_front(batch: int, behind: int) -> None:
         "latents_clean": torch.empty(batch, 4, 2, 30, 44),
         "latents_history_2x": torch.empty(batch, 4, 2, 30, 44),
         "latents_history_4x": torch.empty(batch, 4, 16, 30, 44),
+        **{f"indices_latents_{name}": torch.zeros(2) for name in ("clean", "history_2x", "history_4x")},
     }
     layout = HUNYUAN_VIDEO_FRAMEPACK.layout(config(patch_size=2, patch_size_t=1), arguments)
     # 30 x 44 latents do not fill patches of 4 and of 8: they are padded
     assert (layout.num_prefix_tokens, layout.num_suffix_tokens) == (2 * 15 * 22 + 1 * 8 * 11 + 4 * 4 * 6, behind)
+    # the oldest first
+    assert layout.further_grids == (TokenGrid(0, (4, 4, 6)), TokenGrid(96, (1, 8, 11)), TokenGrid(96 + 88, (2, 15, 22)))
+    without = HUNYUAN_VIDEO_FRAMEPACK.layout(config(patch_size=2, patch_size_t=1), {**arguments, "indices_latents_history_2x": None})
+    assert without.further_grids == (TokenGrid(0, (4, 4, 6)), TokenGrid(96, (2, 15, 22)))
 
 
 def test_helios_takes_a_history_only_with_its_indices() -> None:
@@ -477,7 +482,8 @@ def test_helios_takes_a_history_only_with_its_indices() -> None:
         "latents_history_mid": torch.empty(1, 4, 2, 32, 48),
         "indices_latents_history_mid": None,
     }
-    assert HELIOS.layout(config(patch_size=(1, 2, 2)), arguments).num_prefix_tokens == 16 * 24
+    layout = HELIOS.layout(config(patch_size=(1, 2, 2)), arguments)
+    assert (layout.num_prefix_tokens, layout.further_grids) == (16 * 24, (TokenGrid(0, (1, 16, 24)),))
 
 
 @pytest.mark.parametrize("image", [None, text(6)], ids=["text only", "with an image"])
@@ -499,6 +505,48 @@ def test_ltx2_has_keyframes_behind() -> None:
     assert LTX2.layout(config(), arguments) == TokenLayout((2, 128, 2, 3, 4), (1, 1, 1), 0, 6)
     with pytest.raises(ValueError, match="-18 after the video"):
         LTX2.layout(config(), {**arguments, "height": 6})
+
+
+# of LTX 2's video: the first frame of its latents is one frame, the others are eight
+TIMES = torch.tensor([0.0, 1, 9, 17]) / 24
+
+
+def ltx2_coordinates(*grids: tuple[Tensor, int, int, float]) -> Tensor:
+    """(times, Y, X, pixels of a row) of every grid, as LTX 2's pipelines make them: `(1, 3, S, 2)`, where tokens begin and end."""
+    starts = [torch.cartesian_prod(times, *(torch.arange(n) * pixels for n in (y, x))) for times, y, x, pixels in grids]
+    return torch.stack([torch.cat(starts).T, torch.cat(starts).T + 1], dim=-1)[None]
+
+
+LTX2_BESIDE = {
+    "two keyframes": ([(TIMES[3:], 3, 4, 32.0), (TIMES[1:2], 3, 4, 32.0)], [(1, 3, 4), (1, 3, 4)]),
+    "keyframes in the order of time": ([(TIMES[1:2], 3, 4, 32.0), (TIMES[3:] + 2, 3, 4, 32.0)], [(1, 3, 4), (1, 3, 4)]),
+    "a keyframe at the same time twice": ([(TIMES[3:], 3, 4, 32.0)] * 2, [(1, 3, 4), (1, 3, 4)]),
+    "a reference of the video's length": ([(TIMES, 3, 4, 32.0)], [(4, 3, 4)]),
+    "a reference at half the size": ([(TIMES, 2, 2, 64.0)], [(4, 2, 2)]),
+    "a keyframe before a reference": ([(TIMES[2:3], 3, 4, 32.0), (TIMES, 2, 2, 64.0)], [(1, 3, 4), (4, 2, 2)]),
+}
+
+
+@pytest.mark.parametrize("name", LTX2_BESIDE)
+def test_ltx2_reads_what_stands_beside_its_video(name: str) -> None:
+    beside, sizes = LTX2_BESIDE[name]
+    coordinates = ltx2_coordinates((TIMES, 3, 4, 32.0), *beside)
+    arguments = {"hidden_states": torch.empty(2, coordinates.shape[2], 128), "num_frames": 4, "height": 3, "width": 4}
+    layout = LTX2.layout(config(), {**arguments, "video_coords": coordinates.repeat(2, 1, 1, 1)})
+    assert [grid.size for grid in layout.further_grids] == sizes
+    assert [grid.start for grid in layout.further_grids] == [48, *(grid.stop for grid in layout.further_grids)][:-1]
+    assert layout.num_tokens == coordinates.shape[2]
+
+
+def test_ltx2_keeps_whole_what_is_no_grid() -> None:
+    coordinates = ltx2_coordinates((TIMES, 3, 4, 32.0), (TIMES[1:2], 3, 4, 32.0))
+    arguments = {"hidden_states": torch.empty(2, 60, 128), "num_frames": 4, "height": 3, "width": 4}
+    # a token of a place that the others leave out
+    torn = coordinates.clone()
+    torn[0, 2, 50] += 0.5
+    assert LTX2.layout(config(), {**arguments, "video_coords": torn}).further_grids == ()
+    differing = torch.cat([coordinates, coordinates + 1])
+    assert LTX2.layout(config(), {**arguments, "video_coords": differing}).further_grids == ()
 
 
 def test_kandinsky5_has_channels_last_and_refuses_its_own_sparse_attention() -> None:
@@ -526,6 +574,31 @@ def test_minimax_h3_ends_with_its_video() -> None:
 def test_minimax_h3_refuses_what_is_no_grid(video: Tensor) -> None:
     with pytest.raises(ValueError, match="no grid"):
         h3(video)
+
+
+def test_minimax_h3_reads_keyframes_and_references() -> None:
+    """Two keyframes, audio, a picture of another size, a video with its sound before it, audio, the video."""
+    rows, columns = torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([-1.0, -0.5, 0.5, 1.0])
+
+    def frames(*times: float) -> Tensor:
+        return torch.cartesian_prod(torch.tensor(times), rows, columns)
+
+    sound, text = torch.zeros(5, 3), torch.arange(3.0)[:, None].expand(3, 3)
+    picture = torch.cartesian_prod(torch.tensor([4.0]), torch.tensor([-2.0, 2.0]), torch.tensor([-1.0, 1.0]))
+    parts = [(1, text), (0, frames(3.0)), (0, frames(11.0)), (2, sound), (0, picture), (2, sound), (0, frames(5.0, 9.0, 13.0)), (2, sound)]
+    parts += [(0, frames(7.0, 11.0, 15.0))]
+    tags = torch.cat([torch.full((len(part),), tag) for tag, part in parts])
+    positions = torch.cat([part for _, part in parts])
+    arguments = {"position_ids": positions, "token_tags": tags, "hidden_states": torch.empty(1, len(tags), 16)}
+    layout = MINIMAX_H3.layout(config(), arguments)
+    assert layout.grid == (3, 3, 4)
+    assert layout.num_prefix_tokens == len(tags) - 36
+    assert layout.further_grids == (
+        TokenGrid(3, (1, 3, 4)),
+        TokenGrid(15, (1, 3, 4)),
+        TokenGrid(32, (1, 2, 2)),
+        TokenGrid(41, (3, 3, 4)),
+    )
 
 
 def test_minimax_h3_refuses_a_sequence_without_video() -> None:

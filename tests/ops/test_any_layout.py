@@ -54,7 +54,7 @@ def anyhow(shape: tuple[int, int, int, int], dtype: torch.dtype, dice: random.Ra
 
 
 def attention_tensors(dtype: torch.dtype, dice: random.Random) -> tuple[Tensor, Tensor, Tensor]:
-    batch, key_heads, dim = dice.choice((1, 1, 2, 3)), dice.choice((1, 2)), dice.choice((32, 64, 96, 128))
+    batch, key_heads, dim = dice.choice((1, 1, 2, 3)), dice.choice((1, 2)), dice.choice((32, 64, 72, 88, 96, 128))
     heads = key_heads * dice.choice((1, 2))
     length, num_keys = (dice.choice((1, 4, 61, 130)) for _ in range(2))
     shapes = (batch, length, heads, dim), (batch, num_keys, key_heads, dim), (batch, num_keys, key_heads, dim)

@@ -8,9 +8,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from tiny_pipelines.loop import looped_by
 from tiny_pipelines.packed_images import COLUMNS, ROWS, vae
 from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, enlarge_weights, noise
-from tiny_pipelines.transformer_loop import looped
 
 WIDTH = HEADS * HEAD_SIZE
 # the tiny VAE makes one latent of a pixel, and a patch is 2 x 2 latents
@@ -168,7 +168,7 @@ def cogview3_plus() -> TinyPipeline:
         conditions = {"original_size": sizes, "target_size": sizes, "crop_coords": torch.zeros(1, 2)}
         return {"hidden_states": latents, "encoder_hidden_states": text, "timestep": timestep, **conditions}
 
-    return looped(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 10, 24))
+    return looped_by(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 10, 24))
 
 
 def z_image() -> TinyPipeline:
@@ -256,7 +256,7 @@ def hidream_image() -> TinyPipeline:
         named = {"encoder_hidden_states_t5": text, "encoder_hidden_states_llama3": llama, "pooled_embeds": noise(1, 20)}
         return {"hidden_states": latents, "timesteps": timestep, **named}
 
-    return looped(transformer, arguments_of, (1, 4, 48, 88), noise(1, 10, 24))
+    return looped_by(transformer, arguments_of, (1, 4, 48, 88), noise(1, 10, 24))
 
 
 def ernie_image() -> TinyPipeline:
@@ -280,7 +280,7 @@ def ernie_image() -> TinyPipeline:
     def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
         return {"hidden_states": latents, "timestep": timestep, "text_bth": text, "text_lens": torch.tensor([9])}
 
-    return looped(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 12, 24))
+    return looped_by(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 12, 24))
 
 
 def glm_image() -> TinyPipeline:
@@ -315,7 +315,7 @@ def glm_image() -> TinyPipeline:
             "crop_coords": torch.zeros(1, 2),
         }
 
-    return looped(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 10, 24))
+    return looped_by(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 10, 24))
 
 
 JOYIMAGE: dict[str, Any] = {
@@ -342,7 +342,7 @@ def joyimage_edit() -> TinyPipeline:
         # the model moves the last one, which is the image itself, to the front and back
         return {"hidden_states": torch.cat([given, latents], 1), "timestep": timestep, "encoder_hidden_states": text}
 
-    return looped(transformer, arguments_of, (1, 1, 4, 1, 64, 64), noise(1, 10, 24), image_last=True)
+    return looped_by(transformer, arguments_of, (1, 1, 4, 1, 64, 64), noise(1, 10, 24), image_last=True)
 
 
 def joyimage_edit_plus() -> TinyPipeline:
@@ -363,7 +363,7 @@ def joyimage_edit_plus() -> TinyPipeline:
             "shape_list": [[(1, 30, 36), (1, 8, 12)]],
         }
 
-    return looped(transformer, arguments_of, (1, 1080, 4, 1, 2, 2), noise(1, 12, 24))
+    return looped_by(transformer, arguments_of, (1, 1080, 4, 1, 2, 2), noise(1, 12, 24))
 
 
 def pixart() -> TinyPipeline:
@@ -388,7 +388,7 @@ def pixart() -> TinyPipeline:
         named = {"encoder_attention_mask": first(9, of=12), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
         return {"hidden_states": latents, "encoder_hidden_states": text, "timestep": timestep, **named}
 
-    return looped(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 12, 24))
+    return looped_by(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 12, 24))
 
 
 def prx() -> TinyPipeline:
@@ -405,4 +405,63 @@ def prx() -> TinyPipeline:
         mask = first(9, of=12)
         return {"hidden_states": latents, "timestep": timestep / 1000, "encoder_hidden_states": text, "attention_mask": mask}
 
-    return looped(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 12, 24))
+    return looped_by(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 12, 24))
+
+
+def hunyuan_dit() -> TinyPipeline:
+    """HunyuanDiT with heads of 88, as published: the image in self-attention, the text in cross-attention."""
+    from diffusers import HunyuanDiT2DModel
+
+    torch.manual_seed(0)
+    transformer = HunyuanDiT2DModel(
+        num_attention_heads=1,
+        attention_head_dim=88,
+        hidden_size=88,
+        in_channels=4,
+        patch_size=2,
+        sample_size=2 * COLUMNS,
+        num_layers=LAYERS,
+        mlp_ratio=1.5,
+        learn_sigma=False,
+        cross_attention_dim=24,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=20,
+        text_len=12,
+        text_len_t5=6,
+        use_style_cond_and_image_meta_size=False,
+    )
+    enlarge_weights(transformer)
+
+    def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
+        second = {"encoder_hidden_states_t5": noise(1, 6, 16, seed=3), "text_embedding_mask_t5": first(4, of=6)}
+        first_text = {"encoder_hidden_states": text, "text_embedding_mask": first(9, of=12)}
+        return {"hidden_states": latents, "timestep": timestep.float(), **first_text, **second}
+
+    return looped_by(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 12, 24))
+
+
+def lumina_next() -> TinyPipeline:
+    """Lumina-Next with heads of 72, as published: the image in self-attention, the text in cross-attention."""
+    from diffusers import LuminaNextDiT2DModel
+    from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+
+    torch.manual_seed(0)
+    transformer = LuminaNextDiT2DModel(
+        sample_size=2 * COLUMNS,
+        in_channels=4,
+        hidden_size=72,
+        num_layers=LAYERS,
+        num_attention_heads=1,
+        num_kv_heads=1,
+        multiple_of=16,
+        learn_sigma=False,
+        cross_attention_dim=24,
+    )
+    enlarge_weights(transformer)
+    rotations = get_2d_rotary_pos_embed_lumina(72, 64, 64)
+
+    def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
+        named = {"encoder_hidden_states": text, "encoder_mask": first(9, of=12), "image_rotary_emb": rotations}
+        return {"hidden_states": latents, "timestep": timestep / 1000, **named, "cross_attention_kwargs": {}}
+
+    return looped_by(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 12, 24))

@@ -12,6 +12,8 @@ from torch import Tensor
 from tiny_pipelines.pipeline import TinyPipeline
 
 Predict = Callable[[Any, Tensor, Tensor, dict[str, Any]], Tensor]
+# (latents, prompt embeddings, timestep [B]) -> the forward's arguments
+Arguments = Callable[[Tensor, Tensor, Tensor], dict[str, Any]]
 
 
 def predict(transformer: Any, latents: Tensor, timestep: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -87,3 +89,23 @@ def looped(
     pipe = DenoisingLoop(transformer, FlowMatchEulerDiscreteScheduler())
     pipe.shape, pipe.text, pipe.predict = shape, text, predict
     return TinyPipeline(pipe, inputs)
+
+
+def looped_by(
+    transformer: Any, arguments_of: Arguments, shape: tuple[int, ...], prompt_embeds: Tensor, image_last: bool = False
+) -> TinyPipeline:
+    """The same for a denoiser whose arguments are made anew of the latents and the text in every step.
+
+    Args:
+        arguments_of: also gets the changed embeddings of tests that move the text.
+        shape: of the latents.
+        image_last: given images stand before the image in what the denoiser predicts.
+    """
+
+    def predict_image(transformer: Any, latents: Tensor, timestep: Tensor, inputs: dict[str, Any]) -> Tensor:
+        (predicted, *_) = transformer(**arguments_of(latents, inputs["text"], timestep), return_dict=False)
+        predicted = torch.stack(predicted) if isinstance(predicted, list) else predicted
+        # reference images stand behind the image, or before it
+        return predicted[:, -latents.shape[1] :] if image_last else predicted[:, : latents.shape[1]]
+
+    return looped(transformer, shape, {"prompt_embeds": prompt_embeds}, text="text", predict=predict_image)

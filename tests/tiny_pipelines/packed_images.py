@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from tiny_pipelines.loop import looped_by
 from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, enlarge_weights, noise
-from tiny_pipelines.transformer_loop import looped
 
 ROWS, COLUMNS = 30, 44
 # sums to the head size
@@ -72,7 +72,7 @@ def flux3() -> TinyPipeline:
             "image_cond_ids": position_ids(8, 8, image=10, width=4),
         }
 
-    return looped(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 10, 40))
+    return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 10, 40))
 
 
 def chroma() -> TinyPipeline:
@@ -132,7 +132,7 @@ def bria_fibo() -> TinyPipeline:
             "joint_attention_kwargs": {"attention_mask": keep},
         }
 
-    return looped(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 12, 40))
+    return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 12, 40))
 
 
 def longcat_image() -> TinyPipeline:
@@ -158,7 +158,7 @@ def longcat_image() -> TinyPipeline:
             "txt_ids": text_ids,
         }
 
-    return looped(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 10, 40))
+    return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 10, 40))
 
 
 def ovis_image() -> TinyPipeline:
@@ -245,7 +245,45 @@ def nucleusmoe_image() -> TinyPipeline:
             "timestep": timestep / 1000,
         }
 
-    return looped(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 12, 24))
+    return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 12, 24))
+
+
+def ideogram4() -> TinyPipeline:
+    """Ideogram 4: 12 text tokens of which the last 9 are real, then the image."""
+    from diffusers import Ideogram4Transformer2DModel
+
+    torch.manual_seed(0)
+    transformer = Ideogram4Transformer2DModel(
+        in_channels=16,
+        num_layers=LAYERS,
+        attention_head_dim=HEAD_SIZE,
+        num_attention_heads=HEADS,
+        intermediate_size=48,
+        adaln_dim=16,
+        llm_features_dim=24,
+        mrope_section=(6, 5, 5),
+    )
+    enlarge_weights(transformer)
+    places = torch.arange(12 + ROWS * COLUMNS)
+    image = (places >= 12).unsqueeze(0)
+    ids = torch.zeros(1, len(places), 3, dtype=torch.long)
+    ids[0, 3:12] = torch.arange(9).unsqueeze(1)
+    ids[0, 12:, 1:] = torch.cartesian_prod(torch.arange(ROWS), torch.arange(COLUMNS))
+    ids[0, 12:] += 65536
+    segments = (places >= 3).long().unsqueeze(0) * 2 - 1
+    roles = image.long() * 2 + ((places >= 3) & (places < 12)).long() * 3
+
+    def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
+        return {
+            "hidden_states": torch.cat([latents.new_zeros(1, 12, 16), latents], 1),
+            "timestep": 1 - timestep / 1000,
+            "encoder_hidden_states": torch.cat([text, text.new_zeros(1, ROWS * COLUMNS, 24)], 1),
+            "position_ids": ids,
+            "segment_ids": segments,
+            "indicator": roles,
+        }
+
+    return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 12, 24), image_last=True)
 
 
 def qwen_image21(use_cache: bool = True) -> TinyPipeline:
@@ -283,4 +321,4 @@ def qwen_image21(use_cache: bool = True) -> TinyPipeline:
             **cached,
         }
 
-    return looped(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 25, 24), image_last=True)
+    return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 25, 24), image_last=True)

@@ -20,7 +20,7 @@ from ditattn.errors import UnsupportedHeadSize
 from ditattn.ops import dense_attention as dense_op
 from ditattn.ops.calls import Chosen, DenseCall
 from ditattn.ops.contract import checked_scale
-from ditattn.ops.table import Implementation, choose
+from ditattn.ops.table import Implementation, choose, named_head_dims
 from ditattn.packages import Package
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
@@ -251,7 +251,7 @@ class AttentionBackend(ABC):
         if missing:
             return "; ".join(missing)
         if head_size is not None and cls.head_sizes and head_size not in cls.head_sizes:
-            return f"supports head sizes {', '.join(map(str, cls.head_sizes))}, not {head_size}"
+            return f"supports head sizes {named_head_dims(cls.head_sizes)}, not {head_size}"
         possible = cls.dtypes.get(device.device_type, (torch.float32, torch.bfloat16, torch.float16))
         if dtype is not None and dtype not in possible:
             return f"takes {', '.join(str(d).removeprefix('torch.') for d in possible)}, not {str(dtype).removeprefix('torch.')}"
@@ -294,4 +294,4 @@ class AttentionBackend(ABC):
 def check_head_size(who: str, head_size: int, supported: tuple[int, ...] | list[int]) -> None:
     """Raise UnsupportedHeadSize unless `head_size` is among `supported` (empty means any)."""
     if supported and head_size not in supported:
-        raise UnsupportedHeadSize(f"{who} supports head sizes {', '.join(map(str, supported))}, not {head_size}")
+        raise UnsupportedHeadSize(f"{who} supports head sizes {named_head_dims(supported)}, not {head_size}")

@@ -15,7 +15,7 @@ from ditattn.backends.base import AttentionBackend, AttentionMetadata
 from ditattn.backends.dense import DENSE_BACKEND, DenseAttentionImpl
 from ditattn.devices import Device
 from ditattn.ops.dense_attention import LASER_NAMES, TABLE
-from ditattn.ops.table import KERNEL_HEAD_DIMS, CallFacts
+from ditattn.ops.table import PADDED_HEAD_DIMS, CallFacts
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, Package
 
 __all__ = ["MIN_LASER_TOKENS", "LaserAttentionBackend", "LaserAttentionImpl"]
@@ -27,7 +27,7 @@ MIN_LASER_TOKENS = 2048
 class LaserAttentionImpl(DenseAttentionImpl):
     """Dense; nothing is dropped."""
 
-    supported_head_sizes = KERNEL_HEAD_DIMS
+    supported_head_sizes = PADDED_HEAD_DIMS
 
     def choose(self, query: Tensor, key: Tensor, metadata: AttentionMetadata) -> tuple[tuple[str, ...], str]:
         """Implementations for this call, and what the report says about it."""

@@ -18,7 +18,7 @@ from ditattn.ops import block_sparse_attention as sparse_op
 from ditattn.ops.calls import Chosen, SparseCall
 from ditattn.ops.contract import checked_scale
 from ditattn.ops.pooled_tail import PooledTail
-from ditattn.ops.table import KERNEL_HEAD_DIMS, Implementation, choose, choose_to_run
+from ditattn.ops.table import Implementation, choose, choose_to_run
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 from ditattn.plan.reuse import ForwardId, PlanMemory, ReusePolicy
 from ditattn.plan.split import GatheredRows, GatheredTokens, HeadShare, RowOrder
@@ -253,7 +253,6 @@ class SparseAttentionImpl(AttentionImpl):
         torch.Size([1, 1024, 2, 64])
     """
 
-    supported_head_sizes = KERNEL_HEAD_DIMS
     is_sparse = True
 
     # False where the rows of a first frame are chosen like others
@@ -438,7 +437,7 @@ class SparseAttentionBackend(AttentionBackend):
         ...     name = "everything_attn"
         ...     impl_cls = EverythingImpl
         >>> EverythingBackend.is_sparse, EverythingBackend.get_supported_head_sizes()
-        (True, [32, 64, 96, 128])
+        (True, [])
     """
 
     metadata_cls: ClassVar[type[AttentionMetadata]] = SparseAttentionMetadata

@@ -23,10 +23,12 @@ from ditattn.models.flux3 import FLUX3
 from ditattn.models.glm_image import GLM_IMAGE
 from ditattn.models.helios import HELIOS
 from ditattn.models.hidream_image import HIDREAM_IMAGE
+from ditattn.models.hunyuan_dit import HUNYUAN_DIT
 from ditattn.models.hunyuan_image import HUNYUAN_IMAGE
 from ditattn.models.hunyuan_video import HUNYUAN_VIDEO
 from ditattn.models.hunyuan_video15 import HUNYUAN_VIDEO_15
 from ditattn.models.hunyuan_video_framepack import HUNYUAN_VIDEO_FRAMEPACK
+from ditattn.models.ideogram4 import IDEOGRAM4
 from ditattn.models.joyimage import JOYIMAGE
 from ditattn.models.kandinsky5 import KANDINSKY5
 from ditattn.models.kandinsky6 import KANDINSKY6
@@ -35,6 +37,7 @@ from ditattn.models.longcat_image import LONGCAT_IMAGE
 from ditattn.models.ltx2 import LTX2
 from ditattn.models.ltx_video import LTX_VIDEO
 from ditattn.models.lumina2 import LUMINA2
+from ditattn.models.lumina_next import LUMINA_NEXT
 from ditattn.models.minimax_h3 import MINIMAX_H3
 from ditattn.models.mochi import MOCHI
 from ditattn.models.motif_video import MOTIF_VIDEO
@@ -89,6 +92,9 @@ IMAGE_MODELS: tuple[ModelFamily, ...] = (
     PRX,
     NUCLEUSMOE_IMAGE,
     QWEN_IMAGE21,
+    HUNYUAN_DIT,
+    LUMINA_NEXT,
+    IDEOGRAM4,
 )
 """Families of images, beside Flux.1 and Qwen-Image."""
 

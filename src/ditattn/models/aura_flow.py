@@ -25,5 +25,5 @@ AURA_FLOW = ModelFamily(
     self_attention=r"(joint_transformer_blocks|single_transformer_blocks)\.\d+\.attn",
     size_multiple=16,
     dispatches=False,
-    notes="text before the image, protected; SDPA calls are redirected; heads of 256 as published run with `torch_sdpa` and `fa` only",
+    notes="text before the image, protected; SDPA calls are redirected; heads of 256 run sparse by plain torch",
 )

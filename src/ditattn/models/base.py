@@ -22,7 +22,6 @@ __all__ = [
     "SplitPlan",
     "TokenLayout",
     "image_layout",
-    "num_patches",
     "one_more_than_a_multiple",
     "one_stream",
     "patch_triple",
@@ -274,11 +273,6 @@ def patch_triple(config: Any) -> tuple[int, int, int]:
 def video_only(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
     """For models whose `hidden_states` is `(B, C, T, H, W)` and whose self-attention sees nothing else."""
     return TokenLayout(tuple(arguments["hidden_states"].shape), patch_triple(config))
-
-
-def num_patches(latents: Tensor, patch: tuple[int, int, int]) -> int:
-    """Tokens of latents `(B, C, T, H, W)` that are padded to whole patches."""
-    return math.prod(math.ceil(size / p) for size, p in zip(latents.shape[2:], patch, strict=True))
 
 
 def image_layout(patch_size: int, arguments: Mapping[str, Any], prefix: int = 0, suffix: int = 0) -> TokenLayout:

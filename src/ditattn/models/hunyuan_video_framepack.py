@@ -8,19 +8,20 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ditattn.models.base import SINGLE_STREAM_LINEAR_LAYERS, ModelFamily, TokenLayout, num_patches, patch_triple
+from ditattn.models.base import SINGLE_STREAM_LINEAR_LAYERS, ModelFamily, TokenLayout, patch_triple
+from ditattn.models.history import behind_history
 
 __all__ = ["HUNYUAN_VIDEO_FRAMEPACK"]
 
-# frames, rows and columns of latents that make one token; what does not fill a token is padded
-HISTORY = {"latents_clean": (1, 2, 2), "latents_history_2x": (2, 4, 4), "latents_history_4x": (4, 8, 8)}
+# frames, rows and columns of latents that make one token, in the order in which they stand before the section
+HISTORY = {"latents_history_4x": (4, 8, 8), "latents_history_2x": (2, 4, 4), "latents_clean": (1, 2, 2)}
 
 
 def layout(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
-    """`hidden_states` is `(B, C, T, H, W)`, the section's own frames; the history is in arguments of its own."""
-    history = sum(num_patches(arguments[name], patch) for name, patch in HISTORY.items() if arguments.get(name) is not None)
+    """`hidden_states` is `(B, C, T, H, W)`, the section's own frames; the history is in arguments of its own, used with its indices."""
+    history = [(arguments.get(name) if arguments.get(f"indices_{name}") is not None else None, patch) for name, patch in HISTORY.items()]
     condition = int(arguments["image_embeds"].shape[1]) + _num_text(arguments["encoder_attention_mask"])
-    return TokenLayout(tuple(arguments["hidden_states"].shape), patch_triple(config), history, condition)
+    return behind_history(arguments["hidden_states"], patch_triple(config), history, condition)
 
 
 # a pipeline passes the same mask in every step: reading it costs a device synchronisation, once per run
@@ -44,5 +45,5 @@ HUNYUAN_VIDEO_FRAMEPACK = ModelFamily(
     self_attention=r"(transformer_blocks|single_transformer_blocks)\.\d+\.attn",
     linear_layers=SINGLE_STREAM_LINEAR_LAYERS,
     size_multiple=16,
-    notes="earlier frames before the video, image and text behind it, all protected; steps begin anew with every section",
+    notes="earlier frames have blocks of their own; image and text behind the video, protected; steps begin anew with every section",
 )

@@ -11,7 +11,6 @@ __all__ = ["NOT_SERVED"]
 
 NOT_DESCRIBED = "where its tokens stand has not been described yet"
 AUDIO = "its tokens are audio, which has no rows and columns to choose blocks of"
-HEADS = "its heads have {} elements, which no sparse kernel takes"
 LINEAR = "its self-attention is linear, without a softmax whose blocks could be dropped"
 SHORT_SEQUENCES = "its attention runs within a frame, or along time for each place, so sequences are too short to gain from dropping blocks"
 
@@ -22,12 +21,9 @@ NOT_SERVED: Mapping[str, str] = {
     "Cosmos3OmniTransformer": "its queries are the video and its keys text and video: lengths that differ, for which no plan is made yet",
     "DiTTransformer2DModel": "its images have 1024 tokens at most, too few to gain from dropping blocks",
     "DreamLiteTransformer2DModel": "it is a block of a U-Net, whose sequences differ in length from block to block",
-    "HunyuanDiT2DModel": HEADS.format(88),
-    "Ideogram4Transformer2DModel": HEADS.format(256),
     "Kandinsky6SRTransformer3DModel": "it has a sparse attention of its own, with FlexAttention masks that are no tensors",
     "LatteTransformer3DModel": SHORT_SEQUENCES,
     "LongCatAudioDiTTransformer": AUDIO,
-    "LuminaNextDiT2DModel": HEADS.format(72),
     "MiniMaxMusic3RVQDepthDecoder": "it decodes a few audio codes one after the other, causally",
     "MiniMaxMusic3Transformer1DModel": AUDIO,
     "OmniGenTransformer2DModel": "its text looks back only, by a mask of query and key that block-sparse kernels do not take",

@@ -22,5 +22,5 @@ PIXART = ModelFamily(
     self_attention=r"transformer_blocks\.\d+\.attn1",
     size_multiple=16,
     dispatches=False,
-    notes="SDPA calls are redirected; heads of 72 as published run with `torch_sdpa` and `fa` only",
+    notes="SDPA calls are redirected; heads of 72 are padded by kernels",
 )

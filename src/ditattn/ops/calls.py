@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ditattn.ops.contract import call_facts, check_qkv
 from ditattn.ops.pooled_tail import PooledTail
@@ -52,6 +53,11 @@ class DenseCall:
         needs = {"causal": self.causal, "key_lengths": self.key_lengths is not None, "attn_mask": self.attn_mask is not None}
         return call_facts(self.query, self.key, **needs)
 
+    def widened(self, head_dim: int) -> DenseCall:
+        """The same call with zeros in every head up to a larger size, which changes no score and no column of the result up to D."""
+        query, key, value = (_widened(x, head_dim) for x in (self.query, self.key, self.value))
+        return replace(self, query=query, key=key, value=value)
+
 
 @dataclass(frozen=True, eq=False)
 class SparseCall:
@@ -93,11 +99,23 @@ class SparseCall:
         }
         return call_facts(self.query, self.key, **needs, other_block_size=self.plan.block_size != BLOCK_SIZE)
 
+    def widened(self, head_dim: int) -> SparseCall:
+        """As `DenseCall.widened`."""
+        query, key, value = (_widened(x, head_dim) for x in (self.query, self.key, self.value))
+        tail = self.tail
+        if tail is not None:
+            tail = PooledTail(_widened(tail.key, head_dim), _widened(tail.value, head_dim), tail.counts)
+        return replace(self, query=query, key=key, value=value, tail=tail)
+
     def ordered(self) -> SparseCall:
         """The same call on copies of the tensors, whose tokens stand as the plan has them."""
         assert self.order is not None
         query, key, value = (reordered(x, self.order) for x in (self.query, self.key, self.value))
         return replace(self, query=query, key=key, value=value, order=None, inverse=None)
+
+
+def _widened(x: Tensor, head_dim: int) -> Tensor:
+    return x if x.shape[-1] == head_dim else pad(x, (0, head_dim - x.shape[-1]))
 
 
 def _tensor_kind(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None) -> tuple[Hashable, ...]:

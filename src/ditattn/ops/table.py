@@ -7,6 +7,7 @@ nothing is imported except to see whether a needed package exists, and a row's m
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,21 @@ from ditattn.arguments import described
 from ditattn.errors import BackendUnavailable, UnsupportedCall
 from ditattn.packages import Package
 
-__all__ = ["KERNEL_HEAD_DIMS", "CallFacts", "Implementation", "Names", "Verdict", "choose", "choose_to_run", "explain", "load", "names_of"]
+__all__ = [
+    "KERNEL_HEAD_DIMS",
+    "PADDED_HEAD_DIMS",
+    "CallFacts",
+    "Implementation",
+    "Names",
+    "Verdict",
+    "choose",
+    "choose_to_run",
+    "explain",
+    "kernel_head_dim",
+    "load",
+    "named_head_dims",
+    "names_of",
+]
 
 logger = logging.getLogger("ditattn")
 
@@ -31,8 +46,11 @@ HALF = ("bfloat16", "float16")
 FLOATS = ("float32", *HALF)
 # what torch multiplies, the portable implementations take too
 WIDE_FLOATS = (*FLOATS, "float64")
-# what every attention kernel of this package and of the Ascend packages, padded where need be, can be asked for
+# what the attention kernels of this package multiply
 KERNEL_HEAD_DIMS = (32, 64, 96, 128)
+# what their implementations, and those of the Ascend operators, take: zeros fill a head up to the next size that is multiplied. Zero
+# columns of query and key add nothing to a score, the scale is that of the true size, and zero columns of the value are cut off again
+PADDED_HEAD_DIMS = tuple(range(8, 129, 8))
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,7 @@ class Implementation:
         target: "module:function", loaded when first taken. The function takes the op's call as a value.
         devices: torch device types; empty means any.
         dtypes: names of torch dtypes.
-        head_dims: possible head sizes; empty means any.
+        head_dims: possible head sizes, those among them that it pads itself; empty means any.
         honours: which `CallFacts.needs` it can serve.
         machine: "module:function" that returns None or the reason why nothing to install would help on this machine.
         packages: what must be installed.
@@ -137,7 +155,7 @@ class Implementation:
         if dtype not in self.dtypes:
             return f"takes {', '.join(self.dtypes)}, not {dtype}"
         if self.head_dims and facts.head_dim not in self.head_dims:
-            return f"takes head sizes {', '.join(map(str, self.head_dims))}, not {facts.head_dim}"
+            return f"takes head sizes {named_head_dims(self.head_dims)}, not {facts.head_dim}"
         if unmet := facts.needs - self.honours:
             return f"does not honour {', '.join(sorted(unmet))}"
         return self._answer("limits", self.limits, facts)
@@ -163,6 +181,19 @@ class Verdict:
     reason: str | None = field(default=None)
     note: str | None = None
     deprioritised: bool = False
+
+
+def kernel_head_dim(head_dim: int) -> int:
+    """The smallest head size that kernels multiply, of those that are at least as large."""
+    return next(size for size in KERNEL_HEAD_DIMS if head_dim <= size)
+
+
+def named_head_dims(head_dims: Sequence[int]) -> str:
+    """For messages: "32, 64, 96, 128", or "8, 16, ... 128" where they are evenly spaced and many."""
+    steps = {after - before for before, after in itertools.pairwise(head_dims)}
+    if len(steps) == 1 and len(head_dims) > 4:
+        return f"{head_dims[0]}, {head_dims[1]}, ... {head_dims[-1]}"
+    return ", ".join(map(str, head_dims))
 
 
 @cache

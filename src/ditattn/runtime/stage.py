@@ -31,9 +31,20 @@ from ditattn.runtime.autocast import autocast_as_sdpa
 from ditattn.runtime.branches import ForwardCounter
 from ditattn.runtime.foreign_modes import native_sdpa, why_native
 from ditattn.runtime.key_padding import MASK_WITH_GAPS, KeyPadding, MaskReader, VideoFirst, broadcastable
-from ditattn.runtime.metadata import build_attn_metadata, for_forward, for_length, for_sample, with_dealt_rows
+from ditattn.runtime.metadata import build_attn_metadata, for_forward, with_dealt_rows
 from ditattn.runtime.report import AttentionReport, ComponentLog
 from ditattn.runtime.run_share import KEYS, RunShare, holds_for_the_run
+from ditattn.runtime.self_attention import (
+    check_whole,
+    extra_queries,
+    in_model_order,
+    is_self_attention,
+    key_mask,
+    metadata_of_call,
+    next_layer,
+    video_first,
+    with_gathered_mask,
+)
 from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit, TensorSplit, rank_share
 from ditattn.runtime.step import Step, StepClock
 
@@ -309,7 +320,7 @@ class DenoisingStage:
         scale: float | None = None,
     ) -> Tensor:
         """Serve one attention call of a running forward: `[B, S, H, D]` in and out."""
-        model, layer = forward.model, _next_layer(forward, query, key)
+        model, layer = forward.model, next_layer(forward, query, key)
         call = _asked(query, key, value, attn_mask, is_causal, scale)
         with model.log.stopwatch.measure(query.device):
             out = self._serve(forward, layer, call)
@@ -324,39 +335,39 @@ class DenoisingStage:
         Raises:
             DenseInStrictMode: the installation is strict.
         """
-        layer = _next_layer(forward, query, key)
-        if self.strict and _is_self_attention(forward, layer, query, key):
+        layer = next_layer(forward, query, key)
+        if self.strict and is_self_attention(forward, layer, query, key):
             self._refuse(reason, forward)
         self._count(forward, layer, query, key, CallRecord(reason))
 
     def _count(self, forward: Forward, layer: int | None, query: Tensor, key: Tensor, record: CallRecord) -> None:
         forward.model.log.add(forward.step.index, layer, record)
-        if forward.model.backend.is_sparse and _is_self_attention(forward, layer, query, key):
+        if forward.model.backend.is_sparse and is_self_attention(forward, layer, query, key):
             self._run_share.add(record)
 
     def _serve(self, forward: Forward, layer: int | None, call: DenseCall) -> Tensor:
         query, key = call.query, call.key
-        metadata = _of_call(forward, layer, query, key)
+        metadata = metadata_of_call(forward, layer, query, key)
         reason = NOT_SELF_ATTENTION if layer is None else None
         if reason is None:
-            _check_whole(forward, query, key)
+            check_whole(forward, query, key)
         moved: VideoFirst | None = None
         if call.attn_mask is not None and forward.model.family.masks_stay_whole:
-            call = _with_gathered_mask(forward, call)
+            call = with_gathered_mask(forward, call)
         if call.attn_mask is not None and reason is None:
-            mask = _key_mask(forward, _in_model_order(forward, call.attn_mask, key))
+            mask = key_mask(forward, in_model_order(forward, call.attn_mask, key))
             padding, reason = forward.masks.read(mask, key)
             if reason == MASK_WITH_GAPS:
-                moved = _video_first(forward, mask, call, metadata)
+                moved = video_first(forward, mask, call, metadata)
             if padding is not None and forward.share.interleaves:
                 return self._serve_in_model_order(forward, layer, call, metadata, padding)
             metadata = metadata if padding is None else replace(metadata, **padding._asdict())
-        extra = _extra_queries(forward, call)
+        extra = extra_queries(forward, call)
         if isinstance(metadata, SparseAttentionMetadata) and (moved is not None or (reason is None and any(extra))):
             arrangement = Arrangement(metadata if moved is None else moved.metadata, moved, extra)
             return self._serve_arranged(forward, layer, call, arrangement)
         if reason is not None:
-            if self.strict and _is_self_attention(forward, layer, query, key):
+            if self.strict and is_self_attention(forward, layer, query, key):
                 self._refuse(reason, forward)
             forward.records.append(CallRecord(reason))
             return _as_the_host(forward, call)
@@ -381,7 +392,7 @@ class DenoisingStage:
     def _run(self, forward: Forward, layer: int | None, call: DenseCall, metadata: AttentionMetadata) -> Tensor:
         """By the layer's implementation, which the metadata tells everything else."""
         query, key, value = call.query, call.key, call.value
-        strict = self.strict and _is_self_attention(forward, layer, query, key)
+        strict = self.strict and is_self_attention(forward, layer, query, key)
         impl = self._impl(forward.model, layer, call, metadata)
         if strict and isinstance(impl, SparseAttentionImpl):
             assert isinstance(metadata, SparseAttentionMetadata)
@@ -407,7 +418,7 @@ class DenoisingStage:
         # arranged, there are as many queries as keys
         reason = impl.why_dense(call.key, call.key, metadata)
         if reason is not None:
-            if self.strict and _is_self_attention(forward, layer, call.query, call.key):
+            if self.strict and is_self_attention(forward, layer, call.query, call.key):
                 self._refuse(reason, forward)
             out = _as_the_host(forward, call)
             if impl.learns(call.key, call.key, metadata, reason):
@@ -451,103 +462,6 @@ class DenoisingStage:
         return impl
 
 
-def _of_call(forward: Forward, layer: int | None, query: Tensor, key: Tensor) -> AttentionMetadata:
-    """The metadata of a call that `_next_layer` has counted: that of its layer, except where a family's calls differ."""
-    family, metadata = forward.model.family, forward.metadata_of(layer)
-    if query.shape[1] != key.shape[1]:
-        return metadata
-    if family.suffix_varies:
-        metadata = for_length(metadata, key.shape[1])
-    batch = _calls_per_layer(forward)
-    if batch == 1:
-        return metadata
-    is_whole = forward.layer_batch in (None, batch)
-    return for_sample(metadata, (forward.num_calls - 1) % batch if is_whole else None, batch)
-
-
-def _calls_per_layer(forward: Forward) -> int:
-    return forward.layout.raw_latent_shape[0] if forward.model.family.call_per_sample and forward.layout is not None else 1
-
-
-def _next_layer(forward: Forward, query: Tensor, key: Tensor) -> int | None:
-    """Number of the layer whose call begins; None for a call that is not the denoiser's self-attention."""
-    call = forward.num_calls
-    if _has_its_own_keys(forward, query, key):
-        forward.num_calls += 1
-    else:
-        # an adapter's cross-attention follows the self-attention of its layer
-        call = max(call - 1, 0)
-    counts = forward.layer is None and forward.model.layers_by_count
-    return forward.model.layer_of_call(call // _calls_per_layer(forward)) if counts else forward.layer
-
-
-def _is_self_attention(forward: Forward, layer: int | None, query: Tensor, key: Tensor) -> bool:
-    """False for cross-attention, also where it is an adapter's own inside a self-attention module: strictness is not about it."""
-    return layer is not None and _has_its_own_keys(forward, query, key)
-
-
-def _has_its_own_keys(forward: Forward, query: Tensor, key: Tensor) -> bool:
-    """As many keys as queries; where a rank keeps its queries, those of all ranks; where the text is keys only, those of image and text."""
-    if query.shape[1] == key.shape[1] or _are_queries_of_the_image(forward, query, key):
-        return True
-    rows = forward.share.rows
-    return rows is not None and (query.shape[1], key.shape[1]) == (rows.num_tokens, sum(rows.gathered.streams))
-
-
-def _with_gathered_mask(forward: Forward, call: DenseCall) -> DenseCall:
-    """A call of gathered keys whose mask is in the model's order, with the mask in theirs."""
-    gathered, mask = forward.share.gathered, call.attn_mask
-    if gathered is None or not gathered.interleaves or mask is None or mask.shape[-1] != call.key.shape[1]:
-        return call
-    return replace(call, attn_mask=mask.index_select(-1, gathered.tokens(mask.device)))
-
-
-def _in_model_order(forward: Forward, mask: Tensor, key: Tensor) -> Tensor:
-    """A mask over gathered keys as one over the model's; others as they are."""
-    if forward.share.gathered is None or not forward.share.interleaves or mask.shape[-1] != key.shape[1]:
-        return mask
-    return mask.index_select(-1, forward.share.gathered.places(mask.device))
-
-
-def _video_first(forward: Forward, mask: Tensor, call: DenseCall, metadata: AttentionMetadata) -> VideoFirst | None:
-    """The order in which a call whose mask has gaps runs sparse; None where there is none. A rank's own queries have none."""
-    if not isinstance(metadata, SparseAttentionMetadata) or call.causal or forward.share.rows is not None:
-        return None
-    moved = forward.masks.video_first(mask, call.key, metadata)
-    if moved is None or forward.share.gathered is None:
-        return moved
-    return moved.of_gathered(forward.share.gathered)
-
-
-def _check_whole(forward: Forward, query: Tensor, key: Tensor) -> None:
-    """Raise UnsupportedCall if a call of a split denoiser has as many keys as queries, and not all tokens: nobody gathered them."""
-    if forward.share.gathered is None or query.shape[1] != key.shape[1]:
-        return
-    whole = sum(forward.share.gathered.streams)
-    if query.shape[1] == whole:
-        return
-    found = f"{forward.model.name} is split between ranks, and a self-attention call has {query.shape[1]} of {whole} tokens"
-    if query.shape[1] > whole:
-        raise UnsupportedCall(f"{found}: the plan by which it is split leaves some of them whole on every rank")
-    raise UnsupportedCall(f"{found}: its processor does not hand the host's parallel configuration on")
-
-
-def _are_queries_of_the_image(forward: Forward, query: Tensor, key: Tensor) -> bool:
-    """True where the text is keys only, and these are the image's queries with the keys of all tokens."""
-    layout = forward.layout
-    if layout is None or not forward.model.family.text_is_keys_only:
-        return False
-    text = layout.num_prefix_tokens + layout.num_suffix_tokens
-    return query.shape[1] + text == key.shape[1] == layout.num_tokens
-
-
-def _extra_queries(forward: Forward, call: DenseCall) -> tuple[int, int]:
-    """Tokens before and after the queries that are keys only."""
-    if forward.layout is None or call.causal or not _are_queries_of_the_image(forward, call.query, call.key):
-        return 0, 0
-    return forward.layout.num_prefix_tokens, forward.layout.num_suffix_tokens
-
-
 def _observe(record: CallRecord) -> None:
     forward = running()
     if forward is not None:
@@ -561,12 +475,6 @@ def _layout(model: ServedModel, arguments: Mapping[str, Any]) -> TokenLayout | N
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         logger.debug("%s: token layout unknown: %s", model.name, error)
         return None
-
-
-def _key_mask(forward: Forward, mask: Tensor) -> Tensor:
-    """The mask of a call by keys: models that make a square one of it know it by their forward's arguments."""
-    is_square = mask.ndim == 4 and mask.shape[2] > 1
-    return forward.key_mask if is_square and forward.key_mask is not None else mask
 
 
 def _asked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None) -> DenseCall:

@@ -128,6 +128,10 @@ IMAGES = {
     "joyimage edit plus": Case(latent_images.joyimage_edit_plus, "scheduler", 1, text=(slice(None), slice(-12, None)), since="0.42"),
     "pixart": Case(latent_images.pixart, "scheduler", 1),
     "prx": Case(latent_images.prx, "scheduler", 1),
+    "hunyuan dit": Case(latent_images.hunyuan_dit, "scheduler", 1),
+    "lumina next": Case(latent_images.lumina_next, "scheduler", 1),
+    # three tokens of padding before the text
+    "ideogram 4": Case(packed_images.ideogram4, "scheduler", 1, text=(slice(3, None), slice(None)), since="0.42"),
     "nucleusmoe image": Case(packed_images.nucleusmoe_image, "scheduler", 1, since="0.42"),
 }
 CASES |= VIDEOS | IMAGES
@@ -257,8 +261,8 @@ def test_bystanders_keep_their_own_attention(name: str) -> None:
         assert all(getattr(processor, "_attention_backend", None) is None for processor in _unserved_processors(tiny))
 
 
-# Mochi's prompt also modulates every token
-@families("mochi")
+# the prompt of these also modulates every token
+@families("mochi", "lumina next")
 def test_text_stands_where_the_layout_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, _ = built(name)
     keys = _recorded_keys(monkeypatch)

@@ -300,6 +300,6 @@ def test_wrong_requests_are_refused_and_leave_no_trace(wan: TinyPipeline) -> Non
         ditattn.install(wan.pipe, components={"transformer_9": "fa"})
     with pytest.raises(ConfigError, match="not int"):
         ditattn.install(3, "fa")
-    with pytest.raises(UnsupportedHeadSize, match="32, 64, 96, 128, not 24"):
-        ditattn.install(transformer(attention_head_dim=24), "rain_fusion_attn")
+    with pytest.raises(UnsupportedHeadSize, match=r"8, 16, \.\.\. 128, not 12"):
+        ditattn.install(transformer(attention_head_dim=12), "laser_attn")
     assert footprint(wan.pipe) == before

@@ -118,10 +118,10 @@ def test_a_call_makes_the_frames_that_were_asked_for_and_logs_nothing_untrue(cap
 
 @pytest.mark.usefixtures("_toy")
 def test_the_head_size_decides_whether_a_backend_can_serve() -> None:
-    with pytest.raises(UnsupportedHeadSize, match="not 40"):
-        ditattn.install(ToyPipeline(), "rain_fusion_attn")
-    with ditattn.install(ToyPipeline(ToyTransformer(64)), "rain_fusion_attn") as handle:
-        assert handle.report().components["transformer"].backend == "rain_fusion_attn"
+    with pytest.raises(UnsupportedHeadSize, match="not 41"):
+        ditattn.install(ToyPipeline(ToyTransformer(41)), "laser_attn")
+    with ditattn.install(ToyPipeline(ToyTransformer(64)), "laser_attn") as handle:
+        assert handle.report().components["transformer"].backend == "laser_attn"
 
 
 def test_its_vae_is_loaded_in_full_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

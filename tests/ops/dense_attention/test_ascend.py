@@ -28,7 +28,7 @@ def run(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 
 @pytest.mark.parametrize("length", [2048, 2049, 2111, 2112, 2240, 2303, 2304])
-@pytest.mark.parametrize("dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("dim", [32, 64, 72, 96, 128])
 def test_any_length_and_head_size(length: int, dim: int) -> None:
     q, k, v = (draw(1, length, 1, dim, seed=i) for i in range(3))
     out = run(q, k, v, dim**-0.5)

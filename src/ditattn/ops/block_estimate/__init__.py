@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ditattn.ops.block_estimate.pure_torch import STRIDE
 from ditattn.ops.contract import call_facts, check_qkv
-from ditattn.ops.table import HALF, KERNEL_HEAD_DIMS, CallFacts, Implementation, load
+from ditattn.ops.table import HALF, PADDED_HEAD_DIMS, CallFacts, Implementation, load
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, Package
 from ditattn.plan.block_plan import BLOCK_SIZE
 
@@ -25,7 +25,7 @@ def _on_ascend(name: str, provider: str, package: Package) -> Implementation:
         provider,
         devices=("npu",),
         dtypes=HALF,
-        head_dims=KERNEL_HEAD_DIMS,
+        head_dims=PADDED_HEAD_DIMS,
         honours=frozenset({"gqa"}),
         packages=(TORCH_NPU, package),
         provider=True,

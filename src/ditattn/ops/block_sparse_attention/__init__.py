@@ -16,7 +16,7 @@ from ditattn.ops.block_sparse_attention.tail_merge import merged
 from ditattn.ops.calls import SparseCall
 from ditattn.ops.contract import check_qkv, checked_scale, joined, refuse_gradients, split, without_autocast
 from ditattn.ops.pooled_tail import PooledTail
-from ditattn.ops.table import HALF, KERNEL_HEAD_DIMS, WIDE_FLOATS, Implementation, Names, choose_to_run, load, names_of
+from ditattn.ops.table import HALF, PADDED_HEAD_DIMS, WIDE_FLOATS, Implementation, Names, choose_to_run, load, names_of
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON, Package
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder, reordered
@@ -36,7 +36,7 @@ def _on_ascend(name: str, provider: str, honours: frozenset[str], *packages: Pac
         provider,
         devices=("npu",),
         dtypes=HALF,
-        head_dims=KERNEL_HEAD_DIMS,
+        head_dims=PADDED_HEAD_DIMS,
         honours=honours,
         packages=(TORCH_NPU, *packages),
         orders_tokens=True,
@@ -50,7 +50,7 @@ TABLE: tuple[Implementation, ...] = (
         "ditattn.ops.block_sparse_attention.triton:run",
         devices=("cuda",),
         dtypes=HALF,
-        head_dims=KERNEL_HEAD_DIMS,
+        head_dims=PADDED_HEAD_DIMS,
         honours=_MOST,
         packages=(TRITON,),
         probe="ditattn.ops.triton_targets:why_not_cuda",
@@ -62,7 +62,7 @@ TABLE: tuple[Implementation, ...] = (
         "ditattn.ops.block_sparse_attention.triton:run",
         devices=("cpu",),
         dtypes=HALF,
-        head_dims=KERNEL_HEAD_DIMS,
+        head_dims=PADDED_HEAD_DIMS,
         honours=_MOST,
         packages=(TRITON,),
         probe="ditattn.ops.triton_targets:why_not_interpreted",
@@ -81,7 +81,7 @@ TABLE: tuple[Implementation, ...] = (
         "cpu",
         "ditattn.ops.block_sparse_attention.cpu:run",
         devices=("cpu",),
-        head_dims=KERNEL_HEAD_DIMS,
+        head_dims=PADDED_HEAD_DIMS,
         honours=_MOST,
         probe="ditattn.ops.cpu_library:problem",
         orders_tokens=True,
@@ -93,7 +93,7 @@ TABLE: tuple[Implementation, ...] = (
         "ditattn.ops.block_sparse_attention.cpu:run_fast_fp32",
         devices=("cpu",),
         dtypes=("float32",),
-        head_dims=KERNEL_HEAD_DIMS,
+        head_dims=PADDED_HEAD_DIMS,
         honours=_MOST,
         probe="ditattn.ops.cpu_library:bf16_problem",
         automatic=False,

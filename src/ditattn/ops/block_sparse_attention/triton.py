@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ditattn.ops.block_sparse_attention.tiles import INTERPRETER, Tiles, tiles_for
 from ditattn.ops.calls import SparseCall
+from ditattn.ops.table import kernel_head_dim
 from ditattn.plan.block_plan import BLOCK_SIZE
 
 __all__ = ["attend_kernel", "run", "start_order"]
@@ -31,6 +32,8 @@ DESCRIPTOR_ALIGNMENT_BYTES = 16
 
 def run(call: SparseCall) -> tuple[Tensor, Tensor | None]:
     assert call.plan.block_size == BLOCK_SIZE
+    head_dim = call.query.shape[3]
+    call = call.widened(kernel_head_dim(head_dim))
     query, key, value = call.query, call.key, call.value
     dtype = query.dtype
     if query.device.type == "cuda":
@@ -42,7 +45,7 @@ def run(call: SparseCall) -> tuple[Tensor, Tensor | None]:
             query, key, value = query.float(), key.float(), value.float()
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     out, lse = launch(replace(call, query=query, key=key, value=value), tiles)
-    return out.to(dtype), lse
+    return out[..., :head_dim].to(dtype), lse
 
 
 def launch(call: SparseCall, tiles: Tiles) -> tuple[Tensor, Tensor | None]:

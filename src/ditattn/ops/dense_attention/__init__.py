@@ -13,7 +13,7 @@ from torch import Tensor
 from ditattn.arguments import check_flag, check_tensors
 from ditattn.ops.calls import DenseCall
 from ditattn.ops.contract import check_mask, check_qkv, checked_scale, joined, refuse_gradients, split, without_autocast
-from ditattn.ops.table import FLOATS, HALF, KERNEL_HEAD_DIMS, WIDE_FLOATS, Implementation, Names, choose, load, names_of
+from ditattn.ops.table import FLOATS, HALF, KERNEL_HEAD_DIMS, PADDED_HEAD_DIMS, WIDE_FLOATS, Implementation, Names, choose, load, names_of
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, Package
 
 __all__ = ["LASER_NAMES", "TABLE", "compute", "dense_attention"]
@@ -32,7 +32,7 @@ def _laser(name: str, provider: str, package: Package) -> Implementation:
         provider,
         devices=("npu",),
         dtypes=HALF,
-        head_dims=KERNEL_HEAD_DIMS,
+        head_dims=PADDED_HEAD_DIMS,
         honours=frozenset({"gqa"}),
         packages=(TORCH_NPU, package),
         automatic=False,
@@ -65,7 +65,7 @@ TABLE: tuple[Implementation, ...] = (
         "cpu",
         "ditattn.ops.dense_attention.cpu:run",
         devices=("cpu",),
-        head_dims=KERNEL_HEAD_DIMS,
+        head_dims=PADDED_HEAD_DIMS,
         honours=_CPU_HONOURS,
         probe="ditattn.ops.cpu_library:problem",
         # where the CPU has matrix instructions that a kernel does not use as well, torch may be faster
@@ -76,7 +76,7 @@ TABLE: tuple[Implementation, ...] = (
         "ditattn.ops.dense_attention.cpu:run_fast_fp32",
         devices=("cpu",),
         dtypes=("float32",),
-        head_dims=KERNEL_HEAD_DIMS,
+        head_dims=PADDED_HEAD_DIMS,
         honours=_CPU_HONOURS,
         probe="ditattn.ops.cpu_library:bf16_problem",
         automatic=False,
