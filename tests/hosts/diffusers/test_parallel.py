@@ -182,8 +182,9 @@ def check_readings(whole: list[Any], split: list[Any], mass: float) -> None:
 def test_ranks_that_share_the_branches_of_guidance_are_one_process(two: Ranks, name: str, backend: str) -> None:
     config = {} if backend == "torch_sdpa" else split_pipelines.SPARSE
     for found in two.run(split_pipelines.guided, name, backend, config, {}):
-        # heads choose their orders on the first sample that a rank sees, and Mochi's samples come one by one
-        assert found["error"] < (0.1 if (name, backend) == ("mochi", "permuted_sparse_attn") else BOUND)
+        # heads choose their orders on the samples that a rank sees, which are half of the batch, or the first of Mochi's single ones
+        choose = backend == "permuted_sparse_attn" and name in ("mochi", "ltx video")
+        assert found["error"] < (0.1 if choose else BOUND)
         of_one, report = found["of one"], found["report"]
         if name in ("wan", "qwen image"):
             # the first of four steps is made by both, where a step has two forwards

@@ -94,6 +94,8 @@ ELSEWHERE = {
     "Python's Enum": {"_member_map_", "_member_names_", "_name_", "_value2member_map_", "_value_"},
     "Python": {"_Hash", "_asdict", "_getframe", "_replace"},
     "torch": {
+        "_backward_hooks",
+        "_backward_pre_hooks",
         "_forward_hooks",
         "_forward_hooks_always_called",
         "_forward_hooks_with_kwargs",
@@ -104,6 +106,8 @@ ELSEWHERE = {
         "_schema",
     },
     "accelerate": {"_hf_hook"},
+    "ComfyUI": {"_inside_attn_wrapper"},
+    "sglang": {"_hooks"},
     "ends of file names in tables of models": {"_diffusion_forcing", "_diffusion_forcing_i2v", "_diffusion_forcing_v2v", "_i2v"},
 }
 """Underscored names of others."""
@@ -113,7 +117,8 @@ UNDOCUMENTED = {
     "diffusers.hooks.context_parallel": {"ContextParallelSplitHook", "EquipartitionSharder"},
     "diffusers.hooks.hooks": {"BaseState", "HookFunctionReference", "StateManager"},
     "diffusers.models": {"attention_dispatch"},
-    "diffusers.models._modeling_parallel": {"gather_size_by_comm"},
+    "diffusers.models._modeling_parallel": {"ContextParallelInput", "ContextParallelOutput", "gather_size_by_comm"},
+    "diffusers.models.modeling_outputs": {"Transformer2DModelOutput"},
 }
 """What is imported from inside diffusers: no underscore in most of their names, and no documentation of them either."""
 
@@ -144,12 +149,14 @@ def attributes_used() -> set[str]:
 
 
 def names_of_our_own() -> set[str]:
-    """What the sources themselves define: functions, classes, methods, variables, and attributes of `self`."""
+    """What the sources themselves define: functions, classes, methods, annotated variables and fields, and attributes of `self`."""
     defined = set()
     for tree in trees():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 defined.add(node.name)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                defined.add(node.target.id)
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and getattr(node.value, "id", "") == "self":
                 defined.add(node.attr)
     return defined

@@ -135,7 +135,7 @@ class Serving:
         if ranks > 1:
             place = _ulysses_rank()
             split, share = SequenceSplit(ranks, 1, place), RankShare(heads=HeadShare(place, ranks, layer.num_heads))
-        step = Step(_step_index(context), _num_steps(context.forward_batch), "sglang")
+        step = Step(_index_of_step(context), _num_steps(context.forward_batch), "sglang")
         return self.stage.enter(layer.model, arguments, driver=step, split=split, share=share)
 
     def _leave(self) -> None:
@@ -231,7 +231,7 @@ def _ulysses_rank() -> int:
     return int(get_ulysses_parallel_rank())
 
 
-def _step_index(context: Any) -> int | None:
+def _index_of_step(context: Any) -> int | None:
     """What the metadata say; stages that build none may count in timesteps or not at all."""
     said = context if context.attn_metadata is None else context.attn_metadata
     return said.current_timestep if isinstance(said.current_timestep, int) else None
