@@ -149,13 +149,13 @@ def attributes_used() -> set[str]:
 
 
 def names_of_our_own() -> set[str]:
-    """What the sources themselves define: functions, classes, methods, annotated variables and fields, and attributes of `self`."""
+    """What the sources themselves define: functions, classes, methods, fields with a factory, and attributes of `self`."""
     defined = set()
     for tree in trees():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 defined.add(node.name)
-            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call):
                 defined.add(node.target.id)
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and getattr(node.value, "id", "") == "self":
                 defined.add(node.attr)
