@@ -15,11 +15,10 @@ from ditattn.backends import sparse
 from ditattn.backends.base import CallRecord
 from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionBackend, PermutedSparseAttentionConfig
 from ditattn.errors import ConfigError, UnsupportedCall
-from ditattn.ops.pooled_tail import PooledTail
 from ditattn.ops.table import CallFacts, choose
 from ditattn.plan.bricks import brick_order
 from ditattn.plan.split import HeadShare
-from sparse_calls import call, draw
+from sparse_calls import call, draw, tail_of
 
 GRID = (17, 16, 16)
 LENGTH = 17 * 16 * 16
@@ -35,7 +34,7 @@ class Layer:
         )
 
     def step(self, step: int, tensors: tuple[Tensor, Tensor, Tensor], grid: tuple[int, int, int] = GRID, **fields: Any) -> Tensor:
-        keys = {"sparsity": 0.75, "skip_first_steps": 2, "num_steps": 20, **fields}
+        keys = {"sparsity": 0.75, "skip_first_steps": 2, "num_steps": 20, "residual": False, **fields}
         built = PermutedSparseAttentionBackend.get_builder_cls()().build(
             current_timestep=step, raw_latent_shape=(1, 4, *grid), patch_size=1, **keys
         )
@@ -60,7 +59,7 @@ def test_output_is_exact_attention_over_the_recorded_plan_and_the_means_of_the_r
     out = layer.step(9, (q, k, v), (3, 24, 20), tail=tail)
     order = layer.impl._chosen[1].keys
     plan = layer.records[-1].plan
-    means = PooledTail.of(k, v, order) if tail else None
+    means = tail_of(q, k, v, order) if tail else None
     exact = order.undo(oracle.attention(order.apply(q), order.apply(k), order.apply(v), plan=plan, tail=means)[0])
     assert judge.relative_error(out, exact) < 4 * torch.finfo(dtype).eps
     assert plan.density() < 0.6, "first frame and two blocks a row of twelve"

@@ -102,7 +102,7 @@ def _ltx_text() -> dict[str, Any]:
     }
 
 
-def cogvideox(scheduler: str = "CogVideoXDPMScheduler") -> TinyPipeline:
+def cogvideox(scheduler: str = "CogVideoXDPMScheduler", num_layers: int = LAYERS) -> TinyPipeline:
     """CogVideoX: 12 text tokens before the video; its processors call torch's SDPA themselves. `scheduler` is a diffusers class."""
     import diffusers
 
@@ -114,7 +114,7 @@ def cogvideox(scheduler: str = "CogVideoXDPMScheduler") -> TinyPipeline:
         out_channels=4,
         time_embed_dim=8,
         text_embed_dim=24,
-        num_layers=LAYERS,
+        num_layers=num_layers,
         sample_width=40,
         sample_height=28,
         sample_frames=17,

@@ -15,6 +15,8 @@ from ditattn.plan.token_grids import TokenGrid, grids_of_sequence
 
 __all__ = [
     "DEFAULT_FRAME_RATE",
+    "LINEAR_LAYERS",
+    "SINGLE_STREAM_LINEAR_LAYERS",
     "ModelFamily",
     "SplitAxis",
     "SplitPlan",
@@ -32,6 +34,15 @@ __all__ = [
 
 DEFAULT_FRAME_RATE = 24
 """Frames per second where nothing else is known."""
+
+# what stands beside projections and feed-forward under their names: norms, modulation, gates of heads and of experts
+_NEITHER = r"(?!(.*[._])?(norm|modulation|embed|gate_logits|router)|.*\.gate$)"
+
+LINEAR_LAYERS = _NEITHER + r"\w*(attn|attention|ff|mlp|feed_forward)\w*\..+"
+"""Paths below a block that are attention projections and feed-forward, in most models."""
+
+SINGLE_STREAM_LINEAR_LAYERS = LINEAR_LAYERS + "|proj_mlp|proj_out"
+"""The same where blocks of one stream compute attention and feed-forward side by side, with one projection out of both."""
 
 
 @dataclass(frozen=True)
@@ -186,10 +197,15 @@ class ModelFamily:
             dtype.
         untrue_notices: what its pipelines log although it is not so, by name of the logger: records that hold the text are dropped.
         dispatches: its processors go through diffusers' attention dispatcher; False means they call torch's SDPA directly.
+        has_processors: its attention modules have a `processor`; False means that their own forward calls torch's SDPA.
         suffix_varies: calls of one forward differ in how many tokens stand behind the video; what a call has beside prefix and video
             stands there.
         call_per_sample: its attention modules make one call for each sample of a batch.
         supported: names of the backends that make sense for it; None means every one.
+        linear_layers: regular expression of the paths below a block, which is what holds a self-attention module, whose linear layers are
+            attention projections or feed-forward: what quantisation serves.
+        checkpoint_names: (regular expression, replacement) that turn the names of the authors' own checkpoints into those of diffusers.
+        checkpoint_folders: by component, the folder in which the authors' own checkpoints keep it.
         streams: TokenLayout -> lengths of the streams that context parallelism splits apart, in self-attention's order; None: not known.
         split_plan: model configuration -> how context parallelism splits the tokens, for classes that the host has no plan of its own for:
             by path of a module, by name of an argument or number of a result, which axis of a tensor of how many axes; a bare axis is
@@ -216,9 +232,13 @@ class ModelFamily:
     full_precision_vaes: frozenset[str] = frozenset()
     untrue_notices: Mapping[str, str] = field(default_factory=dict)
     dispatches: bool = True
+    has_processors: bool = True
     suffix_varies: bool = False
     call_per_sample: bool = False
     supported: frozenset[str] | None = None
+    linear_layers: str = LINEAR_LAYERS
+    checkpoint_names: tuple[tuple[str, str], ...] = ()
+    checkpoint_folders: Mapping[str, str] = field(default_factory=dict)
     streams: Callable[[TokenLayout], tuple[int, ...]] | None = None
     split_plan: Callable[[Any], SplitPlan] | None = None
     never_split: Callable[[Any], str | None] = lambda _: None
@@ -228,6 +248,10 @@ class ModelFamily:
     def is_self_attention(self, path: str) -> bool:
         """True for the module paths that the family's backend serves."""
         return re.fullmatch(self.self_attention, path) is not None
+
+    def is_linear_layer(self, path: str) -> bool:
+        """True for the paths below a block that quantisation serves."""
+        return re.fullmatch(self.linear_layers, path) is not None
 
     def in_running_order(self, layers: Mapping[int, str]) -> list[int]:
         """Numbers of layers, given by number and path, in the order in which a forward runs them."""

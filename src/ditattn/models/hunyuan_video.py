@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditattn.models.base import ModelFamily, SplitAxis, SplitPlan, TokenLayout, patch_triple, text_length, video_and_suffix
+from ditattn.models.base import (
+    SINGLE_STREAM_LINEAR_LAYERS,
+    ModelFamily,
+    SplitAxis,
+    SplitPlan,
+    TokenLayout,
+    patch_triple,
+    text_length,
+    video_and_suffix,
+)
 
 __all__ = ["HUNYUAN_VIDEO"]
 
@@ -36,6 +45,7 @@ HUNYUAN_VIDEO = ModelFamily(
     transformer_classes=("HunyuanVideoTransformer3DModel",),
     layout=layout,
     self_attention=r"(transformer_blocks|single_transformer_blocks)\.\d+\.attn",
+    linear_layers=SINGLE_STREAM_LINEAR_LAYERS,
     size_multiple=16,
     streams=video_and_suffix,
     split_plan=split_plan,

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 from ditattn.plan.block_plan import BlockPlan
 
-__all__ = ["ForwardId", "PlanMemory", "ReusePolicy"]
+__all__ = ["NO_PLACE", "ForwardId", "PlanMemory", "ReusePolicy"]
 
 # unnamed forwards of one step that count as branches: a model that is called at one timestep for ever must not fill the memory, and no plan
 # fits all that it is given
 MAX_UNNAMED = 4
+
+# the number of a forward whose plans serve no other
+NO_PLACE = MAX_UNNAMED
 
 
 @dataclass(frozen=True)

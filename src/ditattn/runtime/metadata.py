@@ -10,7 +10,7 @@ from ditattn.backends.sparse import SparseAttentionMetadata, why_not_this_step
 from ditattn.errors import ConfigError
 from ditattn.models import TokenLayout
 from ditattn.plan.deal import deal_rows
-from ditattn.plan.reuse import ForwardId
+from ditattn.plan.reuse import NO_PLACE, ForwardId
 from ditattn.runtime.split import WHOLE, RankShare
 from ditattn.runtime.step import Step
 
@@ -43,8 +43,8 @@ def build_attn_metadata(
 
 
 def for_forward(metadata: AttentionMetadata, forward_id: ForwardId) -> AttentionMetadata:
-    """The metadata of a step as one forward of it needs it: where plans are reused, with its run and branch."""
-    if isinstance(metadata, SparseAttentionMetadata) and metadata.reuse.reuses:
+    """The metadata of a step as one forward of it needs it: where something outlasts a step, with its run and branch."""
+    if isinstance(metadata, SparseAttentionMetadata) and metadata.config.outlasts_steps:
         return replace(metadata, forward_id=forward_id)
     return metadata
 
@@ -58,10 +58,14 @@ def for_length(metadata: AttentionMetadata, num_tokens: int) -> AttentionMetadat
     return metadata if behind < 0 else replace(metadata, num_suffix_tokens=behind)
 
 
-def for_sample(metadata: AttentionMetadata, sample: int, batch: int) -> AttentionMetadata:
-    """The metadata of a forward for a call of one sample of a batch: where plans are reused, each sample has its own."""
-    if isinstance(metadata, SparseAttentionMetadata) and metadata.reuse.reuses:
-        number = metadata.forward_id.number * batch + sample
+def for_sample(metadata: AttentionMetadata, sample: int | None, batch: int) -> AttentionMetadata:
+    """The metadata of a forward for a call of one sample of a batch: where something outlasts a step, each sample has its own.
+
+    `sample` is None where nobody knows which one it is; what it keeps serves no other call then.
+    """
+    if isinstance(metadata, SparseAttentionMetadata) and metadata.config.outlasts_steps:
+        assert metadata.forward_id is not None
+        number = NO_PLACE if sample is None else metadata.forward_id.number * batch + sample
         return replace(metadata, forward_id=replace(metadata.forward_id, number=number))
     return metadata
 

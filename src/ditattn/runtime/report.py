@@ -22,24 +22,38 @@ ALL_RANKS = "all "
 
 @dataclass
 class Cell:
-    """Calls of one step and layer. The density stays on the device until somebody asks."""
+    """Calls of one step and layer. Densities stay on the device until somebody asks.
+
+    Attributes:
+        density_sum: of the sparse calls.
+        beside_sum: of the plans that ran beside dense calls.
+    """
 
     sparse: int = 0
     dense: int = 0
     density_sum: Tensor | None = None
+    beside_sum: Tensor | None = None
 
     def add(self, record: CallRecord) -> None:
+        if record.beside is not None:
+            self.beside_sum = _sum(self.beside_sum, record.beside.density_tensor())
         if record.plan is None:
             self.dense += 1
             return
         self.sparse += 1
-        density = record.plan.density_tensor()
-        self.density_sum = density if self.density_sum is None else self.density_sum + density
+        self.density_sum = _sum(self.density_sum, record.plan.density_tensor())
 
     def overall_density(self) -> float:
-        """Mean density over all calls of the cell: the share of query-key pairs that was computed; a dense call counts as 1."""
-        kept = 0.0 if self.density_sum is None else float(self.density_sum)
+        """Mean density over all calls of the cell: the share of query-key pairs that was computed; a dense call counts as 1.
+
+        More than 1 where sparse plans ran beside dense calls.
+        """
+        kept = sum(float(each) for each in (self.density_sum, self.beside_sum) if each is not None)
         return (kept + self.dense) / (self.sparse + self.dense)
+
+
+def _sum(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total + more
 
 
 @dataclass
@@ -171,7 +185,8 @@ class ComponentReport:
 
     Attributes:
         backend, config: what was asked.
-        model: class of the transformer; "Mine, served as Known" where it is a subclass of a known one.
+        model: class of the transformer; "Mine, served as Known" where it is a subclass of a known one; "Mine, unlisted: by rule: ..."
+            where it is of no family, with what was found about its tokens.
         calls, sparse, dense: numbers of self-attention calls.
         reused_plans: sparse calls whose plan an earlier call had made (`plan_refresh_steps`, `share_plan_between_branches`).
         not_reused_reasons: sparse calls that could have reused a plan by those settings and had to make one, by reason.
@@ -256,7 +271,7 @@ class ComponentReport:
         )
 
     def _served_as(self) -> str:
-        return f"; {self.model}" if "served as" in self.model else ""
+        return f"; {self.model}" if "served as" in self.model or "unlisted" in self.model else ""
 
     def _part_of_schedule(self) -> str:
         if self.schedule_steps is None or not 0 < self.steps_run < self.schedule_steps:

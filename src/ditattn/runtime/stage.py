@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -37,7 +37,7 @@ from ditattn.runtime.run_share import KEYS, RunShare, holds_for_the_run
 from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit, TensorSplit, rank_share
 from ditattn.runtime.step import Step, StepClock
 
-__all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "running"]
+__all__ = ["DenoisingStage", "Forward", "Look", "Probe", "ServedModel", "attend", "dry_run", "running"]
 
 logger = logging.getLogger("ditattn")
 
@@ -78,10 +78,17 @@ class ServedModel:
         self.served_layers = list(range(len(self.layers)))
         self.image_layers = frozenset(number for number, path in enumerate(self.layers) if self.family.is_image_only(path))
 
+    def begin_log(self) -> None:
+        """Count anew, as for another request; which implementations serve stays known."""
+        self.log = ComponentLog(self.name, self.backend.name, self.config.model_dump(), implementations=self.log.implementations)
+
     def layer_of_call(self, call: int) -> int:
         """Number of the layer that makes the n-th served call of a forward; calls beyond the last layer go on counting."""
         beyond = call - len(self.served_layers)
         return self.served_layers[call] if beyond < 0 else len(self.layers) + beyond
+
+
+Look = Callable[["Forward", Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -89,9 +96,12 @@ class Forward:
     """One running forward of a denoiser: what an attention call inside it can know.
 
     Attributes:
+        layer_batch: batch elements that the running layer got; None if unknown. A step cache may leave a branch out, below the root.
         split: how its tokens or weights are split between ranks; None if they are not.
         share: what this rank has of its calls.
+        native: computes the running call by the host's own attention, `[B, S, H, D]`, for calls that run densely; None leaves them to us.
         dealt: metadata of calls before which the ranks of a ring deal out rows; None where they do not.
+        look: in a dry run, sees every call and answers in its place.
     """
 
     stage: DenoisingStage
@@ -103,9 +113,12 @@ class Forward:
     image_metadata: AttentionMetadata | None = None
     key_mask: Tensor | None = None
     layer: int | None = None
+    layer_batch: int | None = None
     num_calls: int = 0
     split: SequenceSplit | TensorSplit | None = None
     share: RankShare = WHOLE
+    native: Callable[[], Tensor] | None = None
+    look: Look | None = None
     records: list[CallRecord] = field(default_factory=list)
     masks: MaskReader = field(default_factory=MaskReader)
     dealt: SparseAttentionMetadata | None = None
@@ -151,6 +164,18 @@ def running() -> Forward | None:
     return stack[-1] if stack else None
 
 
+@contextlib.contextmanager
+def dry_run(model: ServedModel, look: Look) -> Iterator[None]:
+    """Served attention calls of this thread are answered by `look`, which gets a forward that knows the layer, and query, key and value."""
+    stack = getattr(_local, "stack", [])
+    forward = Forward(DenoisingStage(StepClock()), model, Step(None, None, "none"), ForwardId(), None, AttentionMetadata(), look=look)
+    _local.stack = [*stack, forward]
+    try:
+        yield
+    finally:
+        _local.stack = stack
+
+
 class DenoisingStage:
     """The attention of one pipeline.
 
@@ -181,6 +206,7 @@ class DenoisingStage:
         branch: str | None = None,
         driver: Any = None,
         split: SequenceSplit | TensorSplit | None = None,
+        share: RankShare | None = None,
     ) -> Forward:
         """A forward of `model` begins in this thread.
 
@@ -188,6 +214,7 @@ class DenoisingStage:
             arguments: of the forward, by name.
             cache_context, branch, driver: see `StepClock.read`.
             split: how the host splits tokens or weights between ranks.
+            share: what this rank has of the calls, where the host tells; None where it follows from `split` and the family.
 
         Raises:
             UnsupportedModel, UnsupportedCall: tokens that cannot be split so.
@@ -204,7 +231,7 @@ class DenoisingStage:
         layout = _layout(model, arguments)
         if layout is not None:
             model.log.note_grids([layout.grid, *(grid.size for grid in layout.further_grids)])
-        share = rank_share(split, model.family, model.model_config, layout)
+        share = rank_share(split, model.family, model.model_config, layout) if share is None else share
         metadata = self._metadata_of(model, step, layout, forward_id, share)
         forward = Forward(self, model, step, forward_id, layout, metadata, split=split, share=share)
         if model.image_layers and layout is not None:
@@ -332,7 +359,7 @@ class DenoisingStage:
             if self.strict and _is_self_attention(forward, layer, query, key):
                 self._refuse(reason, forward)
             forward.records.append(CallRecord(reason))
-            return _native(call)
+            return _as_the_host(forward, call)
         return self._run(forward, layer, call, metadata)
 
     def _serve_in_model_order(
@@ -359,6 +386,8 @@ class DenoisingStage:
         if strict and isinstance(impl, SparseAttentionImpl):
             assert isinstance(metadata, SparseAttentionMetadata)
             self._refuse(impl.why_dense(query, key, metadata), forward)
+        if isinstance(impl, SparseAttentionImpl):
+            impl.host_dense = forward.native
         out = impl.forward(query, key, value, metadata)
         if not forward.records:
             # an impl of another package that notes nothing is counted all the same
@@ -380,8 +409,14 @@ class DenoisingStage:
         if reason is not None:
             if self.strict and _is_self_attention(forward, layer, call.query, call.key):
                 self._refuse(reason, forward)
-            forward.records.append(CallRecord(reason))
-            return _native(call)
+            out = _as_the_host(forward, call)
+            if impl.learns(call.key, call.key, metadata, reason):
+                arranged = arrangement.arranged(call)
+                found = arrangement.arranged_output(out)
+                forward.records.append(impl.learn(arranged.query, arranged.key, arranged.value, metadata, reason, found))
+            else:
+                forward.records.append(CallRecord(reason))
+            return out
         arranged = arrangement.arranged(call)
         out = impl.forward(arranged.query, arranged.key, arranged.value, metadata)
         if self.probe is not None:
@@ -424,7 +459,10 @@ def _of_call(forward: Forward, layer: int | None, query: Tensor, key: Tensor) ->
     if family.suffix_varies:
         metadata = for_length(metadata, key.shape[1])
     batch = _calls_per_layer(forward)
-    return metadata if batch == 1 else for_sample(metadata, (forward.num_calls - 1) % batch, batch)
+    if batch == 1:
+        return metadata
+    is_whole = forward.layer_batch in (None, batch)
+    return for_sample(metadata, (forward.num_calls - 1) % batch if is_whole else None, batch)
 
 
 def _calls_per_layer(forward: Forward) -> int:
@@ -538,6 +576,10 @@ def _asked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, 
     return DenseCall(query, key, value, checked_scale(scale, query.shape[3]), is_causal, attn_mask=attn_mask)
 
 
+def _as_the_host(forward: Forward, call: DenseCall) -> Tensor:
+    return _native(call) if forward.native is None else forward.native()
+
+
 def _native(call: DenseCall) -> Tensor:
     """What a call that is not ours to serve would have run without us: torch's SDPA."""
     check_qkv(call.query, call.key, call.value)
@@ -552,6 +594,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
     if forward is None:
         _warn_stray()
         return _native(_asked(query, key, value, attn_mask, is_causal, scale))
+    if forward.look is not None:
+        return forward.look(forward, query, key, value)
     return forward.stage.attend(forward, query, key, value, attn_mask, is_causal, scale)
 
 
@@ -567,7 +611,7 @@ _attend.register_autograd(refuse_gradients)
 def _count_native(out: Tensor, query: Tensor, key: Tensor, reason: str) -> Tensor:
     """The output of a call that was torch's own, counted when it runs: a compiled graph runs no Python of ours."""
     forward = running()
-    if forward is not None:
+    if forward is not None and forward.look is None:
         forward.stage.count_native(forward, query, key, reason)
     return out.clone()
 

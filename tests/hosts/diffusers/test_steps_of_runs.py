@@ -87,6 +87,33 @@ def test_a_run_that_begins_in_the_middle_is_in_the_later_steps(name: str) -> Non
     assert {step for (step, _), cell in handle._stage.models[0].log.cells.items() if cell.sparse} == {6, 7, 8, 9}
 
 
+INPAINTING = {
+    "flux": ("FluxInpaintPipeline", tiny_pipelines.flux),
+    "qwen image": ("QwenImageInpaintPipeline", tiny_pipelines.qwen_image),
+}
+
+
+@pytest.mark.parametrize("name", INPAINTING)
+def test_inpainting_changes_what_the_mask_shows_in_the_later_steps(name: str) -> None:
+    """What the mask hides is the given picture's own latents in the end, whoever serves the attention."""
+    pipeline, build = INPAINTING[name]
+    tiny = build()
+    height, width = tiny.arguments["height"], tiny.arguments["width"]
+    right_half = (torch.arange(width) >= width // 2).float().expand(1, 1, height, width)
+    picture = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    inpaint = TinyPipeline(_of_the_same_parts(pipeline, tiny.pipe), {**tiny.arguments, "image": picture, "mask_image": right_half})
+    native = inpaint.run(10, strength=0.5)
+    with ditattn.install(inpaint.pipe, "rain_fusion_attn", sparsity=0.6, skip_first_steps=6, min_tokens=0) as handle:
+        out = inpaint.run(10, strength=0.5)
+    assert steps_of(handle) == {5, 6, 7, 8, 9}
+    assert {step for (step, _), cell in handle._stage.models[0].log.cells.items() if cell.sparse} == {6, 7, 8, 9}
+    # 30 x 44 tokens, packed
+    changed = (out != native).any(-1).reshape(30, 44)
+    assert changed[:, 22:].all()
+    assert not changed[:, :22].any()
+    assert torch.equal(inpaint.run(10, strength=0.5), native)
+
+
 def test_a_loop_of_the_users_own_beside_a_pipeline_that_has_run() -> None:
     """The pipeline's scheduler stands at its end; the loop steps none."""
     tiny = tiny_pipelines.wan()

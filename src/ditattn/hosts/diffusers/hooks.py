@@ -20,7 +20,17 @@ from ditattn.runtime.foreign_modes import OwnMode
 from ditattn.runtime.split import SequenceSplit, TensorSplit
 from ditattn.runtime.stage import DenoisingStage, ServedModel, attend, running
 
-__all__ = ["add_layer_hooks", "add_root_hook", "bind_arguments", "enter_layer", "is_listening", "leave_layer", "redirect_sdpa"]
+__all__ = [
+    "add_layer_hooks",
+    "add_root_hook",
+    "bind_arguments",
+    "enter_layer",
+    "is_listening",
+    "leave_layer",
+    "redirect_forward",
+    "redirect_sdpa",
+    "why_no_dry_run",
+]
 
 HOOK_NAME = "ditattn"
 
@@ -75,6 +85,16 @@ class _ContextHook(ModelHook):
 def is_listening(module: nn.Module) -> bool:
     """True if an installation serves this denoiser."""
     return HOOK_NAME in getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+
+
+def why_no_dry_run(module: nn.Module) -> str | None:
+    """Why the forward of a denoiser must not run beside the pipeline's own calls: hooks of others that remember their calls. Else None."""
+    for part in module.modules():
+        hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
+        stateful = [name for name, hook in hooks.items() if name != HOOK_NAME and getattr(hook, "_is_stateful", False)]
+        if stateful:
+            return f"its hook {stateful[0]} remembers calls, which a dry run would be one of"
+    return None
 
 
 def _listen(module: nn.Module, hook: _ContextHook) -> Callable[[], None]:
@@ -197,6 +217,28 @@ def _redirected(cls: Any) -> Any:
     return Redirected
 
 
+def redirect_forward(part: nn.Module) -> Callable[[], None]:
+    """Let the SDPA calls of an attention module without a processor come to us. Returns the removal."""
+    forward, own = part.forward, "forward" in vars(part)
+
+    @functools.wraps(forward)
+    def redirected(*args: Any, **kwargs: Any) -> Any:
+        with _SdpaRedirect(None):
+            return forward(*args, **kwargs)
+
+    # copies of the part go without it
+    redirected.ditattn_redirects = True  # type: ignore[attr-defined]
+    vars(part)["forward"] = redirected
+
+    def remove() -> None:
+        if own:
+            vars(part)["forward"] = forward
+        else:
+            vars(part).pop("forward", None)
+
+    return remove
+
+
 def _attend_bhsd(
     query: Tensor,
     key: Tensor,
@@ -215,14 +257,15 @@ def _attend_bhsd(
     return attend(q, k, v, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)
 
 
-def enter_layer(layer: int | None) -> None:
-    """Self-attention layer number `layer` begins; None for a module that is not served."""
+def enter_layer(layer: int | None, hidden_states: Any = None) -> None:
+    """Self-attention layer number `layer` begins, with its input where that is known; None for a module that is not served."""
     # a compiled graph runs no Python here: there the layer is counted inside the operation
     if torch.compiler.is_compiling():
         return
     forward = running()
     if forward is not None:
         forward.layer = layer
+        forward.layer_batch = hidden_states.shape[0] if isinstance(hidden_states, Tensor) else None
 
 
 def leave_layer() -> None:
@@ -235,13 +278,13 @@ def add_layer_hooks(layers: Mapping[int, nn.Module]) -> Callable[[], None]:
     handles = []
     for number, module in layers.items():
 
-        def begin(_module: nn.Module, _args: Any, number: int = number) -> None:
-            enter_layer(number)
+        def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int = number) -> None:
+            enter_layer(number, args[0] if args else kwargs.get("hidden_states"))
 
         def end(_module: nn.Module, _args: Any, _output: Any) -> None:
             leave_layer()
 
-        handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+        handles += [module.register_forward_pre_hook(begin, with_kwargs=True), module.register_forward_hook(end)]
 
     def remove() -> None:
         for handle in handles:
