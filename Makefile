@@ -8,6 +8,12 @@ NPU_VENV := .venv-npu
 NPU_BIN := $(NPU_VENV)/bin
 NPU_READY := $(NPU_VENV)/.ready
 NPU_TORCH := $(shell grep '^torch==' constraints-npu.txt)
+# not an environment: the wheel alone, beside what .venv has
+VLLM_OMNI := .vllm-omni
+VLLM_OMNI_READY := $(VLLM_OMNI)/.ready
+SGLANG_VENV := .venv-sglang
+SGLANG_BIN := $(SGLANG_VENV)/bin
+SGLANG_READY := $(SGLANG_VENV)/.ready
 DOCS_VENV := .venv-docs
 DOCS_BIN := $(DOCS_VENV)/bin
 DOCS_READY := $(DOCS_VENV)/.ready
@@ -27,7 +33,7 @@ MANYLINUX := manylinux_2_28_$(shell uname -m)
 PROCESSES ?= auto
 TESTS := -m pytest -q -n $(PROCESSES) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-npu test-isa test-versions test-wheel wheel wheels sdist check-dist check static docs format clean
+.PHONY: demo test test-npu test-sglang test-vllm-omni test-isa test-versions test-wheel wheel wheels sdist check-dist check static docs format clean
 
 # a clip from the package's own small model: densely, with the recommended sparse backend at three sparsities, with another one beside it
 demo: $(READY)
@@ -35,13 +41,22 @@ demo: $(READY)
 	  --attention-backend rain_fusion_attn --grid sparsity=0.5,0.75,0.9 \
 	  --no-probe --no-reference-cache --save-videos --output-path outputs --output-file-name demo
 
-test: $(READY) $(NPU_READY)
+test: $(READY) $(NPU_READY) $(SGLANG_READY)
 	$(BIN)/python $(TESTS) --durations=20
-	$(MAKE) test-npu
+	$(MAKE) test-npu test-sglang test-vllm-omni
 
 # the real torch_npu and mindiesd, on a machine without an NPU
 test-npu: $(NPU_READY)
 	$(NPU_BIN)/python $(TESTS) tests/npu
+
+# the real vllm_omni with stand-ins for vLLM, on a machine without a GPU
+test-vllm-omni: $(READY) $(VLLM_OMNI_READY)
+	PYTHONPATH=$(VLLM_OMNI) $(BIN)/python $(TESTS) tests/omni
+
+# the released sglang on a machine without a GPU. Part of `make test`, since it adds little: 80 MB to download, 350 MB on the disk beside the
+# torch of .venv, and under a minute of tests in one process (importing sglang takes longer than most of them)
+test-sglang: $(SGLANG_READY)
+	$(SGLANG_BIN)/python -m pytest -q tests/hosts/sglang
 
 # the contract of every op on the CPU kernels of older processors
 test-isa: $(READY)
@@ -113,6 +128,20 @@ $(NPU_READY): pyproject.toml constraints-npu.txt
 	  einops
 	touch $(NPU_READY)
 
+$(VLLM_OMNI_READY): $(READY) constraints-vllm-omni.txt
+	rm -rf $(VLLM_OMNI)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VLLM_OMNI) -r constraints-vllm-omni.txt
+	touch $(VLLM_OMNI_READY)
+
+# an environment of its own on top of .venv, whose torch, diffusers and pytest it sees: sglang's wheel asks for CUDA packages of many GB, so
+# nothing that it asks for is installed beside what its imports need on a CPU
+$(SGLANG_READY): $(READY) constraints-sglang.txt
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	  > $$($(SGLANG_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/$(VENV).pth
+	$(SGLANG_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-sglang.txt
+	touch $(SGLANG_READY)
+
 # an environment of its own, without torch: the sources are read, not imported
 $(DOCS_READY): constraints-docs.txt
 	$(PYTHON) -m venv $(DOCS_VENV)
@@ -137,4 +166,4 @@ $(DIST_READY): $(WHEEL_READY) pyproject.toml setup.py MANIFEST.in README.md tool
 	touch $(DIST_READY)
 
 clean:
-	rm -rf $(VENV) $(NPU_VENV) $(DOCS_VENV) $(WHEEL_VENV) site dist build outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) $(SGLANG_VENV) $(VLLM_OMNI) $(DOCS_VENV) $(WHEEL_VENV) site dist build outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

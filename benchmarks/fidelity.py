@@ -30,6 +30,7 @@ from demo_model import world
 from demo_model.judge import judge
 from demo_model.sample import GUIDANCE, STEPS, TEXT_TOKENS, load
 from ditattn.backends.config import SparseAttentionConfig, resolve_steps
+from ditattn.backends.residuals import refreshes, without_residual
 from ditattn.bench.timing import machine
 from ditattn.compare.cache import ReferenceCache
 from ditattn.compare.measure import References
@@ -123,8 +124,16 @@ class Laboratory:
         if not dense < share < 1:
             raise ConfigError(f"a computed share of {share:g} is not possible: the dense steps compute {dense:.2f}, and 1 is everything")
         self.tell(f"{method.name}, share {share:g}: looking for the sparsity")
-        wanted = (share - dense) / (1 - dense)
-        return nearest_sparsity(lambda sparsity: self._density(method, sparsity), wanted, NEAR / (1 - dense))
+        return nearest_sparsity(lambda sparsity: self._share(method, sparsity), share, NEAR)
+
+    def _share(self, method: Method, sparsity: float) -> float:
+        """What a whole run computes."""
+        steps, config = self.size.steps, method.setting(sparsity).config
+        assert isinstance(config, SparseAttentionConfig)
+        first = resolve_steps(config.skip_first_steps, steps) or 0
+        spent = refreshes(sparsity, first, steps) if getattr(config, "residual", False) else without_residual(sparsity)
+        dense = first + len(spent.steps)
+        return (dense + (steps - dense + len(spent.before_sparse)) * self._density(method, spent.sparsity)) / steps
 
     def _density(self, method: Method, sparsity: float) -> float:
         """What one sparse step computes."""

@@ -2,10 +2,12 @@
 
     python -m benchmarks.parallel                     # 1, 2 and 4 processes, Ulysses, dense and the recommended backend
     python -m benchmarks.parallel --ring --backend rain_fusion_attn
+    python -m benchmarks.parallel --count-pairs       # balance of a ring at the size of real videos, counted without running it
 
 Processes talk through gloo on the CPU, and through nccl or hccl where there are as many devices as processes. On a CPU they share cores, so
-that times show who waits, not what several devices save. PSNR is against one process with the same backend: permuted_sparse_attn has a
-budget for each rank, and under ring plans are a rank's own, so there the clip may differ. Bytes are computed from shapes.
+that times show who waits, not what several devices save. PSNR is against the first number of processes with the same backend, and against a
+dense clip of one process: permuted_sparse_attn has a budget for each rank, and under ring plans are a rank's own, so there the clip may
+differ. Bytes are computed from shapes.
 """
 
 from __future__ import annotations
@@ -26,14 +28,16 @@ import torch
 import torch.distributed as dist
 
 import ditattn
+from benchmarks.kept_pairs import print_balance
 from ditattn.compare.metrics import pooled_psnr
 from ditattn.hosts.diffusers.call import call_pipeline
 from ditattn.hosts.diffusers.demo_model import DEFAULTS, find_demo_model
 from ditattn.hosts.diffusers.load import load_pipeline
-from ditattn.hosts.diffusers.parallel import split_denoisers
+from ditattn.hosts.diffusers.split import split_denoisers
 
 PROMPT = "a big red circle moves right on a blue background"
 BACKENDS = ("torch_sdpa", "permuted_sparse_attn")
+SPARSE_BACKENDS = ("block_sparse_attn", "rain_fusion_attn", "permuted_sparse_attn")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,21 +45,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.rank_writes_to is not None:
         _run_rank(options)
         return
+    if options.count_pairs:
+        print_balance(options.backend or SPARSE_BACKENDS, options.processes or (2, 4, 8), options.sparsity)
+        return
+    dense, _ = run("torch_sdpa", 1, options)
     for backend in options.backend or BACKENDS:
         print(f"{backend}, {options.steps} steps, {'ring' if options.ring else 'Ulysses'}")
         first = None
-        for processes in options.processes:
+        for processes in options.processes or (1, 2, 4):
             frames, ranks = run(backend, processes, options)
             first = frames if first is None else first
-            print("\n".join(lines(processes, pooled_psnr(frames, first), ranks)), flush=True)
+            print("\n".join(lines(processes, pooled_psnr(frames, first), pooled_psnr(frames, dense), ranks)), flush=True)
 
 
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--processes", type=int, nargs="+", help="1, 2 and 4 unless given; 2, 4 and 8 where pairs are counted")
     parser.add_argument("--backend", action="append", help=f"one or more, in place of {' and '.join(BACKENDS)}")
     parser.add_argument("--sparsity", type=float, default=0.75)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--count-pairs", action="store_true", help="count what each rank of a ring would compute, in place of a run")
     parser.add_argument("--ring", action="store_true", help="split queries, not heads")
     parser.add_argument("--rank-writes-to", type=Path, help=argparse.SUPPRESS)
     return parser
@@ -120,11 +129,12 @@ def bytes_per_call(config: Any, count: int, *, ring: bool) -> int:
     return 2 * of_tensor * (count - 1) if ring else 4 * of_tensor * (count - 1) // count
 
 
-def lines(processes: int, psnr: float, ranks: list[dict[str, Any]]) -> list[str]:
+def lines(processes: int, psnr: float, psnr_of_dense: float, ranks: list[dict[str, Any]]) -> list[str]:
     """For people: a line for the clip, and one for every rank."""
     attention = [rank["attention_ms"] for rank in ranks]
     balance = max(attention) / (sum(attention) / len(attention))
-    found = [f"  {processes} processes: PSNR {psnr:.1f} dB against one; slowest rank's attention {balance:.2f} x the mean"]
+    clip = f"  {processes} processes: PSNR {psnr:.1f} dB against one, {psnr_of_dense:.1f} dB against dense"
+    found = [f"{clip}; slowest rank's attention {balance:.2f} x the mean"]
     for number, rank in enumerate(ranks):
         density = "dense" if rank["density"] is None else f"density {rank['density']:.3f}"
         found.append(

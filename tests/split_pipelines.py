@@ -5,25 +5,35 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
+import diffusers
 import torch
 import torch.distributed as dist
-from diffusers.models._modeling_parallel import ContextParallelInput
+from diffusers.models._modeling_parallel import ContextParallelInput, TensorParallelConfig
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import scaled_dot_product_attention
 
 import ditattn
 import tiny_pipelines
 from ditattn.backends.base import CallRecord
 from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionBackend, PermutedSparseAttentionImpl
+from ditattn.backends.setting import Setting
+from ditattn.compare.rank_group import ALONE, RankGroup
+from ditattn.compare.setting import Clip
 from ditattn.errors import DitattnError
 from ditattn.hosts.diffusers.dispatcher import dispatched_attention
-from ditattn.hosts.diffusers.parallel import enable_context_parallelism
+from ditattn.hosts.diffusers.guidance_parallel import share_branches
+from ditattn.hosts.diffusers.split import enable_context_parallelism, split_denoisers
+from ditattn.hosts.diffusers.workload import PipelineWorkload
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
+from ditattn.runtime.probe import CellReading
 from tiny_pipelines import TinyPipeline, packed_images
 from tiny_pipelines.footprint import dispatcher_footprint, footprint
 
@@ -38,6 +48,14 @@ FAMILIES: dict[str, Callable[[], TinyPipeline]] = {
 }
 """Of every family with a plan for context parallelism in diffusers, and Flux 2 and ChronoEdit below."""
 
+PLANNED: dict[str, Callable[[], TinyPipeline]] = {
+    "hunyuan video": tiny_pipelines.hunyuan_video,
+    "hunyuan video of whole words": lambda: _without_padding(tiny_pipelines.hunyuan_video()),
+    "cogvideox": tiny_pipelines.cogvideox,
+    "cogvideox with rotary positions": lambda: _with_rotary_positions(tiny_pipelines.cogvideox),
+}
+"""Those that are split by a plan of ours."""
+
 FURTHER: dict[str, Callable[[], TinyPipeline]] = {
     "flux kontext, two grids": lambda: tiny_pipelines.flux_kontext((30, 44)),
     "qwen image edit": tiny_pipelines.qwen_image_edit,
@@ -46,11 +64,30 @@ FURTHER: dict[str, Callable[[], TinyPipeline]] = {
     "chronoedit": tiny_pipelines.chronoedit,
     "qwen image of padded words": lambda: _with_padding(tiny_pipelines.qwen_image()),
     "wan with token timesteps": tiny_pipelines.wan_with_token_timesteps,
+    "wan of odd sizes": lambda: _resized(tiny_pipelines.wan(), height=144, width=208, num_frames=37),
 }
-"""Sequences of several grids, and the further families that diffusers has a plan for."""
+"""Sequences of several grids, further families that diffusers has a plan for, and 10 x 9 x 13 tokens."""
+
+GUIDED: dict[str, Callable[[], TinyPipeline]] = {
+    "wan": tiny_pipelines.wan,
+    "qwen image": tiny_pipelines.qwen_image,
+    "ltx video": FAMILIES["ltx video"],
+    "cogvideox": tiny_pipelines.cogvideox,
+    "mochi": tiny_pipelines.mochi,
+}
+"""Two forwards in a step, or one of both branches; Mochi makes a call for each sample."""
+
+WEIGHTS: dict[str, Callable[[], TinyPipeline]] = {
+    "flux": tiny_pipelines.flux,
+    "flux 2": packed_images.flux2,
+    "qwen image": tiny_pipelines.qwen_image,
+    "hunyuan video": tiny_pipelines.hunyuan_video,
+}
+"""Those whose weights diffusers can split, and one for torch's own tool."""
 
 RING: dict[str, Callable[[], TinyPipeline]] = {
     "wan": tiny_pipelines.wan,
+    "wan of odd sizes": FURTHER["wan of odd sizes"],
     "wan in whole blocks": lambda: _resized(tiny_pipelines.wan(), height=256, width=256, num_frames=21),
     "flux": tiny_pipelines.flux,
     "flux kontext": tiny_pipelines.flux_kontext,
@@ -59,6 +96,8 @@ RING: dict[str, Callable[[], TinyPipeline]] = {
     "flux 2": packed_images.flux2,
     "chronoedit": tiny_pipelines.chronoedit,
     "flux of 12 words": lambda: _with_words(tiny_pipelines.flux(), 12),
+    "hunyuan video": tiny_pipelines.hunyuan_video,
+    "cogvideox with rotary positions": PLANNED["cogvideox with rotary positions"],
 }
 """Those whose cross-attention diffusers can gather on a CPU. Two ranks share 6 x 16 x 16 tokens by whole frames of two blocks each."""
 
@@ -70,22 +109,26 @@ class PlanWatch:
         self.masks: list[Tensor] = []
         self.orders: list[TokenOrder] = []
         self.errors: list[float] = []
+        self.rows: list[Any] = []
 
     def look(self, forward: Any, _layer: Any, impl: Any, query: Tensor, key: Tensor, value: Tensor, metadata: Any, out: Tensor) -> None:
         for record in forward.records:
             if record.plan is not None:
                 self.masks.append(record.plan.to_mask())
                 self.orders.append(record.order)
+                self.rows.append(getattr(metadata, "rows", None))
                 if record.query_order is not None and not getattr(metadata, "tail", False):
-                    self.errors.append(_off(record, query, key, value, out, impl.softmax_scale))
+                    self.errors.append(_off(record, query, key, value, out, impl.softmax_scale, metadata.known_key_lengths))
 
 
-def _off(record: CallRecord, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float) -> float:
-    """Largest difference to float64 attention over the tokens of the kept blocks."""
+def _off(record: CallRecord, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float, lengths: Any) -> float:
+    """Largest difference to float64 attention over the tokens of the kept blocks; `lengths`: real keys of each batch element."""
     assert record.plan is not None
     assert record.order is not None
     assert record.query_order is not None
     keep = record.plan.to_mask().repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, : query.shape[1], : key.shape[1]]
+    if lengths is not None:
+        keep = keep & (torch.arange(key.shape[1]) < torch.tensor(lengths)[:, None, None, None])
     q, k, v = record.query_order.apply(query), record.order.apply(key), record.order.apply(value)
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
     exact = scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale).transpose(1, 2)
@@ -99,7 +142,7 @@ def build(name: str, heads: int = HEADS) -> TinyPipeline:
         for module in ("wan", "image", "video"):
             changed.enter_context(mock.patch.object(sys.modules[f"tiny_pipelines.{module}"], "HEADS", heads))
         changed.enter_context(mock.patch.dict(packed_images.SIZES, num_attention_heads=heads))
-        return {**FAMILIES, **FURTHER, **RING}[name]()
+        return {**FAMILIES, **PLANNED, **FURTHER, **GUIDED, **WEIGHTS, **RING}[name]()
 
 
 @cache
@@ -155,9 +198,80 @@ def compare_ring(name: str, backend: str, config: Mapping[str, Any], degrees: Ma
         length = watch.orders[0].length
         place = watch.orders[0].inverse if watch.orders[0].inverse is not None else torch.arange(length)
         # of one stream, so that nothing interleaves
-        blocks = place[torch.arange(length).tensor_split(dist.get_world_size())[dist.get_rank()]].sort().values[::128] // 128
+        blocks = place[watch.rows[0].tokens()].sort().values[::128] // 128
         wrong = [float((mask != other[:, :, blocks]).float().mean()) for mask, other in zip(watch.masks, plans, strict=True)]
-    return {"error": float((out - expected).abs().max()), "wrong": wrong, "off": watch.errors, "report": report}
+    dealt = [rows.num_tokens for rows in watch.rows if rows is not None and rows.dealt is not None]
+    return {"error": float((out - expected).abs().max()), "wrong": wrong, "off": watch.errors, "report": report, "dealt": dealt}
+
+
+def probed(name: str, backend: str, degrees: Mapping[str, Any]) -> tuple[list[CellReading], list[CellReading]]:
+    """What a setting would do to a dense run: in one piece, and split, where every rank looks at its own part."""
+    setting, found = Setting.parse(backend, SPARSE), []
+    for tiny, group in ((whole(name), ALONE), (split(name, tuple(degrees.items())), RankGroup(dist.get_rank(), dist.get_world_size()))):
+        workload = PipelineWorkload(tiny.pipe, lambda _prompt, tiny=tiny: {**tiny.arguments, "num_inference_steps": 1}, group=group)
+        (readings,) = workload.probe([setting], Clip("", 0))
+        found.append(readings)
+    return found[0], found[1]
+
+
+def tensor_parallel(name: str, backend: str, config: Mapping[str, Any], by_hand: bool = False) -> dict[str, Any]:
+    """As `compare`, for weights that are split: by diffusers, or by torch's own tool."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    with _in_head_groups(ranks if backend == "permuted_sparse_attn" else 1):
+        expected, plans, of_one = run(whole(name), backend, config)
+    tiny = build(name)
+    _split_weights(tiny.pipe.transformer, by_hand)
+    out, ours, report = run(tiny, backend, config)
+    share = HEADS // ranks
+    # layers whose weights are whole have all heads
+    of_rank = [mask[:, rank * share :][:, :share] if own.shape[1] == share else mask for own, mask in zip(ours, plans, strict=True)]
+    wrong = [float((mask != other).float().mean()) for mask, other in zip(ours, of_rank, strict=True)]
+    heads = {mask.shape[1] for mask in ours}
+    return {"error": float((out - expected).abs().max()), "wrong": wrong, "report": report, "of one": of_one, "heads": heads}
+
+
+def _split_weights(model: Any, by_hand: bool) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if not by_hand:
+        # diffusers names accelerators only
+        with (
+            mock.patch("diffusers.hooks.tensor_parallel._SUPPORTED_TP_DEVICES", ("cpu",)),
+            mock.patch("torch.accelerator.device_count", return_value=1),
+        ):
+            model.enable_parallelism(config=TensorParallelConfig(mesh=mesh))
+        return
+    for block in model.transformer_blocks:
+        columns = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+        plan = {
+            **{f"attn.{name}": ColwiseParallel() for name in columns},
+            "attn.to_out.0": RowwiseParallel(),
+            "attn.to_add_out": RowwiseParallel(),
+        }
+        parallelize_module(block, mesh, plan)
+        block.attn.heads //= mesh.size()
+
+
+def guided(name: str, backend: str, config: Mapping[str, Any], degrees: Mapping[str, Any]) -> dict[str, Any]:
+    """As `compare`, for ranks that share the branches of guidance; steps enough to share some."""
+    expected, _, of_one = run(build(name), backend, config, steps=4)
+    tiny = build(name)
+    split_denoisers(tiny.pipe, cfg_parallel=True, **degrees)
+    out, _, report = run(tiny, backend, config, steps=4)
+    again, _, _ = run(tiny, backend, config, steps=4)
+    errors = [float((latents - expected).abs().max()) for latents in (out, again)]
+    return {"error": max(errors), "report": report, "of one": of_one}
+
+
+def unguided() -> tuple[str, float]:
+    """What is said where a step has one forward; how far a run is off that shares nothing, after that."""
+    tiny = build("wan")
+    forward = vars(tiny.pipe.transformer).get("forward")
+    remove = share_branches(tiny.pipe.transformer, dist.group.WORLD)
+    message = _message(lambda: tiny.run(3, guidance_scale=1.0))
+    error = float((tiny.run(3) - whole("wan").run(3)).abs().max())
+    remove()
+    assert vars(tiny.pipe.transformer).get("forward") is forward
+    return message, max(error, float((tiny.run(2) - whole("wan").run(2)).abs().max()))
 
 
 def given_bricks() -> dict[str, int]:
@@ -166,6 +280,35 @@ def given_bricks() -> dict[str, int]:
     _, _, report = run(split("wan", (("ulysses_degree", 2),)), "permuted_sparse_attn", {**SPARSE, "head_bricks": names})
     orders: dict[str, int] = report.token_orders
     return orders
+
+
+def fully_sharded() -> dict[str, Any]:
+    """Weights that are split where they lie and whole where a layer runs."""
+    names = ("1x8x16,1x8x16,4x2x16,4x4x8",) * 2
+    config = {**SPARSE, "head_bricks": names}
+    expected, _, _ = run(whole("wan"), "permuted_sparse_attn", config)
+    tiny, mesh = build("wan"), init_device_mesh("cpu", (dist.get_world_size(),))
+    for part in (*tiny.pipe.transformer.blocks, tiny.pipe.transformer):
+        fully_shard(part, mesh=mesh)
+    out, _, report = run(tiny, "permuted_sparse_attn", config)
+    return {"error": float((out - expected).abs().max()), "report": report}
+
+
+def given_bricks_of_split_weights() -> dict[str, int]:
+    """As `given_bricks`, where weights are split after the installation, those of the first of two layers."""
+    tiny = build("hunyuan video")
+    with ditattn.install(tiny.pipe, "permuted_sparse_attn", **SPARSE, head_bricks=("1x8x16,1x8x16,4x2x16,4x4x8",) * 2) as handle:
+        _split_weights(tiny.pipe.transformer, by_hand=True)
+        tiny.run(1)
+    orders: dict[str, int] = handle.report().components["transformer"].token_orders
+    return orders
+
+
+def too_many_bricks() -> str:
+    """What is said of an entry for four heads where two ranks share three."""
+    tiny = build("wan", 3)
+    enable_context_parallelism(tiny.pipe.transformer, ulysses_degree=2, ulysses_anything=True)
+    return _message(lambda: run(tiny, "permuted_sparse_attn", {**SPARSE, "head_bricks": ("1x8x16,1x8x16,4x2x16,4x4x8",) * 2}))
 
 
 def with_defaults() -> dict[str, Any]:
@@ -207,17 +350,45 @@ def both_orders() -> dict[str, Any]:
     return {"same": torch.equal(first, second) and not torch.equal(first, native), "dense afterwards": max(errors), "left": left}
 
 
+def split_by_others() -> dict[str, Any]:
+    """A program that splits tokens by hooks and a group of its own, without a word to diffusers."""
+    tiny = build("wan")
+    model, place = tiny.pipe.transformer, dist.get_rank()
+
+    def own(x: Tensor) -> Tensor:
+        return x.chunk(dist.get_world_size(), dim=1)[place]
+
+    def take_part(block: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden_states, text, timestep, rotary = args
+        return own(hidden_states) if block is model.blocks[0] else hidden_states, text, timestep, tuple(map(own, rotary))
+
+    def gather(_module: Any, _args: Any, out: Tensor) -> Tensor:
+        parts = [torch.empty_like(out) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, out.contiguous())
+        return torch.cat(parts, 1)
+
+    for block in model.blocks:
+        block.register_forward_pre_hook(take_part)
+    model.proj_out.register_forward_hook(gather)
+    _, _, report = run(tiny, "rain_fusion_attn", SPARSE)
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE, strict=True):
+        refusal = _message(lambda: tiny.run(1))
+    return {"report": report, "refusal": refusal}
+
+
 def refusals() -> dict[str, str]:
     """What is said to splits that are not served."""
     plan = {"transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)}}
-    cog, later = tiny_pipelines.cogvideox(), tiny_pipelines.cogvideox()
+    before, after = tiny_pipelines.consisid(), tiny_pipelines.consisid()
     hunyuan, odd = tiny_pipelines.hunyuan_video(), build("wan")
     messages = {}
-    _split_by(cog, plan)
-    messages["cogvideox before"] = _message(lambda: ditattn.install(cog.pipe, "rain_fusion_attn"))
-    for name, tiny in (("cogvideox after", later), ("hunyuan after", hunyuan)):
+    _split_by(before, plan)
+    messages["unknown streams before"] = _message(lambda: ditattn.install(before.pipe, "rain_fusion_attn"))
+    positions = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
+    text_whole = {"rope": {0: positions, 1: positions}, **plan}
+    for name, tiny, its_plan in (("unknown streams after", after, plan), ("a stream left whole", hunyuan, text_whole)):
         with ditattn.install(tiny.pipe, "torch_sdpa"):
-            _split_by(tiny, plan)
+            _split_by(tiny, its_plan)
             messages[name] = _message(lambda tiny=tiny: tiny.run(1))
     enable_context_parallelism(odd.pipe.transformer, ulysses_degree=2)
     config = odd.pipe.transformer._parallel_config
@@ -283,6 +454,18 @@ def _with_padding(tiny: TinyPipeline) -> TinyPipeline:
     for key in ("prompt_embeds_mask", "negative_prompt_embeds_mask"):
         tiny.arguments[key] = (torch.arange(5) < 3).long().unsqueeze(0)
     return tiny
+
+
+def _without_padding(tiny: TinyPipeline) -> TinyPipeline:
+    tiny.arguments["prompt_attention_mask"] = torch.ones_like(tiny.arguments["prompt_attention_mask"])
+    return tiny
+
+
+def _with_rotary_positions(build_cogvideox: Callable[[], TinyPipeline]) -> TinyPipeline:
+    """As CogVideoX of 5 B parameters has them."""
+    made = diffusers.CogVideoXTransformer3DModel
+    with mock.patch.object(diffusers, "CogVideoXTransformer3DModel", partial(made, use_rotary_positional_embeddings=True)):
+        return build_cogvideox()
 
 
 def _resized(tiny: TinyPipeline, **size: int) -> TinyPipeline:

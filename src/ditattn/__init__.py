@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from ditattn.errors import BackendUnavailable, DitattnError
     from ditattn.hosts.diffusers.install import install
+    from ditattn.hosts.diffusers.quantize import quantize
     from ditattn.hosts.diffusers.register import register
     from ditattn.ops.block_mean import block_mean
     from ditattn.ops.block_sparse_attention import block_sparse_attention
@@ -55,6 +56,7 @@ _WHERE = {
     "force_attn_backend": "ditattn.backends.selector",
     "get_attn_backend": "ditattn.backends.selector",
     "install": "ditattn.hosts.diffusers.install",
+    "quantize": "ditattn.hosts.diffusers.quantize",
     "register": "ditattn.hosts.diffusers.register",
     "step": "ditattn.runtime.step",
 }
@@ -80,6 +82,7 @@ __all__ = [
     "force_attn_backend",
     "get_attn_backend",
     "install",
+    "quantize",
     "register",
     "step",
 ]

@@ -15,11 +15,10 @@ from ditattn.backends import sparse
 from ditattn.backends.base import CallRecord
 from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionBackend, PermutedSparseAttentionConfig
 from ditattn.errors import ConfigError, UnsupportedCall
-from ditattn.ops.pooled_tail import PooledTail
 from ditattn.ops.table import CallFacts, choose
 from ditattn.plan.bricks import brick_order
 from ditattn.plan.split import HeadShare
-from sparse_calls import call, draw
+from sparse_calls import call, draw, tail_of
 
 GRID = (17, 16, 16)
 LENGTH = 17 * 16 * 16
@@ -35,7 +34,7 @@ class Layer:
         )
 
     def step(self, step: int, tensors: tuple[Tensor, Tensor, Tensor], grid: tuple[int, int, int] = GRID, **fields: Any) -> Tensor:
-        keys = {"sparsity": 0.75, "skip_first_steps": 2, "num_steps": 20, **fields}
+        keys = {"sparsity": 0.75, "skip_first_steps": 2, "num_steps": 20, "residual": False, **fields}
         built = PermutedSparseAttentionBackend.get_builder_cls()().build(
             current_timestep=step, raw_latent_shape=(1, 4, *grid), patch_size=1, **keys
         )
@@ -60,7 +59,7 @@ def test_output_is_exact_attention_over_the_recorded_plan_and_the_means_of_the_r
     out = layer.step(9, (q, k, v), (3, 24, 20), tail=tail)
     order = layer.impl._chosen[1].keys
     plan = layer.records[-1].plan
-    means = PooledTail.of(k, v, order) if tail else None
+    means = tail_of(q, k, v, order) if tail else None
     exact = order.undo(oracle.attention(order.apply(q), order.apply(k), order.apply(v), plan=plan, tail=means)[0])
     assert judge.relative_error(out, exact) < 4 * torch.finfo(dtype).eps
     assert plan.density() < 0.6, "first frame and two blocks a row of twelve"
@@ -129,10 +128,20 @@ def test_a_rank_takes_its_heads_of_given_orders() -> None:
     named = "1x8x16,4x2x16,16x4x2"
     for place, expected in enumerate([("1x8x16", "4x2x16"), ("16x4x2",)]):
         layer = Layer(len(expected), 32)
-        layer.step(2, tuple(x[:, :, : len(expected)] for x in tensors), head_bricks=[named], heads=HeadShare(place, 2))
+        layer.step(2, tuple(x[:, :, : len(expected)] for x in tensors), head_bricks=[named], heads=HeadShare(place, 2, 3))
         assert layer.records[-1].token_orders == expected
-    with pytest.raises(ConfigError, match="2 key heads on this rank, one of 2 that share them, its entry names 5"):
-        Layer(2, 32).step(2, tensors, head_bricks=[f"{named},1x8x16,1x8x16"], heads=HeadShare(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [("1x8x16,1x8x16,1x8x16,1x8x16", "layer 0 has 3 key heads, its entry names 4"), ("1x8x16,1x8x16,64x2x1", "64x2x1 does not fit")],
+)
+def test_all_ranks_refuse_given_orders_that_one_of_them_could_not_take(named: str, message: str) -> None:
+    # two heads for rank 0, one for rank 1: a share of four names would fit rank 0, and the shape of the last head is none of its own
+    tensors = planted(LENGTH)
+    for place, heads in enumerate([2, 1]):
+        with pytest.raises(ConfigError, match=message):
+            Layer(heads, 32).step(2, tuple(x[:, :, :heads] for x in tensors), head_bricks=[named], heads=HeadShare(place, 2, 3))
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,8 @@ import oracle
 from ditattn.backends.base import AttentionBackend, CallRecord
 from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionBackend
 from ditattn.backends.sparse import Reason
-from ditattn.ops.pooled_tail import PooledTail
 from ditattn.plan.token_grids import TokenGrid
-from sparse_calls import SPARSE_BACKENDS, draw
+from sparse_calls import SPARSE_BACKENDS, draw, tail_of
 from sparse_calls import call as sparse_call
 
 BLOCK = 128
@@ -36,7 +35,9 @@ some_sequences = pytest.mark.parametrize("name", ["text between and behind", "a 
 
 
 def call(backend: type[AttentionBackend], *args: Any, **fields: Any) -> tuple[Tensor, CallRecord]:
-    """A call behind the dense steps of every backend."""
+    """A call behind the dense steps of every backend, in a run whose sparse steps are all alike."""
+    if backend is PermutedSparseAttentionBackend:
+        fields = {"residual": False, **fields}
     return sparse_call(backend, *args, num_steps=50, **fields)
 
 
@@ -116,7 +117,7 @@ def test_output_is_exact_attention_over_the_recorded_plan(backend: type[Attentio
     q, k, v = (draw(1, length, heads, 32, seed=i) for i, heads in enumerate((2, 1, 1)))
     out, record = call(backend, q, k, v, target, sparsity=0.75, **fields)
     order, plan = record.order, record.plan
-    tail = PooledTail.of(k, v, order) if backend is PermutedSparseAttentionBackend else None
+    tail = tail_of(q, k, v, order) if backend is PermutedSparseAttentionBackend else None
     exact = order.undo(oracle.attention(order.apply(q), order.apply(k), order.apply(v), plan=plan, tail=tail)[0])
     assert judge.relative_error(out, exact) < 4e-6
 
@@ -176,7 +177,7 @@ def test_any_grids_run(backend: type[AttentionBackend], sizes: list[Size]) -> No
     out, record = call(backend, q, k, v, sizes[0], sparsity=0.75, **fields)
     assert record.reason is None
     order, plan = record.order, record.plan
-    tail = PooledTail.of(k, v, order) if backend is PermutedSparseAttentionBackend else None
+    tail = tail_of(q, k, v, order) if backend is PermutedSparseAttentionBackend else None
     exact = order.undo(oracle.attention(order.apply(q), order.apply(k), order.apply(v), plan=plan, tail=tail)[0])
     assert judge.relative_error(out, exact) < 4e-6
 

@@ -1,10 +1,13 @@
-"""The benchmark of several processes: its bytes, and what it prints. Its runs are those of tests/cli/test_ranks.py."""
+"""The benchmark of several processes: its bytes, its counting, what it prints, and the demo clip on two processes."""
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import benchmarks.parallel as bench
+import pytest
+from benchmarks.kept_pairs import GRID, kept_pairs, over_mean
 
 CONFIG = SimpleNamespace(num_attention_heads=4, attention_head_dim=64)
 WHOLE = 17 * 16 * 16 * 4 * 64 * 4
@@ -22,10 +25,38 @@ def test_every_rank_has_a_line_and_the_slowest_is_named() -> None:
         {"denoise_ms": 2000, "attention_ms": ms, "communication_ms": 100, "density": density, "own_blocks": 0, "bytes": 2**20}
         for ms, density in ((1000, 0.25), (3000, None))
     ]
-    clip, first, second = bench.lines(2, 61.25, ranks)
-    assert "2 processes: PSNR 61.2 dB" in clip
+    clip, first, second = bench.lines(2, 61.25, 30, ranks)
+    assert "2 processes: PSNR 61.2 dB against one, 30.0 dB against dense" in clip
     assert "1.50 x the mean" in clip
     assert "rank 0" in first
     assert "density 0.250" in first
     assert "rank 1" in second
     assert "1.0 MiB sent, dense" in second
+
+
+@pytest.mark.parametrize("backend", ["block_sparse_attn", "rain_fusion_attn", "permuted_sparse_attn"])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ranks_differ_by_less_than_a_tenth_at_the_size_of_real_videos(backend: str, ranks: int) -> None:
+    pairs = kept_pairs(backend, GRID, ranks, 0.75, deals=True)
+    assert max(pairs) < 1.1 * sum(pairs) / ranks
+
+
+def test_without_the_deal_the_first_rank_works_longest() -> None:
+    pairs = kept_pairs("rain_fusion_attn", GRID, 8, 0.75, deals=False)
+    assert max(pairs) == pairs[0] > 1.7 * sum(pairs) / 8
+
+
+def test_every_rank_is_told_over_the_mean() -> None:
+    assert over_mean([30, 10, 20]) == "slowest 1.50: 1.50 0.50 1.00"
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_demo_clip_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    # one dense step, one sparse
+    bench.main(["--processes", "1", "2", "--steps", "2", "--backend", "rain_fusion_attn"])
+    said = capsys.readouterr().out
+    psnr = [float(found) for found in re.findall(r"PSNR (\S+) dB against one", said)]
+    assert len(psnr) == 2
+    # frames of 8 bits: a rounding that differs moves single values by one
+    assert psnr[1] > 60
+    assert len(re.findall(r"density 0\.\d+", said)) == 3

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import ditattn as package
+from ditattn import models
 from ditattn.cli.models import compressed
 from ditattn.hosts.diffusers.forecast import forecast
 from ditattn.hosts.diffusers.load import load_pipeline
@@ -122,6 +123,19 @@ def test_a_model_that_is_not_served_and_why(told, ditattn):
     (one,) = told("DiTTransformer2DModel")
     assert (one["family"], one["layers"], one["reason"]) == (None, [], NOT_SERVED["DiTTransformer2DModel"])
     assert ditattn("models", "DiTTransformer2DModel").out == f"DiTTransformer2DModel: not served: {one['reason']}\n"
+
+
+def test_a_model_that_nobody_described(ditattn, monkeypatch):
+    """As a class of a later diffusers would be."""
+    monkeypatch.setattr(models, "MODELS", ())
+    lines = ditattn("models", "WanTransformer3DModel").out.splitlines()
+    assert lines[0] == "WanTransformer3DModel: unlisted: by rule"
+    assert lines[1] == "  layers: 40 of self-attention: blocks.0-39.attn1"
+    assert lines[2] == "  head size: 128"
+    assert lines[-1] == (
+        "  notes: where its tokens stand is seen by dry runs when it first runs, and what cannot be seen runs densely; "
+        "its configuration tells a patch of 1 x 2 x 2"
+    )
 
 
 @pytest.mark.parametrize(

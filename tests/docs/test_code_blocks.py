@@ -7,6 +7,7 @@ why: `<!-- not run: needs two GPUs -->`.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import shlex
 import tomllib
@@ -23,6 +24,8 @@ from ditattn.backends.setting import Setting
 from ditattn.cli.app import app, run
 from ditattn.cli.settings import CompareSettings
 from ditattn.compare.setting import expand
+from ditattn.hosts.sglang.config import parse_setting
+from ditattn.values import parse_config
 from hub_stand_ins import hub_stand_ins as hub_stand_ins
 from hub_stand_ins import stand_in
 
@@ -78,7 +81,7 @@ def commands_of(block: Block) -> list[list[str]]:
 
 
 def looks_like_commands(lines: list[str]) -> bool:
-    return bool(lines) and re.match(r"([A-Z_]+=\S+ )*(ditattn|make|pip|torchrun|python -m)( |$)", lines[0]) is not None
+    return bool(lines) and re.match(r"([A-Z_]+=\S+ )*(ditattn|make|pip|torchrun|sglang|python -m)( |$)", lines[0]) is not None
 
 
 def _without_variables(words: list[str]) -> list[str]:
@@ -193,7 +196,20 @@ def _check_python(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None
         assert f'"{option}"' in source, option
 
 
-CHECKS = {"ditattn": _check_ditattn, "make": _check_make, "pip": _check_pip, "python": _check_python, "torchrun": _check_torchrun}
+def _check_sglang(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of us can be served; tests/hosts/sglang reads the commands with sglang's own parser."""
+    given = dict(itertools.pairwise(arguments))
+    assert parse_setting(given["--attention-backend"], parse_config(given["--attention-backend-config"]))
+
+
+CHECKS = {
+    "ditattn": _check_ditattn,
+    "make": _check_make,
+    "pip": _check_pip,
+    "python": _check_python,
+    "sglang": _check_sglang,
+    "torchrun": _check_torchrun,
+}
 
 
 @pytest.mark.parametrize(

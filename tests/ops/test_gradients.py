@@ -11,6 +11,7 @@ from torch import Tensor
 import ditattn
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.block_sparse_attention import block_sparse_attention_with_lse
+from ditattn.ops.mx_linear import mx_linear, quantized_weight
 from ditattn.plan.token_order import token_order
 from ditattn.runtime.stage import attend
 
@@ -22,6 +23,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "block_sparse_attention in an order": lambda x: ditattn.block_sparse_attention(x, x, x, PLAN, order=ORDER),
     "log-sum-exp": lambda x: block_sparse_attention_with_lse(x, x, x, PLAN)[1],
     "block_mean": lambda x: ditattn.block_mean(x),
+    "mx_linear": lambda x: mx_linear(x, quantized_weight(torch.ones(8, 32))),
     "attend": lambda x: attend(x, x, x),
 }
 

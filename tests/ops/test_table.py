@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ditattn.errors import BackendUnavailable, UnsupportedCall
-from ditattn.ops import block_estimate, block_mean, block_sparse_attention, dense_attention
+from ditattn.ops import block_estimate, block_mean, block_sparse_attention, dense_attention, mx_linear
 from ditattn.ops.table import CallFacts, Implementation, Package, _warn_once, choose, choose_to_run, explain, load
 
 ABSENT = Package("package_that_nobody_has", "the fast road", "pip install package_that_nobody_has")
@@ -107,7 +107,14 @@ def test_load_returns_the_function() -> None:
     assert load(Implementation("x", "math:sqrt"))(4) == 2
 
 
-TABLES = (dense_attention.TABLE, block_sparse_attention.TABLE, block_mean.TABLE, block_estimate.TABLE, block_estimate.PORTABLE)
+TABLES = (
+    dense_attention.TABLE,
+    block_sparse_attention.TABLE,
+    block_mean.TABLE,
+    block_estimate.TABLE,
+    block_estimate.PORTABLE,
+    mx_linear.TABLE,
+)
 NAMED = ("target", "machine", "probe", "limits", "preference")
 ROWS = [pytest.param(row, id=f"{row.operation}-{row.name}-{'-'.join(row.devices)}") for table in TABLES for row in table]
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditattn.plan.bricks import brick_order
-from ditattn.plan.split import GatheredRows, GatheredTokens, HeadShare
+from ditattn.plan.split import GatheredRows, GatheredTokens, HeadShare, RowOrder
 from ditattn.plan.token_grids import TokenGrid
 from ditattn.plan.token_order import TokenOrder, token_order
 
@@ -61,7 +61,7 @@ def test_orders_per_head_read_the_gathered_sequence_too() -> None:
     ranks=st.integers(2, 4),
     data=st.data(),
 )
-def test_a_ranks_queries_stand_as_they_do_among_all(grid: tuple[int, int, int], prefix: int, ranks: int, data: st.DataObject) -> None:
+def test_whole_blocks_of_a_ranks_queries_come_first(grid: tuple[int, int, int], prefix: int, ranks: int, data: st.DataObject) -> None:
     split = GatheredTokens((prefix, grid[0] * grid[1] * grid[2]), ranks)
     first = data.draw(st.integers(0, ranks - 1))
     rows = GatheredRows(split, first, data.draw(st.integers(1, ranks - first)))
@@ -70,19 +70,33 @@ def test_a_ranks_queries_stand_as_they_do_among_all(grid: tuple[int, int, int], 
     own = torch.cat([part[rank] for rank in range(first, first + rows.parts) for part in parts], dim=1)
     assert torch.equal(rows.tokens(), own[0])
     assert rows.num_tokens == own.shape[1]
-    for order in (token_order("raster", grid, prefix), token_order("tile", grid, prefix), brick_order((4, 2, 16), grid, prefix)):
-        found, all_in_order = rows.ordered(order), order.apply(x)[0].tolist()
-        among_all = [token for token in all_in_order if token in set(own[0].tolist())]
-        assert found.order.apply(own)[0].tolist() == among_all
-        assert torch.equal(found.order.undo(found.order.apply(own)), own)
-        blocks = [set(among_all[start : start + 128]) for start in range(0, len(among_all), 128)]
-        assert found.own_blocks != all(block in [set(all_in_order[at : at + 128]) for at in range(0, len(x[0]), 128)] for block in blocks)
-        video = range(prefix, len(x[0]))
-        start, stop = found.order.video
-        assert all((token in video) == (start <= place < stop) for place, token in enumerate(among_all))
-        start, stop = found.order.first_frame
-        inside = set(all_in_order[slice(*order.first_frame)])
-        assert all((token in inside) == (start <= place < stop) for place, token in enumerate(among_all))
+    bricks = [brick_order(brick, grid, prefix) for brick in ((4, 2, 16), (1, 8, 16))]
+    per_head = replace(bricks[0], **{name: torch.stack([getattr(one, name) for one in bricks]) for name in ("forward", "inverse")})
+    for order in (token_order("raster", grid, prefix), token_order("tile", grid, prefix), bricks[0], per_head):
+        found = rows.ordered(order)
+        heads = own.unsqueeze(-1).expand(-1, -1, 2)
+        assert torch.equal(found.order.undo(found.order.apply(heads)), heads)
+        of_heads = list(
+            zip(order.apply(x.unsqueeze(-1).expand(-1, -1, 2))[0].T.tolist(), found.order.apply(heads)[0].T.tolist(), strict=True)
+        )
+        for all_in_order, stands in of_heads:
+            check_standing(order, found, all_in_order, stands, set(range(prefix, x.shape[1])), count_whole=order is not per_head)
+        blocks = [[set(some[at : at + 128]) for at in range(0, len(some), 128)] for some in of_heads[0]]
+        assert found.own_blocks or all(block in blocks[0] for block in blocks[1])
+
+
+def check_standing(
+    order: TokenOrder, found: RowOrder, all_in_order: list[int], stands: list[int], video: set[int], *, count_whole: bool
+) -> None:
+    frame, own = set(all_in_order[slice(*order.first_frame)]), set(stands)
+    if count_whole:
+        whole = [set(all_in_order[at : at + 128]) for at in range(0, len(all_in_order) // 128 * 128, 128)]
+        alike = [block for block in whole if block <= own and (block <= frame or block <= video - frame)]
+        assert [set(stands[at : at + 128]) for at in range(0, len(alike) * 128, 128)] == alike
+    start, stop = found.order.video
+    assert all((token in video) == (start <= place < stop) for place, token in enumerate(stands))
+    spans = found.order.grids[0].first_frame if found.order.grids else (found.order.first_frame,)
+    assert all((token in frame) == any(start <= place < stop for start, stop in spans) for place, token in enumerate(stands))
 
 
 GRIDS = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20)), min_size=2, max_size=3)
@@ -140,6 +154,6 @@ def test_a_ranks_queries_stand_in_the_spans_of_their_grids(
 
 @given(heads=st.integers(1, 40), ranks=st.integers(1, 8))
 def test_ranks_share_all_heads(heads: int, ranks: int) -> None:
-    shares = [range(heads)[HeadShare(place, ranks).of(heads)] for place in range(ranks)]
+    shares = [range(heads)[HeadShare(place, ranks, heads).own] for place in range(ranks)]
     assert [head for share in shares for head in share] == list(range(heads))
     assert all(len(share) == len(shares[0]) for share in shares if share and share[-1] < heads - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -118,3 +119,17 @@ def test_time_is_summed_over_components(log: ComponentLog) -> None:
     part = log.report()
     assert part.attention_ms > 0
     assert AttentionReport({"a": part, "b": part}, {}).attention_ms == 2 * part.attention_ms
+
+
+def test_reports_of_ranks_are_put_together(log: ComponentLog) -> None:
+    first = log.report()
+    log.add(3, 0, CallRecord(None, plan(4)))
+    second = dataclasses.replace(log.report(), attention_ms=7.0, communication_ms=3.0, split="rank 1 of 2 (Ulysses 2)")
+    merged = AttentionReport.of_ranks([AttentionReport({"transformer": one}, {}) for one in (first, second)])
+    report = merged.components["transformer"]
+    assert (report.calls, report.sparse, report.dense) == (17, 7, 10)
+    assert report.dense_reasons == {"skipped layer": 6, "first steps": 4}
+    assert report.sparse_density == pytest.approx((3 * 0.5 + 4 * (0.25 + 0.5 + 0.75 + 1) / 4) / 7)
+    assert report.sparse_density_by_step == {0: None, 1: pytest.approx(0.375), 2: pytest.approx(0.75), 3: pytest.approx(1)}
+    assert (report.attention_ms, report.communication_ms) == (7.0, 3.0)
+    assert merged.summary().endswith("0.01 s in attention, 0.00 s in exchanges; all 2 ranks together, times of the slowest")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ from ditattn.models import MODELS, ModelFamily, TokenLayout
 from ditattn.models.base import one_stream, prefix_and_rest
 from ditattn.plan.split import GatheredTokens
 from ditattn.runtime.report import ComponentReport
-from ditattn.runtime.split import SequenceSplit
-from ditattn.runtime.stage import DenoisingStage, ServedModel, attend
+from ditattn.runtime.split import SequenceSplit, rank_share
+from ditattn.runtime.stage import DenoisingStage, Forward, ServedModel, attend
 from ditattn.runtime.step import StepClock
 
 TEXT, FRAMES, ROWS, COLUMNS = 40, 3, 16, 16
@@ -31,16 +32,27 @@ def _text_behind(config: Any, arguments: Any) -> TokenLayout:
     return TokenLayout(tuple(arguments["latents"].shape), (1, 1, 1), num_suffix_tokens=TEXT)
 
 
-FAMILY = ModelFamily("Test", ("TestTransformer",), _text_behind, r"blocks\.\d+\.attn", streams=lambda _: (VIDEO, TEXT))
+FAMILY = ModelFamily(
+    "Test", ("TestTransformer",), _text_behind, r"blocks\.\d+\.attn", streams=lambda _: (VIDEO, TEXT), num_heads=lambda _: 4
+)
 
 
 def served(
-    backend: str, split: SequenceSplit | None, *tensors: Tensor, sparsity: float = 0.5, strict: bool = False, **call: Any
+    backend: str,
+    split: SequenceSplit | None,
+    *tensors: Tensor,
+    sparsity: float = 0.5,
+    strict: bool = False,
+    probe: Any = None,
+    token_order: str | None = None,
+    **call: Any,
 ) -> tuple[Tensor, ComponentReport]:
     """One call of a forward that is split so."""
     cls = load_backend(backend)
-    values = cls.get_config_cls().from_mapping({**SPARSE, "sparsity": sparsity} if cls.is_sparse else {})
+    keys = {**SPARSE, "sparsity": sparsity, **({} if token_order is None else {"token_order": token_order})}
+    values = cls.get_config_cls().from_mapping(keys if cls.is_sparse else {})
     stage = DenoisingStage(StepClock(), strict)
+    stage.probe = probe
     stage.models.append(ServedModel("transformer", FAMILY, None, cls, values, ["blocks.0.attn"]))
     forward = stage.enter(stage.models[0], ARGUMENTS, split=split)
     try:
@@ -128,6 +140,35 @@ def test_gaps_in_the_text_are_padding_of_a_gathered_call_too(backend: str) -> No
     assert report.dense_reasons == {"mask with gaps": 1}
 
 
+def test_a_row_may_keep_nothing_of_another_ranks_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge of one call for each rank's keys makes NaN of it."""
+
+    def no_text(_config: Any, arguments: Any) -> TokenLayout:
+        return TokenLayout(tuple(arguments["latents"].shape), (1, 1, 1))
+
+    monkeypatch.setitem(globals(), "FAMILY", dataclasses.replace(FAMILY, layout=no_text, streams=lambda _: (VIDEO,)))
+    q, k, v = (x[:, :VIDEO] for x in qkv())
+    half = VIDEO // 2
+    q += 1
+    k[:, :half] += 1
+    k[:, half:] -= 1
+    masks: list[Tensor] = []
+
+    class Look:
+        def look(self, forward: Forward, *_: Any) -> None:
+            masks.extend(record.plan.to_mask() for record in forward.records if record.plan is not None)
+
+    out, report = served("rain_fusion_attn", SequenceSplit(1, 2, 0), q[:, :half], k, v, probe=Look(), token_order="raster")
+    (mask,) = masks
+    # three of six blocks of keys are the other rank's
+    alone = ~mask[..., 3:].any(-1)
+    assert alone[0].any()
+    assert report.sparse == 1
+    keep = mask.repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, :half]
+    exact = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q[:, :half], k, v)), attn_mask=keep).transpose(1, 2)
+    torch.testing.assert_close(out, exact)
+
+
 @pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn"])
 def test_a_call_that_nobody_gathered_is_refused(backend: str) -> None:
     q, k, v = (x[:, : (VIDEO + TEXT) // 2] for x in qkv())
@@ -148,6 +189,17 @@ def test_a_family_that_says_nothing_of_its_streams_is_refused(monkeypatch: pytes
         served("torch_sdpa", SPLIT, *qkv())
 
 
+def test_a_model_that_is_never_right_when_split_is_refused_with_the_reason() -> None:
+    (hunyuan,) = (family for family in MODELS if family.name == "HunyuanVideo")
+    config = SimpleNamespace(num_attention_heads=4, image_condition_type="token_replace")
+    with pytest.raises(
+        UnsupportedModel, match="HunyuanVideo is not served under context parallelism with image_condition_type='token_replace'"
+    ):
+        rank_share(SPLIT, hunyuan, config, None)
+    config.image_condition_type = "latent_concat"
+    assert rank_share(SPLIT, hunyuan, config, None).heads is not None
+
+
 def test_streams_of_a_text_in_front_and_a_reference_behind() -> None:
     layout = TokenLayout((1, 4, 1, 30, 44), (1, 1, 1), 10, 256)
     assert prefix_and_rest(layout) == (10, 30 * 44 + 256)
@@ -161,7 +213,6 @@ def test_families_whose_tokens_are_known_to_be_split_have_joint_layers_alone() -
     for family in known:
         assert family.image_only is None
         assert family.key_mask(None, {"attention_mask": torch.ones(1, 3)}) is None
-        assert family.dispatches
 
 
 def test_tokens_that_others_have_split_are_counted_as_such(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,7 @@ class CallRecord:
         query_order: the order of the queries, where a rank has some of them and everybody's keys; None is `order`.
         own_blocks: then their blocks are not those of one process, and neither is the plan.
         token_orders: name of the order that was chosen for each key head; None where none was chosen since the last record.
+        beside: a plan that ran beside the dense call, to learn how far the sparse steps after it would be off.
     """
 
     reason: str | None
@@ -106,6 +107,7 @@ class CallRecord:
     token_orders: tuple[str, ...] | None = None
     query_order: TokenOrder | None = None
     own_blocks: bool = False
+    beside: BlockPlan | None = None
 
 
 class AttentionImpl(ABC):

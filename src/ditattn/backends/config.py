@@ -62,6 +62,8 @@ class SparseAttentionConfig(AttentionConfig):
         first_frame_sink: keep the blocks of a video's first frame, as query rows and as key columns.
         plan_refresh_steps: a layer picks its blocks anew every so many steps; 1 is every step.
         share_plan_between_branches: with classifier-free guidance, the blocks that the first branch of a step picked serve the others.
+        assume_layout: of a model of no known family whose tokens could not be seen to stand in raster order, take the sequence for the grid
+            of its latents where their lengths agree.
 
     Examples:
         >>> import ditattn
@@ -80,8 +82,14 @@ class SparseAttentionConfig(AttentionConfig):
     first_frame_sink: bool = True
     plan_refresh_steps: int = Field(1, ge=1)
     share_plan_between_branches: bool = False
+    assume_layout: bool = False
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
+
+    @property
+    def outlasts_steps(self) -> bool:
+        """True if layers keep something from one step for another, so that they must know which forwards belong together."""
+        return self.plan_refresh_steps > 1 or self.share_plan_between_branches
 
     @field_validator("skip_first_steps", mode="before")
     @classmethod

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from ditattn.backends.base import AttentionMetadata, CallRecord
+from ditattn.backends.base import CallRecord
 from ditattn.backends.config import SparseAttentionConfig
+from ditattn.backends.residuals import LEAST_SPARSE_STEPS, Refreshes, Residuals, refreshes, without_residual
 from ditattn.backends.selection import tail_error
 from ditattn.backends.selection.tail_error import SubBlocks, sub_blocks
+from ditattn.backends.selection.weighted_means import weighted_tail
 from ditattn.backends.sparse import (
     Reason,
     SparseAttentionBackend,
@@ -25,11 +28,15 @@ from ditattn.backends.sparse import (
     SparseAttentionMetadata,
     SparseAttentionMetadataBuilder,
 )
+from ditattn.devices import find_device
 from ditattn.errors import ConfigError
 from ditattn.ops import block_sparse_attention as sparse_op
+from ditattn.ops.contract import checked_scale
 from ditattn.ops.pooled_tail import PooledTail
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 from ditattn.plan.bricks import FLAT, Brick, brick_name, brick_names, brick_order, brick_shapes, parse_bricks
+from ditattn.plan.reuse import MAX_UNNAMED
+from ditattn.plan.split import HeadShare
 from ditattn.plan.token_order import TokenOrder
 
 __all__ = ["PermutedSparseAttentionBackend", "PermutedSparseAttentionConfig", "PermutedSparseAttentionImpl"]
@@ -38,8 +45,8 @@ __all__ = ["PermutedSparseAttentionBackend", "PermutedSparseAttentionConfig", "P
 # of the smallest videos, where more would take longer than the choice is worth; of the largest a few say as much as many.
 SAMPLE_SHARE = 8
 SAMPLE_BLOCKS = 8, 32
-# sparse steps from which measuring the candidates pays; shorter runs choose by the estimate
-MEASURED_FROM_STEPS = 8
+# of the device's memory, what the residual of one layer may take for residual="auto": 64 layers in two branches then fill half of it
+RESIDUAL_SHARE = 1 / 256
 # of the best blocks of every row, kept whatever other rows need
 LEAST_BLOCKS = 2
 
@@ -55,12 +62,22 @@ class PermutedSparseAttentionConfig(SparseAttentionConfig):
         head_bricks: for each layer the shape of every key head, or one for all of them, separated by commas, as `tune` found them; layers
             without an entry choose from `bricks`.
         tail: a dropped block still counts through its mean key and mean value; False leaves it out.
+        residual: some steps among the sparse ones run densely, and the sparse ones between them add what the sparse output of the last
+            dense step lacked. `sparsity` holds for all of these steps together. The residual is kept between steps, a byte for each element
+            of a layer's output and branch of guidance; "auto" does so where one takes at most 1/256 of the device's memory. Runs of
+            which fewer than eight steps are free to be sparse do without, and so do a sparsity below 1/3 and hosts that do not say which
+            forwards belong together.
     """
 
     token_order: Literal["bricks"] = "bricks"  # type: ignore[assignment]
     bricks: str = "auto"
     head_bricks: tuple[str, ...] = ()
     tail: bool = True
+    residual: bool | Literal["auto"] = "auto"
+
+    @property
+    def outlasts_steps(self) -> bool:
+        return self.residual is not False or super().outlasts_steps
 
     @field_validator("bricks")
     @classmethod
@@ -115,15 +132,7 @@ class _Means:
     query: SubBlocks
     key: SubBlocks
     value: SubBlocks
-
-    @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor, orders: _Orders, key_lengths: Tensor | None) -> _Means:
-        keys = sub_blocks(key, orders.keys, key_lengths, variances=True)
-        return cls(sub_blocks(query, orders.queries), keys, sub_blocks(value, orders.keys, key_lengths))
-
-    def tail(self) -> PooledTail:
-        (key, counts), (value, _) = self.key.of_blocks(), self.value.of_blocks()
-        return PooledTail(key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous(), counts)
+    tail: PooledTail
 
 
 class PermutedSparseAttentionImpl(SparseAttentionImpl):
@@ -134,36 +143,65 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
     """
 
     not_causal = "permuted_sparse_attn"
+    keeps_first_frame_rows = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._residuals = Residuals()
         self._chosen: tuple[object, _Orders] | None = None
         self._not_reported: tuple[str, ...] | None = None
 
     def end_run(self) -> None:
         super().end_run()
         self._chosen = None
+        self._residuals.forget()
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> Tensor:
-        assert isinstance(attn_metadata, SparseAttentionMetadata)
-        out = super().forward(query, key, value, attn_metadata)
-        if self._last_dense_step(query, key, attn_metadata) and self._known_order(query, key, attn_metadata) is None:
-            self._choose(query, key, value, attn_metadata, out)
-        return out
+    def why_dense(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> str | None:
+        reason = super().why_dense(query, key, metadata)
+        if reason is None and metadata.current_timestep in _refreshes(query, metadata).steps:
+            return Reason.REFRESH
+        return reason
 
-    def _last_dense_step(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> bool:
-        """The result is exact, the next step runs sparse, and enough sparse steps follow to make a measured choice worth its time."""
-        step, first, num_steps = metadata.current_timestep, metadata.skip_first_steps, metadata.num_steps
-        if step is None or first is None or step != first - 1 or self.why_dense(query, key, metadata) != Reason.FIRST_STEPS:
+    def learns(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata, reason: str) -> bool:
+        """The result is exact, the next step runs sparse, and enough sparse steps follow to make it worth its time."""
+        if reason not in (Reason.FIRST_STEPS, Reason.REFRESH) or self._why_never(query, key, metadata) is not None:
             return False
-        return num_steps is None or num_steps - first - (metadata.skip_last_steps or 0) >= MEASURED_FROM_STEPS
+        step, first, num_steps = metadata.current_timestep, metadata.skip_first_steps, metadata.num_steps
+        if step in _refreshes(query, metadata).before_sparse:
+            return True
+        few = num_steps is not None and _num_free_steps(metadata) < LEAST_SPARSE_STEPS
+        return first is not None and step == first - 1 and not few
+
+    def learn(self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, reason: str, out: Tensor) -> CallRecord:
+        """The orders of the heads, by what each would make of this call, and the residual."""
+        if not self.learns(query, key, metadata, reason):
+            return CallRecord(reason)
+        if self._known_order(query, key, metadata) is None:
+            self._choose(query, key, value, metadata, out)
+        step, num_steps, forward_id = metadata.current_timestep, metadata.num_steps, metadata.forward_id
+        if step not in _refreshes(query, metadata).before_sparse:
+            return CallRecord(reason)
+        assert step is not None
+        assert num_steps is not None
+        assert forward_id is not None
+        sparse, made = self._sparse_output(query, key, value, metadata)
+        self._residuals.keep(out - sparse, step, num_steps, forward_id, _facts(query, key, metadata))
+        return CallRecord(reason, beside=made.plan, token_orders=made.token_orders)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata) -> tuple[Tensor, CallRecord]:
+        out, record = self._sparse_output(query, key, value, metadata)
+        step, forward_id = metadata.current_timestep, metadata.forward_id
+        if step is not None and forward_id is not None:
+            out = self._residuals.added(out, step, forward_id, _facts(query, key, metadata))
+        return out, record
+
+    def _sparse_output(self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata) -> tuple[Tensor, CallRecord]:
         orders = self._known_order(query, key, metadata) or self._choose(query, key, value, metadata, None)
-        means = _Means.of(query, key, value, orders, metadata.key_lengths)
-        record = self._planned(query, key, metadata, lambda: self._plan(means, metadata, orders))
+        means = self._means(query, key, value, metadata, orders)
+        sparsity = _refreshes(query, metadata).sparsity
+        record = self._planned(query, key, metadata, lambda: self._plan(means, sparsity, metadata, orders))
         assert record.plan is not None
-        tail = means.tail() if metadata.tail else None
+        tail = means.tail if metadata.tail else None
         out = self._attend_ordered(query, key, value, record.plan, metadata.key_lengths, orders, tail)
         chosen, self._not_reported = self._not_reported, None
         queries = None if orders.together else orders.queries
@@ -188,13 +226,21 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
     def more_needs(self, metadata: SparseAttentionMetadata) -> frozenset[str]:
         return frozenset({"tail"}) if metadata.tail else frozenset()
 
-    def _plan(self, means: _Means, metadata: SparseAttentionMetadata, orders: _Orders) -> BlockPlan:
-        costs = tail_error.estimate(means.query, means.key, means.value, self.softmax_scale)
+    def _means(self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, orders: _Orders) -> _Means:
+        lengths = metadata.key_lengths
+        queries, keys = sub_blocks(query, orders.queries), sub_blocks(key, orders.keys, lengths, variances=True)
+        tail = weighted_tail(
+            queries.of_all(key.shape[2]), key, value, orders.keys, lengths, checked_scale(self.softmax_scale, self.head_size)
+        )
+        return _Means(queries, keys, sub_blocks(value, orders.keys, lengths), tail)
+
+    def _plan(self, means: _Means, sparsity: float, metadata: SparseAttentionMetadata, orders: _Orders) -> BlockPlan:
+        costs = tail_error.estimate(means.query, means.key, means.value, means.tail, checked_scale(self.softmax_scale, self.head_size))
         columns, rows = _forced(metadata, orders, costs.device)
-        valid = means.key.of_blocks()[1] > 0
+        valid = means.tail.counts > 0
         # the rows of every grid share a budget of their own
         parts = [slice(*span) for span in orders.queries.blocks_of_grids()]
-        picked = [tail_error.pick(costs[:, :, part], metadata.sparsity, columns, rows[part], valid, LEAST_BLOCKS) for part in parts]
+        picked = [tail_error.pick(costs[:, :, part], sparsity, columns, rows[part], valid, LEAST_BLOCKS) for part in parts]
         mask = torch.cat(picked, dim=2)
         return BlockPlan.from_mask(mask, orders.queries.length, orders.keys.length)
 
@@ -223,21 +269,28 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         if layer is None or layer >= len(given) or not given[layer]:
             return None
         named = [parse_bricks(name)[0] for name in given[layer].split(",")]
-        here = "" if metadata.heads is None else f" on this rank, one of {metadata.heads.ranks} that share them"
-        ours = slice(None) if metadata.heads is None else metadata.heads.of(len(named))
-        bricks = named * heads if len(named) == 1 else named[ours]
-        if len(bricks) != heads:
+        # the whole entry is checked, so that ranks that share the heads refuse it together: one alone would leave the others waiting
+        share = self._head_share(heads, metadata)
+        all_heads = heads if share is None else share.num_heads
+        if len(named) not in (1, all_heads):
             raise ConfigError(
-                f"head_bricks: layer {layer} has {heads} key heads{here}, its entry names {len(named)}: give one for each, or one"
+                f"head_bricks: layer {layer} has {all_heads} key heads, its entry names {len(named)}: give one for each, or one"
             )
-        strange = [brick for brick in bricks if any(size > most for size, most in zip(brick[1:], grid[1:], strict=True)) and brick != FLAT]
-        if strange or max(bricks)[0] > max(grid[0] - 1, 1):
-            wrong = brick_name(strange[0] if strange else max(bricks))
+        strange = [brick for brick in named if any(size > most for size, most in zip(brick[1:], grid[1:], strict=True)) and brick != FLAT]
+        if strange or max(named)[0] > max(grid[0] - 1, 1):
+            wrong = brick_name(strange[0] if strange else max(named))
             raise ConfigError(
                 f"head_bricks: {wrong} does not fit the {' x '.join(map(str, grid))} tokens of this call; it was found at another size: "
                 "tune at this one, or leave the key out"
             )
-        return bricks
+        return named * heads if len(named) == 1 else named[slice(None) if share is None else share.own]
+
+    def _head_share(self, heads: int, metadata: SparseAttentionMetadata) -> HeadShare | None:
+        """Which key heads of the layer these are; None where they are all, as in layers whose weights are whole."""
+        if metadata.heads is None:
+            return None
+        num_heads = metadata.heads.num_heads * self.num_kv_heads // self.num_heads
+        return None if heads == num_heads else replace(metadata.heads, num_heads=num_heads)
 
     def _best_bricks(
         self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, dense: Tensor | None
@@ -257,15 +310,19 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, orders: _Orders, dense: Tensor | None
     ) -> Tensor:
         """Squared error of every query head in these orders on the sample blocks, `[H]`: measured against `dense`, or estimated."""
-        means = _Means.of(query, key, value, orders, metadata.key_lengths)
+        means = self._means(query, key, value, metadata, orders)
         blocks = _sample(orders.queries, query.device)
         columns, _ = _forced(metadata, orders, query.device)
-        valid = means.key.of_blocks()[1] > 0
-        costs = tail_error.estimate(means.query.at(blocks), means.key, means.value, self.softmax_scale)
+        valid = means.tail.counts > 0
+        costs = tail_error.estimate(
+            means.query.at(blocks), means.key, means.value, means.tail, checked_scale(self.softmax_scale, self.head_size)
+        )
         # each row with a budget of its own: what a row would get of a common one depends on the orders of all heads
         by_row = costs.flatten(0, 2)[:, None, None]
         valid_by_row = valid.expand(costs.shape[0], -1).repeat_interleave(costs.shape[1] * costs.shape[2], dim=0)
-        mask = tail_error.pick(by_row, metadata.sparsity, columns, columns.new_zeros(1), valid_by_row, LEAST_BLOCKS).view_as(costs)
+        mask = tail_error.pick(
+            by_row, _refreshes(query, metadata).sparsity, columns, columns.new_zeros(1), valid_by_row, LEAST_BLOCKS
+        ).view_as(costs)
         if dense is None:
             return costs.masked_fill(mask, 0).sum((0, 2, 3))
         places = (blocks.unsqueeze(1) * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=query.device)).flatten()
@@ -280,9 +337,36 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
             plan,
             scale=self.softmax_scale,
             key_lengths=metadata.key_lengths,
-            tail=means.tail() if metadata.tail else None,
+            tail=means.tail if metadata.tail else None,
         )
         return (out.float() - exact.float()).square().sum((0, 1, 3))
+
+
+def _refreshes(query: Tensor, metadata: SparseAttentionMetadata) -> Refreshes:
+    """How the run spends its budget on calls like this one."""
+    first, last, num_steps = metadata.skip_first_steps, metadata.skip_last_steps, metadata.num_steps
+    if first is None or last is None or num_steps is None or not _has_residual(query, metadata):
+        return without_residual(metadata.sparsity)
+    return refreshes(metadata.sparsity, first, num_steps - last)
+
+
+def _has_residual(query: Tensor, metadata: SparseAttentionMetadata) -> bool:
+    forward_id = metadata.forward_id
+    if not metadata.residual or forward_id is None or forward_id.number >= MAX_UNNAMED:
+        return False
+    memory = _memory_bytes(query.device.type)
+    return metadata.residual is True or memory is None or query.numel() <= RESIDUAL_SHARE * memory
+
+
+@lru_cache
+def _memory_bytes(device_type: str) -> int | None:
+    return find_device(device_type).memory_bytes()
+
+
+def _num_free_steps(metadata: SparseAttentionMetadata) -> int:
+    """Steps of the run that neither `skip_first_steps` nor `skip_last_steps` makes dense."""
+    assert metadata.num_steps is not None
+    return metadata.num_steps - (metadata.skip_first_steps or 0) - (metadata.skip_last_steps or 0)
 
 
 def _facts(query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -32,6 +32,7 @@ __all__ = [
     "SparseAttentionMetadata",
     "SparseAttentionMetadataBuilder",
     "latent_grid",
+    "why_not_this_step",
 ]
 
 logger = logging.getLogger("ditattn")
@@ -44,6 +45,7 @@ class Reason:
     STEP_UNKNOWN = "step unknown"
     FIRST_STEPS = "first steps"
     LAST_STEPS = "last steps"
+    REFRESH = "a dense step among the sparse ones, to renew residuals"
     STEPS_UNKNOWN = "number of steps unknown"
     SKIPPED_LAYER = "skipped layer"
     LAYER_UNKNOWN = "layer unknown"
@@ -63,7 +65,9 @@ class NotReused:
 
 
 # conditions a user asked for; everything else makes strict=True raise
-EXPECTED_REASONS = frozenset({Reason.SPARSITY_ZERO, Reason.FIRST_STEPS, Reason.LAST_STEPS, Reason.SKIPPED_LAYER, Reason.SHORT})
+EXPECTED_REASONS = frozenset(
+    {Reason.SPARSITY_ZERO, Reason.FIRST_STEPS, Reason.LAST_STEPS, Reason.REFRESH, Reason.SKIPPED_LAYER, Reason.SHORT}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +86,7 @@ class SparseAttentionMetadata(AttentionMetadata):
         gathered: where the tokens stand that several ranks gathered; None where they stand in the model's order.
         rows: which tokens the queries are, where a rank keeps some and has everybody's keys; None where it has all.
         heads: which heads of the layer a call has, where ranks share them; None where it has all.
-        forward_id: run and branch of the forward; looked at only where plans are reused.
+        forward_id: run and branch of the forward; None where the host does not say, or where nothing outlasts a step.
 
     Examples:
         >>> import ditattn
@@ -101,7 +105,7 @@ class SparseAttentionMetadata(AttentionMetadata):
     gathered: GatheredTokens | None = None
     rows: GatheredRows | None = None
     heads: HeadShare | None = None
-    forward_id: ForwardId = field(default_factory=ForwardId)
+    forward_id: ForwardId | None = None
 
     def __getattr__(self, key: str) -> Any:
         """A key of the configuration; kept, so that the layers that share this step find it as quickly as a field."""
@@ -252,8 +256,12 @@ class SparseAttentionImpl(AttentionImpl):
     supported_head_sizes = KERNEL_HEAD_DIMS
     is_sparse = True
 
+    # False where the rows of a first frame are chosen like others
+    keeps_first_frame_rows: ClassVar[bool] = True
     # the backend's name, for the error
     not_causal: ClassVar[str | None] = None
+    # of hosts that have dense attention of their own: computes the call that runs, if it runs densely; None leaves that to us
+    host_dense: Callable[[], Tensor] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -270,12 +278,21 @@ class SparseAttentionImpl(AttentionImpl):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata) -> Tensor:
         assert isinstance(attn_metadata, SparseAttentionMetadata)
         reason = self.why_dense(query, key, attn_metadata)
-        if reason is not None:
-            self._note(CallRecord(reason))
-            return self._dense(query, key, value, attn_metadata.key_lengths)
-        out, record = self._attend(query, key, value, attn_metadata)
+        if reason is None:
+            out, record = self._attend(query, key, value, attn_metadata)
+        else:
+            out = self._dense(query, key, value, attn_metadata.key_lengths) if self.host_dense is None else self.host_dense()
+            record = self.learn(query, key, value, attn_metadata, reason, out)
         self._note(record)
         return out
+
+    def learns(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata, reason: str) -> bool:
+        """True if `learn` looks at the tensors of this call, which runs densely for `reason`."""
+        return False
+
+    def learn(self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, reason: str, out: Tensor) -> CallRecord:
+        """What a dense call with the output `out` tells the sparse calls after it; returns the record of the call."""
+        return CallRecord(reason)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata) -> tuple[Tensor, CallRecord]:
         """A call that runs sparse: order, plan, kernel."""
@@ -371,12 +388,12 @@ class SparseAttentionImpl(AttentionImpl):
             # asking the device whether two steps or branches pad alike would wait for it in every layer
             why = NotReused.STEP_UNKNOWN if step is None else NotReused.UNKNOWN_PADDING
             return CallRecord(None, plan(), not_reused=why)
-        facts = _plan_facts(query, key, metadata)
-        kept = self._plans.find(step, metadata.forward_id, facts, policy)
+        facts, forward_id = _plan_facts(query, key, metadata), metadata.forward_id or ForwardId()
+        kept = self._plans.find(step, forward_id, facts, policy)
         if kept is not None:
             return CallRecord(None, kept, reused=True)
         made = plan()
-        self._plans.keep(made, step, metadata.forward_id, facts, policy)
+        self._plans.keep(made, step, forward_id, facts, policy)
         return CallRecord(None, made)
 
     def plan(self, query: Tensor, key: Tensor, attn_metadata: SparseAttentionMetadata, order: TokenOrder, protected: Tensor) -> BlockPlan:
@@ -390,9 +407,10 @@ class SparseAttentionImpl(AttentionImpl):
         """The reason why this call runs densely, one of `Reason`; None if it runs sparse."""
         if self.keeps_everything(metadata):
             return Reason.SPARSITY_ZERO
-        reason = _why_not_this_step(metadata)
-        if reason is not None:
-            return reason
+        return why_not_this_step(metadata) or self._why_never(query, key, metadata)
+
+    def _why_never(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> str | None:
+        """The reason why this call would run densely in every step."""
         if metadata.skip_layers and self.layer_index is None:
             return Reason.LAYER_UNKNOWN
         if self.layer_index in metadata.skip_layers:
@@ -431,11 +449,12 @@ class SparseAttentionBackend(AttentionBackend):
 
 def _plan_facts(query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> object:
     """What a plan depends on besides the values of its tokens; the metadata brings the fields that a backend adds."""
-    timeless = replace(metadata, current_timestep=None, key_lengths=None, forward_id=ForwardId())
+    timeless = replace(metadata, current_timestep=None, key_lengths=None, forward_id=None)
     return (timeless, query.shape, key.shape, query.dtype, query.device)
 
 
-def _why_not_this_step(metadata: SparseAttentionMetadata) -> str | None:
+def why_not_this_step(metadata: SparseAttentionMetadata) -> str | None:
+    """Why every call of this step runs densely, one of `Reason`; None if some run sparse."""
     step, first, last = metadata.current_timestep, metadata.skip_first_steps, metadata.skip_last_steps
     if first is None or last is None or (last and metadata.num_steps is None):
         return Reason.STEPS_UNKNOWN

@@ -16,7 +16,7 @@ import typer
 from ditattn.backends.setting import Setting
 from ditattn.cli.job import load, playing_rate, prepare
 from ditattn.cli.output import DraftFiles, check_plain_name, default_name, numbered, write_media
-from ditattn.cli.ranks import check_alone
+from ditattn.cli.ranks import this_rank, together
 from ditattn.cli.references import check_metrics, dense_references, origin
 from ditattn.cli.settings import CompareSettings
 from ditattn.cli.terminal import print_rich, say, set_up_messages
@@ -48,25 +48,32 @@ def run(settings: CompareSettings, *, debug: bool = False) -> None:
         DitattnError, OSError: see the modules that check.
     """
     set_up_messages(debug)
-    check_alone("compare")
     if not settings.attention_backend:
         raise ConfigError("what shall be compared? Name it: --attention-backend rain_fusion_attn (the reference is torch_sdpa)")
     name = _file_name(settings)
     check_metrics()
     attention = _parse_attention(settings)
     job = prepare(settings, [REFERENCE, *attention])
-    pipe, _ = load(job)
-    references = dense_references(job, pipe, cached=settings.reference_cache)
-    clips = [Clip(prompt, seed) for prompt in settings.prompt for seed in settings.seed]
-    comparison = compare(references, attention, clips, repeats=settings.repeats, probe=settings.probe, progress=say)
-    fps = playing_rate(job, pipe)
-    record = comparison_record(comparison, {**_made(comparison, fps), **origin(job, references)})
+    with together(settings.num_processes, job.device):
+        pipe, _ = load(job)
+        references = dense_references(job, pipe, cached=settings.reference_cache)
+        clips = [Clip(prompt, seed) for prompt in settings.prompt for seed in settings.seed]
+        comparison = compare(references, attention, clips, repeats=settings.repeats, probe=settings.probe, progress=say)
+        if this_rank().is_first:
+            _tell(settings, name, comparison, origin(job, references), playing_rate(job, pipe))
+
+
+def _tell(settings: CompareSettings, name: str, comparison: Comparison, made_by: Mapping[str, Any], fps: int) -> None:
+    """Write the files, print the table."""
+    record = comparison_record(comparison, {**_made(comparison, fps), **made_by})
     folder = Path(settings.output_path)
     videos = _clip_files(comparison, record, folder, name) if settings.save_videos else {}
     page, numbers = _write(comparison, record, folder, name, fps, videos)
     _print_table(record)
     if any(clip["cached"] for clip in record["reference"]["clips"]):
         say("dense runs and their times are kept ones of an earlier moment, so speed-ups are too; --no-reference-cache makes them anew")
+    if this_rank().count > 1:
+        say(f"densities are means over the {this_rank().count} processes; times, memory and sparse density are those of the first")
     typer.echo(f"wrote {page} and {', '.join(path.name for path in (numbers, *videos))}")
 
 

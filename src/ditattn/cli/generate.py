@@ -14,7 +14,7 @@ import typer
 from ditattn.backends.setting import Setting
 from ditattn.cli.job import Job, load, pipeline_arguments, playing_rate, prepare
 from ditattn.cli.output import DraftFiles, check_file_name, check_folder, default_name, numbered, write_media
-from ditattn.cli.ranks import of_all_ranks, this_rank, together
+from ditattn.cli.ranks import rank_group, together
 from ditattn.cli.record import RunRecord
 from ditattn.cli.settings import PIPELINE_KEYS, GenerateSettings
 from ditattn.cli.terminal import set_up_messages, timed
@@ -52,25 +52,12 @@ def run(settings: GenerateSettings, *, debug: bool = False) -> None:
     job = prepare(settings, [attention])
     _check_file_names(job, settings)
     cache = _parse_cache(settings, job)
-    with together(settings.ulysses_degree, settings.ring_degree, job.device):
+    with together(settings.num_processes, job.device):
         pipe, load_ms = load(job)
-        _split(pipe, settings)
         if cache is not None:
             _add_cache(pipe, cache, job)
         for number in range(len(settings.prompt)):
             _make_one(GenerateJob(job, settings, attention), pipe, number, load_ms)
-
-
-def _split(pipe: Any, settings: GenerateSettings) -> None:
-    """Between the processes that torchrun started."""
-    if settings.ulysses_degree * settings.ring_degree == 1:
-        return
-    from ditattn.hosts.diffusers.parallel import split_denoisers
-
-    degrees: dict[str, Any] = {"ulysses_degree": settings.ulysses_degree, "ring_degree": settings.ring_degree}
-    if settings.uneven_split:
-        degrees["ulysses_anything" if settings.ring_degree == 1 else "ring_anything"] = True
-    split_denoisers(pipe, **degrees)
 
 
 def _parse_cache(settings: GenerateSettings, job: Job) -> StepCache | None:
@@ -133,8 +120,9 @@ def _make_one(request: GenerateJob, pipe: Any, number: int, load_ms: float) -> N
     handle = install_setting(pipe, request.attention, strict=settings.strict)
     with handle, timed("denoise and decode"):
         frames, times = call_pipeline(pipe, arguments, seed=settings.seed)
-    reports = of_all_ranks(handle.report())
-    if not this_rank().is_first:
+    ranks = rank_group()
+    reports = ranks.all_gather(handle.report())
+    if not ranks.is_first:
         return
     path = _output_file(settings, number, ".mp4" if len(frames) > 1 else ".png")
     output = _describe(frames, path, fps)
@@ -151,7 +139,7 @@ def _make_one(request: GenerateJob, pipe: Any, number: int, load_ms: float) -> N
         load_ms=load_ms,
         times=times,
         attention=handle.report(),
-        ranks=reports,
+        ranks=reports if ranks.size > 1 else [],
     )
     _write(record, path, frames, settings, number)
     typer.echo(record.summary())

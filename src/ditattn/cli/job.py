@@ -163,10 +163,11 @@ def _read_image(path: str | None) -> Any:
 
 
 def load(job: Job) -> tuple[Any, float]:
-    """The pipeline, and how long it took, in milliseconds.
+    """The pipeline, split between the processes that torchrun started, and how long it took, in milliseconds.
 
     Raises:
         ModelNotLoaded: says what is missing or wrong.
+        UnsupportedModel, ConfigError: it cannot be split so.
     """
     from ditattn.hosts.diffusers.load import load_pipeline
 
@@ -180,6 +181,10 @@ def load(job: Job) -> tuple[Any, float]:
             trust_remote_code=settings.trust_remote_code,
         )
     pipe.set_progress_bar_config(desc="denoise", unit="step")
+    if settings.split:
+        from ditattn.hosts.diffusers.split import split_denoisers
+
+        split_denoisers(pipe, **settings.split)
     return pipe, loading.duration_ms
 
 

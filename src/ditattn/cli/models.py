@@ -68,7 +68,8 @@ def _lines(one: Forecast) -> list[str]:
     head = f"{one.component}: {one.model}" if one.component != one.model else one.model
     if one.reason is not None:
         return [f"{head}: not served: {one.reason}"]
-    lines = [f"{head}: served as {one.family}", f"  layers: {len(one.layers)} of self-attention: {compressed(one.layers)}"]
+    served = one.family if str(one.family).startswith("unlisted") else f"served as {one.family}"
+    lines = [f"{head}: {served}", f"  layers: {len(one.layers)} of self-attention: {compressed(one.layers)}"]
     lines.append(f"  head size: {one.head_size}")
     if one.num_tokens is not None:
         size = f"{one.size['width']} x {one.size['height']} pixels"

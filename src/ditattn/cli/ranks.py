@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ditattn.compare.rank_group import RankGroup
 from ditattn.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Rank", "check_alone", "of_all_ranks", "own_device", "quiet", "speaks", "this_rank", "together"]
+__all__ = ["Rank", "own_device", "quiet", "rank_group", "speaks", "this_rank", "together"]
 
 # torchrun sets them
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -44,11 +45,10 @@ def this_rank() -> Rank:
     return Rank(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
-def check_alone(verb: str) -> None:
-    """Raise ConfigError if several processes were started for a verb that is for one."""
-    count = this_rank().count
-    if count > 1:
-        raise ConfigError(f"torchrun started {count} processes, and {verb} is for one: start it without torchrun")
+def rank_group() -> RankGroup:
+    """All of them, to talk to each other."""
+    rank = this_rank()
+    return RankGroup(rank.number, rank.count)
 
 
 @contextlib.contextmanager
@@ -83,14 +83,14 @@ def _accelerator() -> str | None:
 
 
 @contextlib.contextmanager
-def together(ulysses_degree: int, ring_degree: int, device: torch.device) -> Iterator[Rank]:
-    """The ranks have met while the block runs.
+def together(wanted: int, device: torch.device) -> Iterator[Rank]:
+    """The ranks, of which so many are wanted, have met while the block runs.
 
     Raises:
-        ConfigError: degrees that do not make up the number of processes.
+        ConfigError: torchrun started another number of processes.
     """
     global _meeting
-    rank, wanted = this_rank(), ulysses_degree * ring_degree
+    rank = this_rank()
     if wanted != rank.count:
         raise ConfigError(_wrong_count(rank.count, wanted))
     if rank.count == 1:
@@ -112,9 +112,13 @@ def together(ulysses_degree: int, ring_degree: int, device: torch.device) -> Ite
 def _wrong_count(processes: int, wanted: int) -> str:
     if processes == 1:
         return (
-            f"--ulysses-degree and --ring-degree ask for {wanted} processes: start with torchrun --nproc-per-node {wanted} -m ditattn ..."
+            f"--ulysses-degree, --ring-degree and --cfg-parallel ask for {wanted} processes: "
+            f"start with torchrun --nproc-per-node {wanted} -m ditattn ..."
         )
-    return f"torchrun started {processes} processes: --ulysses-degree times --ring-degree must be {processes}, not {wanted}"
+    return (
+        f"torchrun started {processes} processes: --ulysses-degree times --ring-degree, and twice that with --cfg-parallel, "
+        f"must be {processes}, not {wanted}"
+    )
 
 
 def speaks(error: BaseException) -> str | None:
@@ -132,15 +136,3 @@ def speaks(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in PARTNER_GONE):
         return f"error: another one of the {rank.count} processes ended"
     return ""
-
-
-def of_all_ranks(own: Any) -> list[Any]:
-    """What every rank has of something, by rank; empty where there is only one."""
-    rank = this_rank()
-    if rank.count == 1:
-        return []
-    import torch.distributed as dist
-
-    gathered: list[Any] = [None] * rank.count
-    dist.all_gather_object(gathered, own)
-    return gathered

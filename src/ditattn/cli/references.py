@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ditattn.cli.job import Job, pipeline_arguments
+from ditattn.cli.ranks import rank_group
 from ditattn.cli.record import versions
 from ditattn.compare.cache import ReferenceCache
 from ditattn.compare.measure import References
@@ -31,7 +32,7 @@ def dense_references(job: Job, pipe: Any, *, cached: bool) -> References:
     from ditattn.hosts.diffusers.workload import PipelineWorkload
 
     pipe.set_progress_bar_config(disable=True)
-    workload = PipelineWorkload(pipe, lambda prompt: pipeline_arguments(job, pipe, prompt), job.settings.strict)
+    workload = PipelineWorkload(pipe, lambda prompt: pipeline_arguments(job, pipe, prompt), job.settings.strict, rank_group())
     return References(workload, ReferenceCache(cache_folder() / "references") if cached else None, _facts(job, pipe))
 
 
@@ -59,6 +60,8 @@ def _facts(job: Job, pipe: Any) -> dict[str, Any]:
         "device": {"type": job.device.type, "name": find_device(job.device).device_name()},
         "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
         "versions": versions(),
+        # several processes take other times than one, and round otherwise
+        **({"split": job.settings.split} if job.settings.split else {}),
     }
 
 

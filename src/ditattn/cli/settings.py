@@ -169,6 +169,39 @@ class CallSettings(KnownKeys):
     output_file_name: Annotated[str | None, Option(OUTPUT, "Of the result.")] = None
     device: Annotated[str | None, Option(MACHINE, "torch device, such as cuda:1.", "cuda or npu if there is one, else cpu")] = None
     dtype: Annotated[str | None, Option(MACHINE, "Of the weights: float32, bfloat16 or float16.", "bfloat16, on the CPU float32")] = None
+    ulysses_degree: Annotated[
+        Count,
+        Option(
+            MACHINE,
+            "Processes that share the heads of every layer; torchrun starts them: torchrun --nproc-per-node 2 -m ditattn ...",
+        ),
+    ] = 1
+    ring_degree: Annotated[
+        Count,
+        Option(MACHINE, "Processes that share the queries, each with all keys; times --ulysses-degree it is the number of processes."),
+    ] = 1
+    cfg_parallel: Annotated[
+        bool,
+        Option(MACHINE, "Each half of the processes makes one branch of classifier-free guidance; doubles the number of processes."),
+    ] = False
+    uneven_split: Annotated[
+        bool, Option(MACHINE, "Let processes have unequal shares, where heads or tokens do not divide. One of the two degrees must be 1.")
+    ] = False
+
+    @property
+    def num_processes(self) -> int:
+        """That torchrun must start."""
+        return self.ulysses_degree * self.ring_degree * (2 if self.cfg_parallel else 1)
+
+    @property
+    def split(self) -> dict[str, Any]:
+        """How a denoiser is split between them, as arguments of `split_denoisers`; empty for one process."""
+        if self.num_processes == 1:
+            return {}
+        degrees = {"ulysses_degree": self.ulysses_degree, "ring_degree": self.ring_degree, "cfg_parallel": self.cfg_parallel}
+        if not self.uneven_split or self.ulysses_degree * self.ring_degree == 1:
+            return degrees
+        return {**degrees, "ulysses_anything" if self.ring_degree == 1 else "ring_anything": True}
 
 
 class GenerateSettings(CallSettings):
@@ -223,20 +256,6 @@ class GenerateSettings(CallSettings):
             metavar="NAME",
         ),
     ] = None
-    ulysses_degree: Annotated[
-        Count,
-        Option(
-            MACHINE,
-            "Processes that share the heads of every layer; torchrun starts them: torchrun --nproc-per-node 2 -m ditattn generate ...",
-        ),
-    ] = 1
-    ring_degree: Annotated[
-        Count,
-        Option(MACHINE, "Processes that share the queries, each with all keys; times --ulysses-degree it is the number of processes."),
-    ] = 1
-    uneven_split: Annotated[
-        bool, Option(MACHINE, "Let processes have unequal shares, where heads or tokens do not divide. One of the two degrees must be 1.")
-    ] = False
     perf_dump_path: Annotated[
         UserPath | None, Option(OUTPUT, "JSON with times per stage and step, and the attention report.", metavar="FILE")
     ] = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import typer
@@ -13,7 +12,7 @@ from ditattn.backends.registry import load_backend
 from ditattn.backends.setting import Setting
 from ditattn.cli.job import load, prepare
 from ditattn.cli.output import DraftFiles, check_plain_name
-from ditattn.cli.ranks import check_alone
+from ditattn.cli.ranks import this_rank, together
 from ditattn.cli.references import check_metrics, dense_references
 from ditattn.cli.settings import TuneSettings
 from ditattn.cli.terminal import progress_bar, say, set_up_messages
@@ -56,13 +55,20 @@ def run(settings: TuneSettings, *, debug: bool = False) -> None:
         typer.Exit: with EXIT_NOTHING_FOUND.
     """
     set_up_messages(debug)
-    check_alone("tune")
     request = _request(settings)
     check_metrics()
     job = prepare(settings, [REFERENCE, request.setting])
-    pipe, _ = load(job)
-    references = dense_references(job, pipe, cached=True)
-    state = TuneState.open(Path(settings.output_path), _facts(references, request))
+    with together(settings.num_processes, job.device):
+        pipe, _ = load(job)
+        is_faster = _tune(request, dense_references(job, pipe, cached=True))
+    if not is_faster:
+        raise typer.Exit(EXIT_NOTHING_FOUND)
+
+
+def _tune(request: TuneRequest, references: References) -> bool:
+    """Search, check, write; True if something is faster than dense. Several ranks go the same way, since the first one decides."""
+    settings = request.settings
+    state = TuneState.open(Path(settings.output_path), _facts(references, request), references.workload.ranks)
     objective = Objective(references, request.setting, list(request.clips), request.target)
     path = _yaml_path(settings, state)
     sensitivity = _measure_sensitivity(references, request, state, objective)
@@ -70,7 +76,7 @@ def run(settings: TuneSettings, *, debug: bool = False) -> None:
     best = search.best
     if best is None:
         say(f"nothing meets the target ({request.target.words()}) faster than dense, in {len(state.outcomes)} runs: {_nearest(state)}")
-        raise typer.Exit(EXIT_NOTHING_FOUND)
+        return False
     # there even if what follows is interrupted
     _write(path, _finding(request, state, sensitivity, best, None))
     if setting_chooses_orders(request.setting):
@@ -81,18 +87,13 @@ def run(settings: TuneSettings, *, debug: bool = False) -> None:
         request = replace(request, setting=request.setting.with_keys(head_bricks=orders))
         _write(path, _finding(request, state, sensitivity, best, None))
     say(f"check on {count_clips(len(request.held_out))} that nothing was tuned on")
-    psnr, ssim, found = check(
-        references, request.setting.with_keys(**best.keys), request.held_out, needs_ssim=request.target.ssim is not None
-    )
-    speed_ups = found.speed_ups(0)
-    checked = Checked(len(request.held_out), psnr, ssim, median(speed_ups), min(speed_ups), request.target.met_by(psnr, ssim))
+    checked = check(references, request.setting.with_keys(**best.keys), request.held_out, request.target)
     finding = _finding(request, state, sensitivity, best, checked)
     _write(path, finding)
     for line in finding.summary():
         typer.echo(line)
     typer.echo(f"wrote {path}; use it: --attention-backend {request.setting.backend} --attention-backend-config {path}")
-    if not checked.is_faster:
-        raise typer.Exit(EXIT_NOTHING_FOUND)
+    return checked.is_faster
 
 
 def _request(settings: TuneSettings) -> TuneRequest:
@@ -197,6 +198,8 @@ def _yaml_path(settings: TuneSettings, state: TuneState) -> Path:
 
 
 def _write(path: Path, finding: Finding) -> None:
+    if not this_rank().is_first:
+        return
     with DraftFiles() as files:
         files.draft(path).write_text(yaml_text(finding), encoding="utf-8")
         files.commit()

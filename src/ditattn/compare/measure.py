@@ -27,7 +27,7 @@ class MeasuredClip:
     Attributes:
         clip: prompt and seed.
         runs: one or more, equal but for their times.
-        scores: against the reference; None for the reference itself.
+        scores: against the reference; None for the reference itself, and on all ranks but the first.
     """
 
     clip: Clip
@@ -90,13 +90,14 @@ class References:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def find(self, clip: Clip) -> Run | None:
-        """The cached run of a clip."""
-        return self.cache.find(self._key(clip)) if self.cache else None
+        """The cached run of a clip: of several ranks the first one's, whose machine may be another."""
+        cache = self.cache
+        return None if cache is None else self.workload.ranks.broadcast(lambda: cache.find(self._key(clip)))
 
     def make(self, clip: Clip) -> Run:
         """Run densely, and keep the run."""
         run = run_clip(self.workload, REFERENCE, clip)
-        if self.cache:
+        if self.cache and self.workload.ranks.is_first:
             self.cache.keep(self._key(clip), run)
         return run
 
@@ -125,7 +126,7 @@ def compare(
         progress: told what begins.
 
     Clip by clip all settings run once, and the order rotates from clip to clip, so that a machine that becomes slower or faster meanwhile
-    favours none of them.
+    favours none of them. Several ranks make every run together and the first one scores it; times are its own.
 
     Raises:
         DitattnError: see `Workload.render`.
@@ -136,9 +137,17 @@ def compare(
         progress("probe: dropped softmax mass, on the calls of a dense run")
         readings = references.workload.probe(settings, clips[0])
     progress("metrics")
+    scored = references.workload.ranks.is_first
     reference = [MeasuredClip(clip, runs[0, number], None) for number, clip in enumerate(clips)]
     measured = [
-        [_measured(clip, runs[which, number], runs[0, number][0], with_vmaf) for number, clip in enumerate(clips)]
+        [
+            MeasuredClip(
+                clip,
+                runs[which, number],
+                score(runs[which, number][0].frames, runs[0, number][0].frames, with_vmaf=with_vmaf) if scored else None,
+            )
+            for number, clip in enumerate(clips)
+        ]
         for which in range(1, 1 + len(settings))
     ]
     return Comparison(list(clips), reference, list(settings), measured, readings)
@@ -167,7 +176,3 @@ def _order(num_settings: int, num_clips: int, repeats: int) -> list[tuple[int, i
     """(setting, clip): all settings of a clip one after the other, begun with another one each time."""
     rounds = [(turn, clip) for turn, (_, clip) in enumerate((repeat, clip) for repeat in range(repeats) for clip in range(num_clips))]
     return [((turn + place) % num_settings, clip) for turn, clip in rounds for place in range(num_settings)]
-
-
-def _measured(clip: Clip, runs: list[Run], reference: Run, with_vmaf: bool) -> MeasuredClip:
-    return MeasuredClip(clip, runs, score(runs[0].frames, reference.frames, with_vmaf=with_vmaf))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ditattn.backends.setting import Setting
+from ditattn.compare.rank_group import ALONE, RankGroup
 from ditattn.compare.setting import Clip
 from ditattn.runtime.probe import CellReading
 from ditattn.runtime.report import AttentionReport
@@ -25,9 +26,9 @@ class Rendered:
     Attributes:
         frames: `[F, H, W, 3]` uint8.
         stages_ms, steps_ms: times of the call's parts, and of its denoising steps.
-        report: what the attention did.
-        densities: by component: (step, layer, overall density); a dense call counts as 1.
-        head_orders: by component and layer, the order of tokens that each key head chose, where heads choose.
+        report: what the attention did; of several ranks, this one's.
+        densities: by component: (step, layer, overall density); a dense call counts as 1. Means over the ranks.
+        head_orders: by component and layer, the order of tokens that each key head chose, where heads choose; of all ranks' heads.
     """
 
     frames: np.ndarray[Any, Any]
@@ -47,6 +48,11 @@ class Workload(ABC):
         """Where it runs."""
 
     @property
+    def ranks(self) -> RankGroup:
+        """The processes that make every run together; each of them has the frames."""
+        return ALONE
+
+    @property
     @abstractmethod
     def takes_num_inference_steps(self) -> bool:
         """True if the number of steps can be named in a call, as `num_inference_steps`."""
@@ -61,7 +67,7 @@ class Workload(ABC):
 
     @abstractmethod
     def probe(self, settings: Sequence[Setting], clip: Clip) -> list[list[CellReading]]:
-        """Make one clip densely and try every setting on its attention calls; returns the readings of each setting.
+        """Make one clip densely and try every setting on its attention calls; returns the readings of each setting, of all ranks.
 
         Raises:
             DitattnError: as `render`.

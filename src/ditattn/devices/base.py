@@ -26,3 +26,7 @@ class Device:
     def device_name(self) -> str:
         """Name of the device for people."""
         return self.device_type
+
+    def memory_bytes(self) -> int | None:
+        """All memory of the device, free or not; None where nothing tells."""
+        return None

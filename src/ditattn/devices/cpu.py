@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -24,6 +25,11 @@ class Cpu(Device):
 
     def device_name(self) -> str:
         return cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+    def memory_bytes(self) -> int | None:
+        if "SC_PHYS_PAGES" not in os.sysconf_names:
+            return None
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def cpuinfo() -> dict[str, str]:

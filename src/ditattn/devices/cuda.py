@@ -21,3 +21,6 @@ class Cuda(Device):
 
     def device_name(self) -> str:
         return torch.cuda.get_device_name()
+
+    def memory_bytes(self) -> int | None:
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory

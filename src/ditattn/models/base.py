@@ -15,7 +15,11 @@ from ditattn.plan.token_grids import TokenGrid, grids_of_sequence
 
 __all__ = [
     "DEFAULT_FRAME_RATE",
+    "LINEAR_LAYERS",
+    "SINGLE_STREAM_LINEAR_LAYERS",
     "ModelFamily",
+    "SplitAxis",
+    "SplitPlan",
     "TokenLayout",
     "image_layout",
     "num_patches",
@@ -24,11 +28,37 @@ __all__ = [
     "patch_triple",
     "prefix_and_rest",
     "text_length",
+    "video_and_suffix",
     "video_only",
 ]
 
 DEFAULT_FRAME_RATE = 24
 """Frames per second where nothing else is known."""
+
+# what stands beside projections and feed-forward under their names: norms, modulation, gates of heads and of experts
+_NEITHER = r"(?!(.*[._])?(norm|modulation|embed|gate_logits|router)|.*\.gate$)"
+
+LINEAR_LAYERS = _NEITHER + r"\w*(attn|attention|ff|mlp|feed_forward)\w*\..+"
+"""Paths below a block that are attention projections and feed-forward, in most models."""
+
+SINGLE_STREAM_LINEAR_LAYERS = LINEAR_LAYERS + "|proj_mlp|proj_out"
+"""The same where blocks of one stream compute attention and feed-forward side by side, with one projection out of both."""
+
+
+@dataclass(frozen=True)
+class SplitAxis:
+    """An axis of tokens.
+
+    Attributes:
+        axis: its number.
+        ndim: axes of the tensor.
+    """
+
+    axis: int
+    ndim: int
+
+
+SplitPlan = Mapping[str, SplitAxis | Mapping[str | int, SplitAxis | tuple[SplitAxis, ...]]]
 
 
 @dataclass(frozen=True)
@@ -106,6 +136,11 @@ def prefix_and_rest(layout: TokenLayout) -> tuple[int, ...]:
     return (layout.num_prefix_tokens, layout.num_video_tokens + layout.num_suffix_tokens)
 
 
+def video_and_suffix(layout: TokenLayout) -> tuple[int, ...]:
+    """Streams of a sequence whose text stands behind the video."""
+    return layout.num_prefix_tokens + layout.num_video_tokens, layout.num_suffix_tokens
+
+
 def default_frame_rate(pipeline_config: Any) -> int:
     """What most families were trained on."""
     return DEFAULT_FRAME_RATE
@@ -132,6 +167,11 @@ def attention_head_dim(config: Any) -> int:
     return int(config.attention_head_dim)
 
 
+def num_attention_heads(config: Any) -> int:
+    """Under the name that most of diffusers' transformers give it."""
+    return int(config.num_attention_heads)
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """One family: everything that is true of it and not of every model. No other folder names a family.
@@ -147,6 +187,7 @@ class ModelFamily:
             mask of it in every layer anew; None where it does not.
         text_is_keys_only: queries are the image's alone, keys are those of all tokens.
         head_size: model configuration -> D of its self-attention.
+        num_heads: model configuration -> heads of its self-attention; asked only where ranks share them.
         frame_rate: pipeline configuration -> frames per second that its videos are meant to be played at.
         size_multiple: heights and widths must be a multiple of it, whatever VAE and patch ask for.
         pixels_per_token: height and width of what a token stands for, where it does not follow from VAE and patch.
@@ -156,11 +197,21 @@ class ModelFamily:
             dtype.
         untrue_notices: what its pipelines log although it is not so, by name of the logger: records that hold the text are dropped.
         dispatches: its processors go through diffusers' attention dispatcher; False means they call torch's SDPA directly.
+        has_processors: its attention modules have a `processor`; False means that their own forward calls torch's SDPA.
         suffix_varies: calls of one forward differ in how many tokens stand behind the video; what a call has beside prefix and video
             stands there.
         call_per_sample: its attention modules make one call for each sample of a batch.
         supported: names of the backends that make sense for it; None means every one.
+        linear_layers: regular expression of the paths below a block, which is what holds a self-attention module, whose linear layers are
+            attention projections or feed-forward: what quantisation serves.
+        checkpoint_names: (regular expression, replacement) that turn the names of the authors' own checkpoints into those of diffusers.
+        checkpoint_folders: by component, the folder in which the authors' own checkpoints keep it.
         streams: TokenLayout -> lengths of the streams that context parallelism splits apart, in self-attention's order; None: not known.
+        split_plan: model configuration -> how context parallelism splits the tokens, for classes that the host has no plan of its own for:
+            by path of a module, by name of an argument or number of a result, which axis of a tensor of how many axes; a bare axis is
+            where the parts of the module's result are put together. None: not known.
+        never_split: model configuration -> why context parallelism would be wrong for such a model; None where it is right.
+        masks_stay_whole: there its masks are those of all tokens in the model's order, on every rank.
         notes: one sentence for the compatibility matrix.
     """
 
@@ -173,6 +224,7 @@ class ModelFamily:
     key_mask: Callable[[Any, Mapping[str, Any]], Tensor | None] = no_key_mask
     text_is_keys_only: bool = False
     head_size: Callable[[Any], int] = attention_head_dim
+    num_heads: Callable[[Any], int] = num_attention_heads
     frame_rate: Callable[[Any], int] = default_frame_rate
     size_multiple: int = 1
     pixels_per_token: int | None = None
@@ -180,15 +232,26 @@ class ModelFamily:
     full_precision_vaes: frozenset[str] = frozenset()
     untrue_notices: Mapping[str, str] = field(default_factory=dict)
     dispatches: bool = True
+    has_processors: bool = True
     suffix_varies: bool = False
     call_per_sample: bool = False
     supported: frozenset[str] | None = None
+    linear_layers: str = LINEAR_LAYERS
+    checkpoint_names: tuple[tuple[str, str], ...] = ()
+    checkpoint_folders: Mapping[str, str] = field(default_factory=dict)
     streams: Callable[[TokenLayout], tuple[int, ...]] | None = None
+    split_plan: Callable[[Any], SplitPlan] | None = None
+    never_split: Callable[[Any], str | None] = lambda _: None
+    masks_stay_whole: bool = False
     notes: str = ""
 
     def is_self_attention(self, path: str) -> bool:
         """True for the module paths that the family's backend serves."""
         return re.fullmatch(self.self_attention, path) is not None
+
+    def is_linear_layer(self, path: str) -> bool:
+        """True for the paths below a block that quantisation serves."""
+        return re.fullmatch(self.linear_layers, path) is not None
 
     def in_running_order(self, layers: Mapping[int, str]) -> list[int]:
         """Numbers of layers, given by number and path, in the order in which a forward runs them."""

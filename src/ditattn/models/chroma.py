@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditattn.models.base import ModelFamily, TokenLayout
+from ditattn.models.base import SINGLE_STREAM_LINEAR_LAYERS, ModelFamily, TokenLayout
 from ditattn.models.position_ids import packed_layout
 
 __all__ = ["CHROMA"]
@@ -30,6 +30,7 @@ CHROMA = ModelFamily(
     transformer_classes=("ChromaTransformer2DModel",),
     layout=layout,
     self_attention=r"(transformer_blocks|single_transformer_blocks)\.\d+\.attn",
+    linear_layers=SINGLE_STREAM_LINEAR_LAYERS,
     key_mask=key_mask,
     notes="text before the image, protected",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditattn.models.base import ModelFamily, TokenLayout, prefix_and_rest
+from ditattn.models.base import SINGLE_STREAM_LINEAR_LAYERS, ModelFamily, TokenLayout, prefix_and_rest
 from ditattn.models.position_ids import packed_layout
 
 __all__ = ["FLUX"]
@@ -27,6 +27,7 @@ FLUX = ModelFamily(
     transformer_classes=("FluxTransformer2DModel",),
     layout=layout,
     self_attention=r"(transformer_blocks|single_transformer_blocks)\.\d+\.attn",
+    linear_layers=SINGLE_STREAM_LINEAR_LAYERS,
     streams=prefix_and_rest,
     notes="text before the image, protected; every reference image has blocks of its own; an image is one frame: no first-frame rule",
 )

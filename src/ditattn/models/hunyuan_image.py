@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditattn.models.base import ModelFamily, TokenLayout, text_length
+from ditattn.models.base import SINGLE_STREAM_LINEAR_LAYERS, ModelFamily, TokenLayout, text_length
 
 __all__ = ["HUNYUAN_IMAGE"]
 
@@ -26,5 +26,6 @@ HUNYUAN_IMAGE = ModelFamily(
     transformer_classes=("HunyuanImageTransformer2DModel",),
     layout=layout,
     self_attention=r"(transformer_blocks|single_transformer_blocks)\.\d+\.attn",
+    linear_layers=SINGLE_STREAM_LINEAR_LAYERS,
     notes="text after the image, protected; its key-padding mask is honoured by every kernel",
 )

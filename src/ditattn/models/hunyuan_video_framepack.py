@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ditattn.models.base import ModelFamily, TokenLayout, num_patches, patch_triple
+from ditattn.models.base import SINGLE_STREAM_LINEAR_LAYERS, ModelFamily, TokenLayout, num_patches, patch_triple
 
 __all__ = ["HUNYUAN_VIDEO_FRAMEPACK"]
 
@@ -42,6 +42,7 @@ HUNYUAN_VIDEO_FRAMEPACK = ModelFamily(
     transformer_classes=("HunyuanVideoFramepackTransformer3DModel",),
     layout=layout,
     self_attention=r"(transformer_blocks|single_transformer_blocks)\.\d+\.attn",
+    linear_layers=SINGLE_STREAM_LINEAR_LAYERS,
     size_multiple=16,
     notes="earlier frames before the video, image and text behind it, all protected; steps begin anew with every section",
 )

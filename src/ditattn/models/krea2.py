@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ditattn.models.base import ModelFamily, TokenLayout, text_length
+from ditattn.models.base import LINEAR_LAYERS, ModelFamily, TokenLayout, text_length
 from ditattn.models.position_ids import grids_of_positions
 
 __all__ = ["KREA2"]
@@ -35,5 +35,7 @@ KREA2 = ModelFamily(
     transformer_classes=("Krea2Transformer2DModel",),
     layout=layout,
     self_attention=r"transformer_blocks\.\d+\.attn",
+    # of a gated feed-forward, not of experts
+    linear_layers=LINEAR_LAYERS + r"|ff\.gate",
     notes="text before the image, protected",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditattn.models.base import ModelFamily, TokenLayout
+from ditattn.models.base import SINGLE_STREAM_LINEAR_LAYERS, ModelFamily, TokenLayout
 from ditattn.models.position_ids import packed_layout
 
 __all__ = ["LONGCAT_IMAGE"]
@@ -28,5 +28,6 @@ LONGCAT_IMAGE = ModelFamily(
     transformer_classes=("LongCatImageTransformer2DModel",),
     layout=layout,
     self_attention=r"(transformer_blocks|single_transformer_blocks)\.\d+\.attn",
+    linear_layers=SINGLE_STREAM_LINEAR_LAYERS,
     notes="text before the image, protected; the image to edit, after it, has blocks of its own",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditattn.models.base import ModelFamily, TokenLayout, patch_triple, text_length
+from ditattn.models.base import SINGLE_STREAM_LINEAR_LAYERS, ModelFamily, TokenLayout, patch_triple, text_length
 
 __all__ = ["MOTIF_VIDEO"]
 
@@ -22,6 +22,7 @@ MOTIF_VIDEO = ModelFamily(
     transformer_classes=("MotifVideoTransformer3DModel",),
     layout=layout,
     self_attention=r"(transformer_blocks|single_transformer_blocks)\.\d+\.attn",
+    linear_layers=SINGLE_STREAM_LINEAR_LAYERS,
     size_multiple=16,
     suffix_varies=True,
     notes="image and text after the video, in the decoder's layers the encoder's video, protected; padded text is masked",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditattn.models.base import ModelFamily, TokenLayout, image_layout, text_length
+from ditattn.models.base import LINEAR_LAYERS, ModelFamily, TokenLayout, image_layout, text_length
 
 __all__ = ["PRX"]
 
@@ -24,6 +24,7 @@ PRX = ModelFamily(
     transformer_classes=("PRXTransformer2DModel",),
     layout=layout,
     self_attention=r"blocks\.\d+\.attention",
+    linear_layers=LINEAR_LAYERS + "|gate_proj|up_proj|down_proj",
     text_is_keys_only=True,
     head_size=head_size,
     notes="keys of the text before those of the image, protected",

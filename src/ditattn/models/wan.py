@@ -24,11 +24,24 @@ def untrue_notices(*pipelines: str) -> dict[str, str]:
     return {f"diffusers.pipelines.{name}": "num_frames - 1" for name in pipelines}
 
 
+# of Wan's own repository, whose blocks msmodelslim quantises
+CHECKPOINT_NAMES = (
+    (r"\.self_attn\.", ".attn1."),
+    (r"\.cross_attn\.", ".attn2."),
+    (r"\.(k|v)_img$", r".add_\1_proj"),
+    (r"(?<=attn[12])\.(q|k|v)$", r".to_\1"),
+    (r"(?<=attn[12])\.o$", ".to_out.0"),
+    (r"\.ffn\.0$", ".ffn.net.0.proj"),
+    (r"\.ffn\.2$", ".ffn.net.2"),
+)
+
 WAN = ModelFamily(
     name="Wan 2.1, Wan 2.2",
     transformer_classes=("WanTransformer3DModel",),
     layout=video_only,
     self_attention=r"blocks\.\d+\.attn1",
+    checkpoint_names=CHECKPOINT_NAMES,
+    checkpoint_folders={"transformer": "high_noise_model", "transformer_2": "low_noise_model"},
     frame_rate=frame_rate,
     size_multiple=16,
     frames_to_ask=frames_to_ask,

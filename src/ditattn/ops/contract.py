@@ -60,7 +60,7 @@ def refuse_gradients(context: object, *gradients: object) -> NoReturn:
         UnsupportedCall: always.
     """
     raise UnsupportedCall(
-        "ditattn computes attention forward only, and gradients were asked for: run inference under torch.no_grad(), "
+        "ditattn computes attention and quantised layers forward only, and gradients were asked for: run inference under torch.no_grad(), "
         "and train with the model as it was, after remove()"
     )
 

@@ -6,8 +6,10 @@ gathered sequence is `[text of rank 0, image of rank 0, text of rank 1, ...]`: n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -58,15 +60,18 @@ class HeadShare:
     Attributes:
         place: of the rank.
         ranks: how many share the heads.
+        num_heads: of the layer, all ranks together.
     """
 
     place: int
     ranks: int
+    num_heads: int
 
-    def of(self, num_heads: int) -> slice:
+    @property
+    def own(self) -> slice:
         """Which of all heads of the layer."""
-        each = -(-num_heads // self.ranks)
-        return slice(min(self.place * each, num_heads), min((self.place + 1) * each, num_heads))
+        each = -(-self.num_heads // self.ranks)
+        return slice(min(self.place * each, self.num_heads), min((self.place + 1) * each, self.num_heads))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +87,14 @@ class RowOrder:
     own_blocks: bool
 
 
+class DealtTokens(Protocol):
+    """What is known of a deal (`plan/deal.py`) here."""
+
+    @property
+    def tokens(self) -> Sequence[Tensor]:
+        """By place in the ring, the model's tokens of a rank's queries."""
+
+
 @dataclass(frozen=True)
 class GatheredRows:
     """The queries of a rank that has everybody's keys: some neighbouring parts of the gathered sequence.
@@ -89,14 +102,23 @@ class GatheredRows:
     Attributes:
         gathered: the whole sequence.
         first, parts: the parts are `first`, ..., `first + parts - 1` of its ranks.
+        dealt: the model's tokens of the queries, where some were dealt out among the ranks; None where each has its own.
     """
 
     gathered: GatheredTokens
     first: int
     parts: int
+    dealt: DealtTokens | None = None
+
+    @property
+    def place(self) -> int:
+        """In the ring."""
+        return self.first // self.parts
 
     def tokens(self) -> Tensor:
         """int64 `[R]`: query i is the model's token `tokens[i]`."""
+        if self.dealt is not None:
+            return self.dealt.tokens[self.place]
         lengths = [
             sum(_share(length, rank, self.gathered.ranks) for length in self.gathered.streams) for rank in range(self.gathered.ranks)
         ]
@@ -105,22 +127,20 @@ class GatheredRows:
 
     @property
     def num_tokens(self) -> int:
+        if self.dealt is not None:
+            return len(self.dealt.tokens[self.place])
         ranks = range(self.first, self.first + self.parts)
         return sum(_share(length, rank, self.gathered.ranks) for rank in ranks for length in self.gathered.streams)
 
     def ordered(self, order: TokenOrder, device: torch.device | str = "cpu") -> RowOrder:
-        """The queries as they stand in an order of the model's tokens, on `device`. Reads the order from its device."""
+        """The queries as they stand in an order of the model's tokens, on `device`. Reads the order from its device.
+
+        Of one grid, blocks of 128 that are a rank's own as a whole come first, so that what it has of others shifts none of them.
+        """
         tokens = self.tokens()
         places = tokens if order.inverse is None else order.inverse.cpu()[..., tokens]
-        standing, spans = _grid_by_grid(places, order)
-        forward = standing.argsort(-1)
-        standing, places = standing.gather(-1, forward), places.gather(-1, forward)
-        spans = replace(
-            spans,
-            first_frame=_span(standing, spans.first_frame),
-            video=_span(standing, spans.video),
-            grids=tuple(_grid(standing, grid) for grid in spans.grids),
-        )
+        forward, spans = _grid_by_grid(places, order) if order.grids else _whole_blocks_first(places, order)
+        places = places.gather(-1, forward)
         index = torch.arange(len(tokens))
         start = places[..., index // BLOCK_SIZE * BLOCK_SIZE]
         together = (places - start == index % BLOCK_SIZE) & (start % BLOCK_SIZE == 0)
@@ -134,14 +154,61 @@ def _share(length: int, rank: int, ranks: int) -> int:
     return length // ranks + (rank < length % ranks)
 
 
-def _grid_by_grid(places: Tensor, order: TokenOrder) -> tuple[Tensor, TokenOrder]:
-    """Places in an order, and the spans of that order.
+def _whole_blocks_first(places: Tensor, order: TokenOrder) -> tuple[Tensor, TokenOrder]:
+    """Which of the places comes next, int64 like `places`, and the spans.
 
-    Where heads have an order each and there are several grids, what is left of a grid behind its whole blocks are other tokens in each
-    head, and a rank has more of them in one head than in another. There the places are those of an order that has all of a grid together.
+    Whole blocks of the first frame, whole blocks of the other frames, what is left of both, all other tokens; where heads have an order
+    each, all have as many of each.
     """
-    if places.ndim == 1 or not order.grids:
-        return places, order
+    (start, stop), (first, last) = order.first_frame, order.video
+    in_frame, in_video = (places >= start) & (places < stop), (places >= first) & (places < last)
+    block = places // BLOCK_SIZE
+    # blocks of one kind alone; what counts as whole has all its tokens here
+    whole_frame = in_frame & _has_all(block, in_frame, order.length)
+    whole_video = in_video & ~in_frame & _has_all(block, in_video & ~in_frame, order.length)
+    num_frame, num_video = (int(whole.sum(-1).min()) for whole in (whole_frame, whole_video))
+    kind = torch.full_like(places, 4)
+    kind[in_video], kind[in_frame] = 3, 2
+    for whole, number, count in ((whole_video, 1, num_video), (whole_frame, 0, num_frame)):
+        # of heads with more of them only the first ones
+        earlier = torch.where(whole, places, order.length).argsort(-1).argsort(-1)
+        kind[whole & (earlier < count)] = number
+    forward = (kind * order.length + places).argsort(-1)
+    # in every head of as many tokens
+    of_frame, of_video = (int(inside.sum(-1).max()) for inside in (in_frame, in_video))
+    left = num_frame + num_video
+    parts = ((0, num_frame), (left, left + of_frame - num_frame))
+    apart = num_video > 0 and num_frame < of_frame
+    grids = (OrderedGrid(((0, of_video),), parts),) if apart else ()
+    return forward, replace(order, first_frame=(0, num_frame if apart else of_frame), video=(0, of_video), grids=grids)
+
+
+def _has_all(block: Tensor, inside: Tensor, length: int) -> Tensor:
+    """bool like `block`: all tokens of a place's block are among those inside."""
+    counts = torch.zeros(*block.shape[:-1], length // BLOCK_SIZE + 1, dtype=torch.long).scatter_add_(-1, block, inside.long())
+    return counts.gather(-1, block) == BLOCK_SIZE
+
+
+def _grid_by_grid(places: Tensor, order: TokenOrder) -> tuple[Tensor, TokenOrder]:
+    """Which of the places comes next, and the spans, of a sequence of several grids.
+
+    Where heads have an order each, what is left of a grid behind its whole blocks are other tokens in each head, and a rank has more of
+    them in one head than in another. There tokens stand as in an order that has all of a grid together.
+    """
+    standing, spans = _together(places, order) if places.ndim == 2 else (places, order)
+    forward = standing.argsort(-1)
+    standing = standing.gather(-1, forward)
+    spans = replace(
+        spans,
+        first_frame=_span(standing, spans.first_frame),
+        video=_span(standing, spans.video),
+        grids=tuple(_grid(standing, grid) for grid in spans.grids),
+    )
+    return forward, spans
+
+
+def _together(places: Tensor, order: TokenOrder) -> tuple[Tensor, TokenOrder]:
+    """Places in an order that has all of a grid together, and the spans of that order."""
     spans = [span for grid in order.grids for span in grid.tokens]
     index = torch.cat([torch.arange(*span) for span in spans] + [torch.arange(order.video[1], order.length)])
     moved = index.argsort()

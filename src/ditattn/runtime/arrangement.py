@@ -37,6 +37,12 @@ class Arrangement:
             query, key, value = map(self.order.arrange, (query, key, value))
         return replace(call, query=query, key=key, value=value, attn_mask=None)
 
+    def arranged_output(self, out: Tensor) -> Tensor:
+        """An output of the call as the model asked it, in this arrangement: zeros for the queries that stand in."""
+        if any(self.extra_queries):
+            out = pad(out, (0, 0, 0, 0, *self.extra_queries))
+        return out if self.order is None else self.order.arrange(out)
+
     def answer(self, out: Tensor) -> Tensor:
         """The output of the call as the model asked it."""
         out = out if self.order is None else self.order.restore(out)

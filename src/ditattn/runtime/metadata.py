@@ -6,14 +6,15 @@ from dataclasses import replace
 
 from ditattn.backends.base import AttentionMetadata, AttentionMetadataBuilder
 from ditattn.backends.config import AttentionConfig, SparseAttentionConfig, parse_layers
-from ditattn.backends.sparse import SparseAttentionMetadata
+from ditattn.backends.sparse import SparseAttentionMetadata, why_not_this_step
 from ditattn.errors import ConfigError
 from ditattn.models import TokenLayout
+from ditattn.plan.deal import deal_rows
 from ditattn.plan.reuse import NO_PLACE, ForwardId
 from ditattn.runtime.split import WHOLE, RankShare
 from ditattn.runtime.step import Step
 
-__all__ = ["build_attn_metadata", "check_layers", "for_forward", "for_length", "for_sample"]
+__all__ = ["build_attn_metadata", "check_layers", "for_forward", "for_length", "for_sample", "with_dealt_rows"]
 
 
 def build_attn_metadata(
@@ -42,8 +43,8 @@ def build_attn_metadata(
 
 
 def for_forward(metadata: AttentionMetadata, forward_id: ForwardId) -> AttentionMetadata:
-    """The metadata of a step as one forward of it needs it: where plans are reused, with its run and branch."""
-    if isinstance(metadata, SparseAttentionMetadata) and metadata.reuse.reuses:
+    """The metadata of a step as one forward of it needs it: where something outlasts a step, with its run and branch."""
+    if isinstance(metadata, SparseAttentionMetadata) and metadata.config.outlasts_steps:
         return replace(metadata, forward_id=forward_id)
     return metadata
 
@@ -58,14 +59,27 @@ def for_length(metadata: AttentionMetadata, num_tokens: int) -> AttentionMetadat
 
 
 def for_sample(metadata: AttentionMetadata, sample: int | None, batch: int) -> AttentionMetadata:
-    """The metadata of a forward for a call of one sample of a batch: where plans are reused, each sample has its own.
+    """The metadata of a forward for a call of one sample of a batch: where something outlasts a step, each sample has its own.
 
-    `sample` is None where nobody knows which one it is; its plan serves no other call then.
+    `sample` is None where nobody knows which one it is; what it keeps serves no other call then.
     """
-    if isinstance(metadata, SparseAttentionMetadata) and metadata.reuse.reuses:
+    if isinstance(metadata, SparseAttentionMetadata) and metadata.config.outlasts_steps:
+        assert metadata.forward_id is not None
         number = NO_PLACE if sample is None else metadata.forward_id.number * batch + sample
         return replace(metadata, forward_id=replace(metadata.forward_id, number=number))
     return metadata
+
+
+def with_dealt_rows(metadata: AttentionMetadata, keeps_first_frame_rows: bool) -> SparseAttentionMetadata | None:
+    """The metadata of calls before which ranks of a ring deal out the rows that keep every key; None where there is nothing to deal."""
+    if not isinstance(metadata, SparseAttentionMetadata) or metadata.rows is None or not keeps_first_frame_rows:
+        return None
+    grid, is_short = metadata.latent_shape, (metadata.num_tokens or 0) < metadata.min_tokens
+    if grid is None or metadata.further_grids or not metadata.whole_first_frames or is_short or why_not_this_step(metadata) is not None:
+        return None
+    facts = (metadata.token_order, grid, metadata.num_prefix_tokens, metadata.num_suffix_tokens)
+    deal = deal_rows(metadata.rows.gathered, metadata.rows.parts, facts, metadata.sparsity)
+    return None if deal is None else replace(metadata, rows=replace(metadata.rows, dealt=deal))
 
 
 def check_layers(config: AttentionConfig, num_layers: int, name: str) -> None:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ditattn.backends.base import AttentionImpl, AttentionMetadata, CallRecord
-from ditattn.errors import UnsupportedCall
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
 from ditattn.runtime.metadata import build_attn_metadata, for_forward
+from ditattn.runtime.split import RankShare
 from ditattn.runtime.stage import Forward, ServedModel
 
 __all__ = ["CellReading", "SparseProbe", "dropped_mass"]
@@ -84,6 +84,12 @@ class _Call:
     dense: Tensor
     dense_ms: float
 
+    @property
+    def share(self) -> RankShare:
+        """What this rank has of the call. A padded one that ranks have gathered was put in the model's order before it came here."""
+        share = self.forward.share
+        return share if self.metadata.key_lengths is None else replace(share, gathered=None)
+
 
 class SparseProbe:
     """Tries settings on every call of a run that a dense backend serves.
@@ -118,8 +124,6 @@ class SparseProbe:
         if layer is None or forward.step.index is None:
             return
         records = list(forward.records)
-        if forward.split is not None:
-            raise UnsupportedCall("settings are tried on the calls of one process; this denoiser is split between ranks")
         # the run's own call may have been the first of its kind; this one is timed like the others
         dense, dense_ms = _timed(impl, query, key, value, metadata)
         for number, models in enumerate(self._candidates):
@@ -144,12 +148,13 @@ class SparseProbe:
             return
         dense = call.dense.double()
         error = (out.double() - dense).square().sum() / dense.square().sum().clamp_min(SMALLEST)
-        mass = dropped_mass(call.query, call.key, record.plan, record.order, call.impl.softmax_scale, metadata.key_lengths)
+        order, query_order = record.order, record.query_order
+        mass = dropped_mass(call.query, call.key, record.plan, order, call.impl.softmax_scale, metadata.key_lengths, query_order)
         cell.add(sparse_ms, error, mass, record.plan.density_tensor())
 
     def _metadata_of(self, number: int, model: ServedModel, call: _Call) -> AttentionMetadata:
         """Built once per step, as for a run of the setting."""
-        key = (call.forward.step, call.forward.layout)
+        key = (call.forward.step, call.forward.layout, call.share)
         cached = self._metadata.get((number, model.name))
         if cached is None or cached[0] != key:
             cached = self._metadata[number, model.name] = (key, build_attn_metadata(model.builder, model.config, *key))
@@ -182,25 +187,32 @@ class SparseProbe:
 
 
 def dropped_mass(
-    query: Tensor, key: Tensor, plan: BlockPlan, order: TokenOrder | None, scale: float, key_lengths: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    plan: BlockPlan,
+    order: TokenOrder | None,
+    scale: float,
+    key_lengths: Tensor | None = None,
+    query_order: TokenOrder | None = None,
 ) -> Tensor:
     """Share of the softmax mass that lies in blocks which `plan` drops: a float64 scalar on the device.
 
     A method that lets means stand in for what it drops loses less than this share.
 
     Args:
-        query: `[B, S, H, D]` in the model's order.
-        key: `[B, T, G, D]`, H a multiple of G, in the model's order.
+        query: `[B, S, H, D]` as the call had it.
+        key: `[B, T, G, D]`, H a multiple of G, as the call had it.
         plan: in `order`.
         order: of the tokens; None is the model's own.
         scale: factor on the scores.
         key_lengths: integer `[B]`, real keys of each batch element in that order.
+        query_order: of the queries, where it is not that of the keys.
 
     The mean over batch, heads and MASS_ROWS evenly spaced query rows, in fp32.
     """
     rows = torch.linspace(0, query.shape[1] - 1, min(MASS_ROWS, query.shape[1]), device=query.device).round().long()
     if order is not None:
-        query, key = order.apply(query), order.apply(key)
+        query, key = (query_order or order).apply(query), order.apply(key)
     query = query[:, rows]
     dropped = ~plan.to_mask()[:, :, rows // plan.block_size]
     sums = [

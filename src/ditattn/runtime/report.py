@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,27 +16,44 @@ from ditattn.plan.token_grids import grid_name
 
 __all__ = ["AttentionReport", "ComponentLog", "ComponentReport"]
 
+# begins `split` of a report that several ranks' reports were put together to
+ALL_RANKS = "all "
+
 
 @dataclass
 class Cell:
-    """Calls of one step and layer. The density stays on the device until somebody asks."""
+    """Calls of one step and layer. Densities stay on the device until somebody asks.
+
+    Attributes:
+        density_sum: of the sparse calls.
+        beside_sum: of the plans that ran beside dense calls.
+    """
 
     sparse: int = 0
     dense: int = 0
     density_sum: Tensor | None = None
+    beside_sum: Tensor | None = None
 
     def add(self, record: CallRecord) -> None:
+        if record.beside is not None:
+            self.beside_sum = _sum(self.beside_sum, record.beside.density_tensor())
         if record.plan is None:
             self.dense += 1
             return
         self.sparse += 1
-        density = record.plan.density_tensor()
-        self.density_sum = density if self.density_sum is None else self.density_sum + density
+        self.density_sum = _sum(self.density_sum, record.plan.density_tensor())
 
     def overall_density(self) -> float:
-        """Mean density over all calls of the cell: the share of query-key pairs that was computed; a dense call counts as 1."""
-        kept = 0.0 if self.density_sum is None else float(self.density_sum)
+        """Mean density over all calls of the cell: the share of query-key pairs that was computed; a dense call counts as 1.
+
+        More than 1 where sparse plans ran beside dense calls.
+        """
+        kept = sum(float(each) for each in (self.density_sum, self.beside_sum) if each is not None)
         return (kept + self.dense) / (self.sparse + self.dense)
+
+
+def _sum(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total + more
 
 
 @dataclass
@@ -168,7 +185,8 @@ class ComponentReport:
 
     Attributes:
         backend, config: what was asked.
-        model: class of the transformer; "Mine, served as Known" where it is a subclass of a known one.
+        model: class of the transformer; "Mine, served as Known" where it is a subclass of a known one; "Mine, unlisted: by rule: ..."
+            where it is of no family, with what was found about its tokens.
         calls, sparse, dense: numbers of self-attention calls.
         reused_plans: sparse calls whose plan an earlier call had made (`plan_refresh_steps`, `share_plan_between_branches`).
         not_reused_reasons: sparse calls that could have reused a plan by those settings and had to make one, by reason.
@@ -228,10 +246,32 @@ class ComponentReport:
         if not self.split:
             return ""
         blocks = f"; {self.own_blocks} calls by query blocks of this rank's own" if self.own_blocks else ""
-        return f", {self.communication_ms / 1e3:.2f} s in exchanges; {self.split} alone{blocks}"
+        whose = self.split if self.split.startswith(ALL_RANKS) else f"{self.split} alone"
+        return f", {self.communication_ms / 1e3:.2f} s in exchanges; {whose}{blocks}"
+
+    @classmethod
+    def of_ranks(cls, reports: Sequence[ComponentReport]) -> ComponentReport:
+        """See `AttentionReport.of_ranks`."""
+        return replace(
+            reports[0],
+            calls=sum(report.calls for report in reports),
+            sparse=sum(report.sparse for report in reports),
+            dense=sum(report.dense for report in reports),
+            reused_plans=sum(report.reused_plans for report in reports),
+            own_blocks=sum(report.own_blocks for report in reports),
+            not_reused_reasons=_summed(report.not_reused_reasons for report in reports),
+            dense_reasons=_summed(report.dense_reasons for report in reports),
+            token_orders=_summed(report.token_orders for report in reports),
+            sparse_density=_mean((report.sparse_density, report.sparse) for report in reports),
+            sparse_density_by_step=_means([report.sparse_density_by_step for report in reports]),
+            sparse_density_by_layer=_means([report.sparse_density_by_layer for report in reports]),
+            attention_ms=max(report.attention_ms for report in reports),
+            communication_ms=max(report.communication_ms for report in reports),
+            split=f"{ALL_RANKS}{len(reports)} ranks together, times of the slowest",
+        )
 
     def _served_as(self) -> str:
-        return f"; {self.model}" if "served as" in self.model else ""
+        return f"; {self.model}" if "served as" in self.model or "unlisted" in self.model else ""
 
     def _part_of_schedule(self) -> str:
         if self.schedule_steps is None or not 0 < self.steps_run < self.schedule_steps:
@@ -257,6 +297,20 @@ class ComponentReport:
         return f"no calls in {forwards} forwards; its attention processors or their backend were replaced after the installation"
 
 
+def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    return dict(sum(map(Counter, counts), Counter[str]()).most_common())
+
+
+def _mean(values: Iterable[tuple[float | None, int]]) -> float | None:
+    """Of values with weights; None of none."""
+    known = [(value, weight) for value, weight in values if value is not None and weight]
+    return sum(value * weight for value, weight in known) / sum(weight for _, weight in known) if known else None
+
+
+def _means(ranks: Sequence[dict[int, float | None]]) -> dict[int, float | None]:
+    return {key: _mean((densities.get(key), 1) for densities in ranks) for key in sorted({key for densities in ranks for key in densities})}
+
+
 def _counted(reasons: dict[str, int]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
 
@@ -272,6 +326,23 @@ class AttentionReport:
 
     components: dict[str, ComponentReport]
     not_served: dict[str, str]
+
+    @classmethod
+    def of_ranks(cls, reports: Sequence[AttentionReport]) -> AttentionReport:
+        """One report of what several ranks did: calls and reasons summed, densities averaged, times of the slowest.
+
+        Examples:
+            On every rank, after a run:
+
+            >>> import torch.distributed as dist
+            >>> from ditattn.runtime.report import AttentionReport
+            >>> reports = [None] * dist.get_world_size()
+            >>> dist.all_gather_object(reports, handle.report())
+            >>> print(AttentionReport.of_ranks(reports).summary())
+        """
+        first = reports[0]
+        merged = {name: ComponentReport.of_ranks([report.components[name] for report in reports]) for name in first.components}
+        return cls(merged, dict(first.not_served))
 
     @property
     def attention_ms(self) -> float:

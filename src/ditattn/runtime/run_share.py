@@ -21,6 +21,7 @@ KEYS = {
     Reason.SPARSITY_ZERO: "sparsity",
     Reason.FIRST_STEPS: "skip_first_steps",
     Reason.LAST_STEPS: "skip_last_steps",
+    Reason.REFRESH: "residual",
     Reason.SKIPPED_LAYER: "skip_layers",
     Reason.SHORT: "min_tokens",
 }

@@ -9,7 +9,7 @@ from ditattn.errors import UnsupportedCall, UnsupportedModel
 from ditattn.models import ModelFamily, TokenLayout
 from ditattn.plan.split import GatheredRows, GatheredTokens, HeadShare
 
-__all__ = ["WHOLE", "RankShare", "SequenceSplit", "rank_share"]
+__all__ = ["WHOLE", "RankShare", "SequenceSplit", "TensorSplit", "rank_share"]
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,29 @@ class SequenceSplit:
 
 
 @dataclass(frozen=True)
+class TensorSplit:
+    """Tensor parallelism: every rank has a part of the weights, so that it computes some heads of layers, for the whole sequence.
+
+    Attributes:
+        ranks: how many share the weights.
+        rank: this one.
+    """
+
+    ranks: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.ranks} (tensor parallel)"
+
+
+@dataclass(frozen=True)
 class RankShare:
     """What a rank has of the calls of one forward.
 
     Attributes:
         gathered: where the tokens stand in a call that has them all; None where the sequence is not split, or its layout unknown.
         rows: which of them the rank's queries are; None where it has all.
-        heads: which heads of a layer it has; None where it has all.
+        heads: which heads of a layer it has; None where it has all. Under tensor parallelism only layers that are split.
     """
 
     gathered: GatheredTokens | None = None
@@ -71,16 +87,20 @@ WHOLE = RankShare()
 """Of a denoiser that one process runs."""
 
 
-def rank_share(split: SequenceSplit | None, family: ModelFamily, layout: TokenLayout | None) -> RankShare:
-    """What this rank has of a forward's calls.
+def rank_share(split: SequenceSplit | TensorSplit | None, family: ModelFamily, config: Any, layout: TokenLayout | None) -> RankShare:
+    """What this rank has of a forward's calls. `config` is the model's own.
 
     Raises:
         UnsupportedModel, UnsupportedCall: tokens that cannot be split so.
     """
     if split is None:
         return WHOLE
+    if isinstance(split, TensorSplit):
+        return RankShare(heads=HeadShare(split.rank, split.ranks, family.num_heads(config)))
+    if (reason := family.never_split(config)) is not None:
+        raise UnsupportedModel(f"{family.name} is not served under context parallelism with {reason}")
     gathered = _gathered_tokens(split, family, layout)
-    heads = HeadShare(split.rank % split.ulysses, split.ulysses) if split.ulysses > 1 else None
+    heads = HeadShare(split.rank % split.ulysses, split.ulysses, family.num_heads(config)) if split.ulysses > 1 else None
     return RankShare(gathered, _query_rows(split, gathered), heads)
 
 

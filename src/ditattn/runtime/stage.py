@@ -5,9 +5,10 @@ Pure torch: how a host (diffusers) calls in here is the business of the host's a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -30,13 +31,13 @@ from ditattn.runtime.autocast import autocast_as_sdpa
 from ditattn.runtime.branches import ForwardCounter
 from ditattn.runtime.foreign_modes import native_sdpa, why_native
 from ditattn.runtime.key_padding import MASK_WITH_GAPS, KeyPadding, MaskReader, VideoFirst, broadcastable
-from ditattn.runtime.metadata import build_attn_metadata, for_forward, for_length, for_sample
+from ditattn.runtime.metadata import build_attn_metadata, for_forward, for_length, for_sample, with_dealt_rows
 from ditattn.runtime.report import AttentionReport, ComponentLog
 from ditattn.runtime.run_share import KEYS, RunShare, holds_for_the_run
-from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit, rank_share
+from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit, TensorSplit, rank_share
 from ditattn.runtime.step import Step, StepClock
 
-__all__ = ["DenoisingStage", "Forward", "Probe", "ServedModel", "attend", "running"]
+__all__ = ["DenoisingStage", "Forward", "Look", "Probe", "ServedModel", "attend", "dry_run", "running"]
 
 logger = logging.getLogger("ditattn")
 
@@ -77,10 +78,17 @@ class ServedModel:
         self.served_layers = list(range(len(self.layers)))
         self.image_layers = frozenset(number for number, path in enumerate(self.layers) if self.family.is_image_only(path))
 
+    def begin_log(self) -> None:
+        """Count anew, as for another request; which implementations serve stays known."""
+        self.log = ComponentLog(self.name, self.backend.name, self.config.model_dump(), implementations=self.log.implementations)
+
     def layer_of_call(self, call: int) -> int:
         """Number of the layer that makes the n-th served call of a forward; calls beyond the last layer go on counting."""
         beyond = call - len(self.served_layers)
         return self.served_layers[call] if beyond < 0 else len(self.layers) + beyond
+
+
+Look = Callable[["Forward", Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -89,8 +97,11 @@ class Forward:
 
     Attributes:
         layer_batch: batch elements that the running layer got; None if unknown. A step cache may leave a branch out, below the root.
-        split: how its tokens are split between ranks; None if they are not.
+        split: how its tokens or weights are split between ranks; None if they are not.
         share: what this rank has of its calls.
+        native: computes the running call by the host's own attention, `[B, S, H, D]`, for calls that run densely; None leaves them to us.
+        dealt: metadata of calls before which the ranks of a ring deal out rows; None where they do not.
+        look: in a dry run, sees every call and answers in its place.
     """
 
     stage: DenoisingStage
@@ -104,10 +115,24 @@ class Forward:
     layer: int | None = None
     layer_batch: int | None = None
     num_calls: int = 0
-    split: SequenceSplit | None = None
+    split: SequenceSplit | TensorSplit | None = None
     share: RankShare = WHOLE
+    native: Callable[[], Tensor] | None = None
+    look: Look | None = None
     records: list[CallRecord] = field(default_factory=list)
     masks: MaskReader = field(default_factory=MaskReader)
+    dealt: SparseAttentionMetadata | None = None
+
+    @contextlib.contextmanager
+    def dealing(self) -> Iterator[None]:
+        """Calls of the block come after the deal."""
+        assert self.dealt is not None
+        own = self.share, self.metadata
+        self.share, self.metadata = replace(self.share, rows=self.dealt.rows), self.dealt
+        try:
+            yield
+        finally:
+            self.share, self.metadata = own
 
     def metadata_of(self, layer: int | None) -> AttentionMetadata:
         """The metadata of a layer's calls: layers that see the image alone have no text tokens."""
@@ -139,6 +164,18 @@ def running() -> Forward | None:
     return stack[-1] if stack else None
 
 
+@contextlib.contextmanager
+def dry_run(model: ServedModel, look: Look) -> Iterator[None]:
+    """Served attention calls of this thread are answered by `look`, which gets a forward that knows the layer, and query, key and value."""
+    stack = getattr(_local, "stack", [])
+    forward = Forward(DenoisingStage(StepClock()), model, Step(None, None, "none"), ForwardId(), None, AttentionMetadata(), look=look)
+    _local.stack = [*stack, forward]
+    try:
+        yield
+    finally:
+        _local.stack = stack
+
+
 class DenoisingStage:
     """The attention of one pipeline.
 
@@ -168,14 +205,16 @@ class DenoisingStage:
         cache_context: Any = None,
         branch: str | None = None,
         driver: Any = None,
-        split: SequenceSplit | None = None,
+        split: SequenceSplit | TensorSplit | None = None,
+        share: RankShare | None = None,
     ) -> Forward:
         """A forward of `model` begins in this thread.
 
         Args:
             arguments: of the forward, by name.
             cache_context, branch, driver: see `StepClock.read`.
-            split: how the host splits the tokens between ranks.
+            split: how the host splits tokens or weights between ranks.
+            share: what this rank has of the calls, where the host tells; None where it follows from `split` and the family.
 
         Raises:
             UnsupportedModel, UnsupportedCall: tokens that cannot be split so.
@@ -192,11 +231,14 @@ class DenoisingStage:
         layout = _layout(model, arguments)
         if layout is not None:
             model.log.note_grids([layout.grid, *(grid.size for grid in layout.further_grids)])
-        share = rank_share(split, model.family, layout)
+        share = rank_share(split, model.family, model.model_config, layout) if share is None else share
         metadata = self._metadata_of(model, step, layout, forward_id, share)
         forward = Forward(self, model, step, forward_id, layout, metadata, split=split, share=share)
         if model.image_layers and layout is not None:
             forward.image_metadata = self._metadata_of(model, step, layout.without_text(), forward_id, image_only=True)
+        if share.rows is not None:
+            impl_cls = model.backend.get_impl_cls()
+            forward.dealt = with_dealt_rows(metadata, issubclass(impl_cls, SparseAttentionImpl) and impl_cls.keeps_first_frame_rows)
         forward.key_mask = model.family.key_mask(model.model_config, arguments)
         model.log.split = "" if split is None else str(split)
         _local.stack = [*others, forward]
@@ -299,6 +341,8 @@ class DenoisingStage:
         if reason is None:
             _check_whole(forward, query, key)
         moved: VideoFirst | None = None
+        if call.attn_mask is not None and forward.model.family.masks_stay_whole:
+            call = _with_gathered_mask(forward, call)
         if call.attn_mask is not None and reason is None:
             mask = _key_mask(forward, _in_model_order(forward, call.attn_mask, key))
             padding, reason = forward.masks.read(mask, key)
@@ -315,7 +359,7 @@ class DenoisingStage:
             if self.strict and _is_self_attention(forward, layer, query, key):
                 self._refuse(reason, forward)
             forward.records.append(CallRecord(reason))
-            return _native(call)
+            return _as_the_host(forward, call)
         return self._run(forward, layer, call, metadata)
 
     def _serve_in_model_order(
@@ -342,6 +386,8 @@ class DenoisingStage:
         if strict and isinstance(impl, SparseAttentionImpl):
             assert isinstance(metadata, SparseAttentionMetadata)
             self._refuse(impl.why_dense(query, key, metadata), forward)
+        if isinstance(impl, SparseAttentionImpl):
+            impl.host_dense = forward.native
         out = impl.forward(query, key, value, metadata)
         if not forward.records:
             # an impl of another package that notes nothing is counted all the same
@@ -363,8 +409,14 @@ class DenoisingStage:
         if reason is not None:
             if self.strict and _is_self_attention(forward, layer, call.query, call.key):
                 self._refuse(reason, forward)
-            forward.records.append(CallRecord(reason))
-            return _native(call)
+            out = _as_the_host(forward, call)
+            if impl.learns(call.key, call.key, metadata, reason):
+                arranged = arrangement.arranged(call)
+                found = arrangement.arranged_output(out)
+                forward.records.append(impl.learn(arranged.query, arranged.key, arranged.value, metadata, reason, found))
+            else:
+                forward.records.append(CallRecord(reason))
+            return out
         arranged = arrangement.arranged(call)
         out = impl.forward(arranged.query, arranged.key, arranged.value, metadata)
         if self.probe is not None:
@@ -442,6 +494,14 @@ def _has_its_own_keys(forward: Forward, query: Tensor, key: Tensor) -> bool:
     return rows is not None and (query.shape[1], key.shape[1]) == (rows.num_tokens, sum(rows.gathered.streams))
 
 
+def _with_gathered_mask(forward: Forward, call: DenseCall) -> DenseCall:
+    """A call of gathered keys whose mask is in the model's order, with the mask in theirs."""
+    gathered, mask = forward.share.gathered, call.attn_mask
+    if gathered is None or not gathered.interleaves or mask is None or mask.shape[-1] != call.key.shape[1]:
+        return call
+    return replace(call, attn_mask=mask.index_select(-1, gathered.tokens(mask.device)))
+
+
 def _in_model_order(forward: Forward, mask: Tensor, key: Tensor) -> Tensor:
     """A mask over gathered keys as one over the model's; others as they are."""
     if forward.share.gathered is None or not forward.share.interleaves or mask.shape[-1] != key.shape[1]:
@@ -464,11 +524,12 @@ def _check_whole(forward: Forward, query: Tensor, key: Tensor) -> None:
     if forward.share.gathered is None or query.shape[1] != key.shape[1]:
         return
     whole = sum(forward.share.gathered.streams)
-    if query.shape[1] != whole:
-        raise UnsupportedCall(
-            f"{forward.model.name} is split between ranks, and a self-attention call has {query.shape[1]} of {whole} tokens: its processor "
-            "does not hand the host's parallel configuration on"
-        )
+    if query.shape[1] == whole:
+        return
+    found = f"{forward.model.name} is split between ranks, and a self-attention call has {query.shape[1]} of {whole} tokens"
+    if query.shape[1] > whole:
+        raise UnsupportedCall(f"{found}: the plan by which it is split leaves some of them whole on every rank")
+    raise UnsupportedCall(f"{found}: its processor does not hand the host's parallel configuration on")
 
 
 def _are_queries_of_the_image(forward: Forward, query: Tensor, key: Tensor) -> bool:
@@ -515,6 +576,10 @@ def _asked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, 
     return DenseCall(query, key, value, checked_scale(scale, query.shape[3]), is_causal, attn_mask=attn_mask)
 
 
+def _as_the_host(forward: Forward, call: DenseCall) -> Tensor:
+    return _native(call) if forward.native is None else forward.native()
+
+
 def _native(call: DenseCall) -> Tensor:
     """What a call that is not ours to serve would have run without us: torch's SDPA."""
     check_qkv(call.query, call.key, call.value)
@@ -529,6 +594,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
     if forward is None:
         _warn_stray()
         return _native(_asked(query, key, value, attn_mask, is_causal, scale))
+    if forward.look is not None:
+        return forward.look(forward, query, key, value)
     return forward.stage.attend(forward, query, key, value, attn_mask, is_causal, scale)
 
 
@@ -544,7 +611,7 @@ _attend.register_autograd(refuse_gradients)
 def _count_native(out: Tensor, query: Tensor, key: Tensor, reason: str) -> Tensor:
     """The output of a call that was torch's own, counted when it runs: a compiled graph runs no Python of ours."""
     forward = running()
-    if forward is not None:
+    if forward is not None and forward.look is None:
         forward.stage.count_native(forward, query, key, reason)
     return out.clone()
 

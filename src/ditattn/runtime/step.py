@@ -28,7 +28,7 @@ class Step:
     Attributes:
         index: 0 first; None if no source knows.
         num_steps: steps of the run; None if unknown.
-        source: "override", "cache_context", "scheduler", "schedule", "timestep" or "none".
+        source: "override", "cache_context", "scheduler", "schedule", "timestep" or "none"; the name of a host that counts its steps itself.
     """
 
     index: int | None

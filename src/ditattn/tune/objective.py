@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, median
 
 from ditattn.backends.setting import Setting
@@ -13,6 +14,7 @@ from ditattn.compare.run import Run, run_clip, warm_up
 from ditattn.compare.setting import REFERENCE, Clip
 from ditattn.runtime.probe import CellReading
 from ditattn.tune.candidate import Candidate, Outcome, Target
+from ditattn.tune.result import Checked
 from ditattn.tune.sensitivity import PROBED_SPARSITIES
 
 __all__ = ["Objective", "check", "probe"]
@@ -20,7 +22,7 @@ __all__ = ["Objective", "check", "probe"]
 
 @dataclass
 class Objective:
-    """Evaluates candidates on clips.
+    """Evaluates candidates on clips. Of several ranks the first one's clock and pixels decide.
 
     Attributes:
         references: the pipeline and its dense runs.
@@ -45,21 +47,25 @@ class Objective:
             found = None if anew else self.references.find(clip)
             self._dense[clip] = found or self.references.make(clip)
         warm_up(self.references.workload, self.setting, self.clips[0])
-        return fmean(run.attention_ms / run.total_ms for run in self._dense.values())
+        return self.references.workload.ranks.broadcast(lambda: fmean(run.attention_ms / run.total_ms for run in self._dense.values()))
 
     def __call__(self, candidate: Candidate) -> Outcome:
         psnr, ssim, shares = float("inf"), None if self.target.ssim is None else 1.0, []
         for clip in list(self.clips):
-            run, dense = run_clip(self.references.workload, self.setting.with_keys(**candidate.keys), clip), self._dense[clip]
-            psnr = min(psnr, pooled_psnr(run.frames, dense.frames))
-            if ssim is not None:
-                ssim = min(ssim, fmean(frame_ssim(run.frames, dense.frames)))
-            shares.append(run.total_ms / dense.total_ms)
+            run = run_clip(self.references.workload, self.setting.with_keys(**candidate.keys), clip)
+            clip_psnr, clip_ssim, share = self.references.workload.ranks.broadcast(partial(self._judged, run, self._dense[clip]))
+            psnr, ssim = min(psnr, clip_psnr), None if ssim is None else min(ssim, clip_ssim)
+            shares.append(share)
             if not self.target.met_by(psnr, ssim):
                 self.clips.remove(clip)
                 self.clips.insert(0, clip)
                 break
         return Outcome(psnr, ssim, median(shares), self.target.met_by(psnr, ssim))
+
+    def _judged(self, run: Run, dense: Run) -> tuple[float, float, float]:
+        """PSNR, SSIM (1 where the target has none) and share of the dense time."""
+        ssim = 1.0 if self.target.ssim is None else fmean(frame_ssim(run.frames, dense.frames))
+        return pooled_psnr(run.frames, dense.frames), ssim, run.total_ms / dense.total_ms
 
 
 def probe(references: References, setting: Setting, clip: Clip) -> dict[float, list[CellReading]]:
@@ -70,10 +76,16 @@ def probe(references: References, setting: Setting, clip: Clip) -> dict[float, l
     return dict(zip(PROBED_SPARSITIES, found, strict=True))
 
 
-def check(references: References, setting: Setting, clips: Sequence[Clip], *, needs_ssim: bool) -> tuple[float, float | None, Comparison]:
-    """Worst PSNR and SSIM of a setting on clips that it was not tuned on, dense and sparse runs taking turns."""
+def check(references: References, setting: Setting, clips: Sequence[Clip], target: Target) -> Checked:
+    """A setting on clips that it was not tuned on, dense and sparse runs taking turns."""
     fresh = References(references.workload, None)
     found = compare(fresh, [setting], clips, probe=False, with_vmaf=False)
+    return references.workload.ranks.broadcast(lambda: _checked(found, target))
+
+
+def _checked(found: Comparison, target: Target) -> Checked:
     scores = [one.scores for one in found.measured[0] if one.scores is not None]
     ssims = [one.ssim for one in scores if one.ssim is not None]
-    return min(one.psnr for one in scores), min(ssims) if needs_ssim and ssims else None, found
+    psnr, ssim = min(one.psnr for one in scores), min(ssims) if target.ssim is not None and ssims else None
+    speed_ups = found.speed_ups(0)
+    return Checked(len(found.clips), psnr, ssim, median(speed_ups), min(speed_ups), target.met_by(psnr, ssim))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ditattn.compare.cache import facts_digest
+from ditattn.compare.rank_group import ALONE, RankGroup
 from ditattn.errors import ConfigError
 from ditattn.runtime.probe import CellReading
 from ditattn.tune.candidate import Candidate, Outcome
@@ -24,7 +25,7 @@ def state_name(facts: Mapping[str, Any]) -> str:
 
 @dataclass
 class TuneState:
-    """The state of one search; every change is on disk before it counts.
+    """The state of one search; every change is on disk before it counts. Of several ranks the first one reads and writes it.
 
     Attributes:
         path: of the file.
@@ -32,6 +33,7 @@ class TuneState:
         attention_share: of the dense time.
         readings: of the probe, by sparsity; empty until it was run.
         outcomes: by candidate.
+        ranks: that search together.
     """
 
     path: Path
@@ -39,14 +41,19 @@ class TuneState:
     attention_share: float = 0.0
     readings: dict[float, list[CellReading]] = field(default_factory=dict)
     outcomes: dict[Candidate, Outcome] = field(default_factory=dict)
+    ranks: RankGroup = ALONE
 
     @classmethod
-    def open(cls, folder: Path, facts: dict[str, Any]) -> TuneState:
+    def open(cls, folder: Path, facts: dict[str, Any], ranks: RankGroup = ALONE) -> TuneState:
         """The state of an earlier run of the same search, or an empty one.
 
         Raises:
             ConfigError: the file is damaged.
         """
+        return replace(ranks.broadcast(lambda: cls._read(folder, facts)), ranks=ranks)
+
+    @classmethod
+    def _read(cls, folder: Path, facts: dict[str, Any]) -> TuneState:
         path = folder / state_name(facts)
         if not path.exists():
             return cls(path, facts)
@@ -71,6 +78,8 @@ class TuneState:
         self._write()
 
     def _write(self) -> None:
+        if not self.ranks.is_first:
+            return
         content = {
             "facts": self.facts,
             "attention_share": self.attention_share,

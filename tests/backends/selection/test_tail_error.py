@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ditattn.backends.selection import tail_error
 from ditattn.backends.selection.tail_error import PER_BLOCK, QUERY_GROUPS, SUB_TOKENS, SubBlocks, estimate, pick, sub_blocks
+from ditattn.ops.pooled_tail import PooledTail
 from ditattn.plan.block_plan import BLOCK_SIZE
 from ditattn.plan.bricks import brick_order
 from ditattn.plan.token_order import TokenOrder, token_order
@@ -22,6 +23,16 @@ def raster(length: int) -> TokenOrder:
 
 def parts_of(q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, lengths: Tensor | None = None) -> tuple[SubBlocks, SubBlocks, SubBlocks]:
     return sub_blocks(q, order), sub_blocks(k, order, lengths, variances=True), sub_blocks(v, order, lengths)
+
+
+def plain_tail(key: SubBlocks, value: SubBlocks) -> PooledTail:
+    """Plain means of the blocks."""
+    (keys, counts), (values, _) = key.of_blocks(), value.of_blocks()
+    return PooledTail(keys.transpose(1, 2), values.transpose(1, 2), counts)
+
+
+def costs_of(parts: tuple[SubBlocks, SubBlocks, SubBlocks]) -> Tensor:
+    return estimate(*parts, plain_tail(*parts[1:]), 0.3)
 
 
 def spelled_out(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -48,7 +59,7 @@ def spelled_out(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 @pytest.mark.parametrize("length", [256, 300, 517, 90])
 def test_the_estimate_is_the_formula(length: int) -> None:
     q, k, v = (draw(2, length, heads, 32, seed=seed) for seed, heads in enumerate((4, 2, 2)))
-    found = estimate(*parts_of(q, k, v, raster(length)), 0.3)
+    found = costs_of(parts_of(q, k, v, raster(length)))
     for b in range(2):
         for h in range(4):
             expected = spelled_out(q[b, :, h], k[b, :, h // 2], v[b, :, h // 2], 0.3)
@@ -59,9 +70,9 @@ def test_padded_keys_count_for_nothing() -> None:
     q, k, v = (draw(2, 517, 2, 32, seed=seed) for seed in range(3))
     lengths = torch.tensor([300, 517])
     k[0, 300:], v[0, 300:] = torch.nan, torch.inf
-    found = estimate(*parts_of(q, k, v, raster(517), lengths), 0.3)
+    found = costs_of(parts_of(q, k, v, raster(517), lengths))
     _, *short = parts_of(q[:1, :300], k[:1, :300], v[:1, :300], raster(300))
-    alone = estimate(sub_blocks(q[:1], raster(517)), *short, 0.3)
+    alone = costs_of((sub_blocks(q[:1], raster(517)), *short))
     torch.testing.assert_close(found[:1, ..., :3], alone, rtol=1e-4, atol=1e-9)
     assert bool((found[0, ..., 3:] == 0).all())
     assert found.isfinite().all()
@@ -84,7 +95,7 @@ def test_a_block_of_equal_tokens_costs_nothing() -> None:
     """Its mean is each of its tokens; a block of unlike values with large scores costs most."""
     q, k, v = (draw(1, 512, 1, 32, seed=seed) for seed in range(3))
     k[:, 128:256], v[:, 128:256] = k[:, 128:129], v[:, 128:129]
-    costs = estimate(*parts_of(q, k, v, raster(512)), 0.3)
+    costs = costs_of(parts_of(q, k, v, raster(512)))
     assert float(costs[..., 1].max()) < 1e-9
     assert float(costs[..., [0, 2, 3]].min()) > 1e-6
 
@@ -148,9 +159,9 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     index = torch.stack([torch.randperm(700, generator=torch.Generator().manual_seed(head)) for head in range(4)])
     for order in (raster(700), TokenOrder(index, index.argsort(-1), (0, 0), (0, 700), 700)):
         parts = parts_of(*drawn, order)
-        before = estimate(*parts, 0.3)
+        before = costs_of(parts)
         with monkeypatch.context() as patch:
             patch.setattr(tail_error, "CHUNK", 1)
             again = parts_of(*drawn, order)
             assert torch.equal(again[1].variances, parts[1].variances)
-            torch.testing.assert_close(estimate(*again, 0.3), before)
+            torch.testing.assert_close(costs_of(again), before)

@@ -12,6 +12,8 @@ from diffusers import WanTransformer3DModel
 from diffusers.hooks import HookRegistry, ModelHook, hooks
 from diffusers.hooks.context_parallel import EquipartitionSharder
 from diffusers.models import attention_dispatch
+from diffusers.models._modeling_parallel import TensorParallelConfig
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from packaging import version
 from torch import nn
 
@@ -19,6 +21,7 @@ from ditattn.hosts.diffusers.dispatcher import add_private_backend, dispatched_a
 from ditattn.models import MODELS
 
 REGISTRY = attention_dispatch._AttentionBackendRegistry
+MESHES = ("_flattened_mesh", "_ring_mesh", "_ulysses_mesh")
 NAMES = attention_dispatch.AttentionBackendName
 
 
@@ -159,9 +162,11 @@ def test_context_parallelism_has_the_names_that_its_exchange_stands_on() -> None
     exchange = inspect.signature(attention_dispatch._templated_context_parallel_attention).parameters
     assert {"forward_op", "backward_op", "_parallel_config"} <= set(exchange), moved("_templated_context_parallel_attention")
     config = vars(diffusers.ContextParallelConfig(ulysses_degree=2))
-    for name in ("ulysses_degree", "ring_degree", "ulysses_anything", "ring_anything", "_ring_local_rank", "_ulysses_local_rank"):
+    for name in ("ulysses_degree", "ring_degree", "ulysses_anything", "ring_anything", "_ring_local_rank", "_ulysses_local_rank", *MESHES):
         assert name in config, moved(f"ContextParallelConfig.{name}")
     assert WanTransformer3DModel._parallel_config is None, moved("ModelMixin._parallel_config")
+    assert "_mesh" in vars(TensorParallelConfig()), moved("TensorParallelConfig._mesh")
+    assert "_parallel_config" in vars(HunyuanVideoAttnProcessor2_0), moved("HunyuanVideoAttnProcessor2_0._parallel_config")
     assert hasattr(attention_dispatch.SeqAllToAllDim, "apply"), moved("SeqAllToAllDim")
     assert list(inspect.signature(EquipartitionSharder.unshard).parameters) == ["tensor", "dim", "mesh"], moved("EquipartitionSharder")
 

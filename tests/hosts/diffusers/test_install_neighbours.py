@@ -186,17 +186,20 @@ class UnknownTransformer(nn.Module):
         return self.inner(*args, **kwargs)
 
 
-def test_an_unknown_family_stays_as_it_was_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_family_is_served_by_rule_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     tiny = tiny_pipelines.wan()
     native = tiny.run(1)
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE) as handle:
+        known = tiny.run(1)
+    density = handle.report().components["transformer"].sparse_density
     tiny.pipe.transformer = UnknownTransformer(tiny.pipe.transformer)
     with caplog.at_level(logging.WARNING, logger="ditattn"), ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE) as handle:
-        assert torch.equal(tiny.run(1), native)
+        assert torch.equal(tiny.run(1), known)
     report = handle.report()
-    assert report.components == {}
-    assert "UnknownTransformer is not a known model family" in report.not_served["transformer"]
-    assert "UnknownTransformer" in report.summary()
-    assert "UnknownTransformer" in caplog.text
+    assert (report.components["transformer"].dense, report.components["transformer"].sparse_density) == (0, density)
+    assert "UnknownTransformer, unlisted: by rule" in report.summary()
+    assert "UnknownTransformer, unlisted: by rule" in caplog.text
+    assert torch.equal(tiny.run(1), native)
     with pytest.raises(UnsupportedModel, match="UnknownTransformer"):
         ditattn.install(tiny.pipe, "rain_fusion_attn", strict=True)
 

@@ -40,6 +40,12 @@ def test_ulysses_is_one_process_for_several_grids_and_further_families(two: Rank
     check_ulysses(two, name, backend, sparsity)
 
 
+@pytest.mark.parametrize("name", split_pipelines.PLANNED)
+@pytest.mark.parametrize(("backend", "sparsity"), [("torch_sdpa", 0), *itertools.product(SPARSE_BACKENDS, (0.75,))])
+def test_ulysses_is_one_process_by_our_own_plans(two: Ranks, name: str, backend: str, sparsity: float) -> None:
+    check_ulysses(two, name, backend, sparsity)
+
+
 def check_ulysses(two: Ranks, name: str, backend: str, sparsity: float) -> None:
     config = {} if backend == "torch_sdpa" else {"sparsity": sparsity, "skip_first_steps": 0, "min_tokens": 0}
     for rank, found in enumerate(two.run(split_pipelines.compare, name, backend, config, degrees_of(name))):
@@ -51,7 +57,7 @@ def check_ulysses(two: Ranks, name: str, backend: str, sparsity: float) -> None:
             assert len(found["wrong"]) == report.sparse > 0
             assert report.dense == 0
             assert max(found["wrong"]) == 0
-            assert report.sparse_density < 0.7
+            assert report.sparse_density < 0.8
         else:
             assert report.sparse == 0
 
@@ -76,6 +82,10 @@ def test_ring_is_exact_over_its_own_plan(two: Ranks, name: str, backend: str) ->
         assert report.dense == 0
         # a short last block of kept keys counts as it is: a share of blocks is a little more than its share of pairs
         assert 0.2 <= report.sparse_density < 0.9
+        # images have no first frame, and permuted_sparse_attn keeps none of its rows whole
+        is_video = name.startswith(("wan", "hunyuan", "cogvideox"))
+        # where its first frame has no whole block, nothing is dealt
+        assert name in ("chronoedit", "wan of odd sizes") or bool(found["dealt"]) == (is_video and backend != "permuted_sparse_attn")
         # heads of permuted_sparse_attn choose their bricks by a rank's own queries
         together = name == "wan in whole blocks" and backend != "permuted_sparse_attn"
         assert together == (report.own_blocks == 0)
@@ -101,6 +111,14 @@ def test_both_degrees_together(four: Ranks, name: str, backend: str) -> None:
         assert found["report"].split == f"rank {rank} of 4 (Ulysses 2, ring 2)"
 
 
+@pytest.mark.parametrize("name", ["wan", "ltx video"])
+def test_branches_and_heads_are_shared_together(four: Ranks, name: str) -> None:
+    found = four.run(split_pipelines.guided, name, "rain_fusion_attn", split_pipelines.SPARSE, {"ulysses_degree": 2})
+    for rank, one in enumerate(found):
+        assert one["error"] < BOUND
+        assert one["report"].split == f"rank {rank % 2} of 2 (Ulysses 2)"
+
+
 def everything(backend: str) -> dict[str, Any]:
     """A sparsity that drops no block of so few, and runs sparse all the same."""
     if backend == "torch_sdpa":
@@ -124,8 +142,87 @@ def test_four_ranks_share_too(four: Ranks, name: str) -> None:
         assert max(one["wrong"]) == 0
 
 
+@pytest.mark.parametrize("name", ["flux", "qwen image of padded words"])
+@pytest.mark.parametrize("backend", ["rain_fusion_attn", "permuted_sparse_attn"])
+def test_what_settings_would_do_is_seen_as_in_one_process(two: Ranks, name: str, backend: str) -> None:
+    for whole, split in two.run(split_pipelines.probed, name, backend, degrees_of(name)):
+        check_readings(whole, split, mass=1e-3 if backend == "rain_fusion_attn" else 0.05)
+
+
+def test_what_settings_would_do_is_seen_under_ring_too(two: Ranks) -> None:
+    for whole, split in two.run(split_pipelines.probed, "wan in whole blocks", "block_sparse_attn", {"ring_degree": 2}):
+        check_readings(whole, split, mass=0.05)
+
+
+def check_readings(whole: list[Any], split: list[Any], mass: float) -> None:
+    assert [(cell.step, cell.layer) for cell in split] == [(cell.step, cell.layer) for cell in whole]
+    for expected, cell in zip(whole, split, strict=True):
+        assert cell.density == pytest.approx(expected.density, abs=0.01)
+        assert 0.1 < cell.density < 0.9
+        assert cell.dropped_mass == pytest.approx(expected.dropped_mass, rel=mass)
+        # the mean of the ranks' relative errors is not the relative error of all
+        assert cell.error == pytest.approx(expected.error, rel=0.3)
+
+
+@pytest.mark.parametrize("name", split_pipelines.GUIDED)
+@pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn", "permuted_sparse_attn"])
+def test_ranks_that_share_the_branches_of_guidance_are_one_process(two: Ranks, name: str, backend: str) -> None:
+    config = {} if backend == "torch_sdpa" else split_pipelines.SPARSE
+    for found in two.run(split_pipelines.guided, name, backend, config, {}):
+        # heads choose their orders on the first sample that a rank sees, and Mochi's samples come one by one
+        assert found["error"] < (0.1 if (name, backend) == ("mochi", "permuted_sparse_attn") else BOUND)
+        of_one, report = found["of one"], found["report"]
+        if name in ("wan", "qwen image"):
+            # the first of four steps is made by both, where a step has two forwards
+            assert report.calls == of_one.calls * 5 / 8
+        else:
+            assert report.calls == of_one.calls / (2 if name == "mochi" else 1)
+        if config:
+            assert report.sparse == report.calls
+            assert report.sparse_density == pytest.approx(of_one.sparse_density, abs=0.05)
+
+
+def test_a_step_without_two_branches_is_refused(two: Ranks) -> None:
+    for message, error in two.run(split_pipelines.unguided):
+        assert "a step of the WanTransformer3DModel had 1 forwards" in message
+        assert error < BOUND
+
+
+@pytest.mark.parametrize("name", split_pipelines.WEIGHTS)
+@pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn", "permuted_sparse_attn"])
+def test_tensor_parallel_is_one_process(two: Ranks, name: str, backend: str) -> None:
+    by_hand = name == "hunyuan video"
+    config = {} if backend == "torch_sdpa" else split_pipelines.SPARSE
+    for rank, found in enumerate(two.run(split_pipelines.tensor_parallel, name, backend, config, by_hand)):
+        assert found["error"] < BOUND
+        assert found["report"].split == f"rank {rank} of 2 (tensor parallel)"
+        assert found["report"].sparse == found["of one"].sparse
+        if config:
+            assert len(found["wrong"]) == found["report"].sparse > 0
+            assert max(found["wrong"]) == 0
+            assert found["heads"] == ({2, 4} if by_hand else {2})
+
+
 def test_a_rank_takes_its_heads_share_of_given_bricks(two: Ranks) -> None:
     assert two.run(split_pipelines.given_bricks) == [{"1x8x16": 4}, {"4x2x16": 2, "4x4x8": 2}]
+
+
+def test_a_rank_takes_its_heads_share_of_given_bricks_where_weights_are_split(two: Ranks) -> None:
+    whole = {"1x8x16": 2, "4x2x16": 1, "4x4x8": 1}
+    found = two.run(split_pipelines.given_bricks_of_split_weights)
+    assert found == [{**whole, "1x8x16": 4}, {**whole, "4x2x16": 2, "4x4x8": 2}]
+
+
+def test_weights_that_fsdp_splits_are_whole_where_a_layer_runs(two: Ranks) -> None:
+    for found in two.run(split_pipelines.fully_sharded):
+        assert found["error"] < BOUND
+        assert found["report"].split == ""
+        assert found["report"].token_orders == {"1x8x16": 4, "4x2x16": 2, "4x4x8": 2}
+
+
+def test_all_ranks_refuse_given_bricks_for_another_number_of_heads(two: Ranks) -> None:
+    for message in two.run(split_pipelines.too_many_bricks):
+        assert "head_bricks: layer 0 has 3 key heads, its entry names 4" in message
 
 
 def test_the_first_steps_are_as_many_as_in_one_process(two: Ranks) -> None:
@@ -149,12 +246,20 @@ def test_installing_before_or_after_the_split_is_the_same_and_leaving_leaves_no_
         assert found["left"] == set()
 
 
+def test_a_model_that_others_have_split_runs_densely_counted_and_strict_refuses_it(two: Ranks) -> None:
+    for found in two.run(split_pipelines.split_by_others):
+        (reason,) = found["report"].dense_reasons
+        assert reason == "a part of the tokens alone: they are split between processes that are not known here"
+        assert found["report"].sparse == 0
+        assert "would run densely in step 0: a part of the tokens alone" in found["refusal"]
+
+
 def test_splits_that_are_not_served_are_refused(two: Ranks) -> None:
     for messages in two.run(split_pipelines.refusals):
-        assert "do not go through diffusers' dispatcher" in messages["cogvideox before"]
-        assert "CogVideoX is not served under context parallelism" in messages["cogvideox after"]
+        assert "how the tokens of ConsisID are split is not known here" in messages["unknown streams before"]
+        assert "ConsisID is not served under context parallelism" in messages["unknown streams after"]
+        assert "leaves some of them whole on every rank" in messages["a stream left whole"]
         assert "does not hand the host's parallel configuration on" in messages["processor without it"]
-        assert "HunyuanVideo is not served under context parallelism" in messages["hunyuan after"]
         assert "every token of the LTXVideoTransformer3DModel has a timestep of its own" in messages["timesteps of tokens"]
         assert "key heads" in messages["fewer key heads"]
         assert "causal" in messages["causal"]

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from ditattn.ops.block_mean import block_mean
 from ditattn.ops.contract import without_autocast
+from ditattn.ops.pooled_tail import PooledTail
 from ditattn.plan.block_plan import BLOCK_SIZE, num_blocks
 from ditattn.plan.token_order import TokenOrder
 
@@ -52,6 +53,14 @@ class SubBlocks(NamedTuple):
         total = counts.sum(-1)
         shares = counts / total.clamp(min=1).unsqueeze(-1)
         return (self.means.unflatten(2, (-1, PER_BLOCK)) * shares[:, None, :, :, None]).sum(3), total
+
+    def of_all(self, groups: int) -> Tensor:
+        """Mean of all tokens of each of G groups of heads, fp32 `[B, G, D]`; sub-blocks that are not finite are no part of it."""
+        finite = self.means.isfinite().all(-1)
+        counts = self.counts.unsqueeze(1) * finite
+        means = self.means.masked_fill(~finite.unsqueeze(-1), 0)
+        mean = (means * counts.unsqueeze(-1)).sum(2) / counts.sum(-1).clamp(min=1).unsqueeze(-1)
+        return mean.unflatten(1, (groups, -1)).mean(2)
 
 
 def sub_blocks(x: Tensor, order: TokenOrder, key_lengths: Tensor | None = None, *, variances: bool = False) -> SubBlocks:
@@ -93,30 +102,31 @@ def _sub_means(x: Tensor, order: TokenOrder, key_lengths: Tensor | None) -> SubB
     return SubBlocks(pad(means, (0, 0, 0, 0, 0, total - means.shape[1])).transpose(1, 2), counts)
 
 
-def estimate(query: SubBlocks, key: SubBlocks, value: SubBlocks, scale: float) -> Tensor:
+def estimate(query: SubBlocks, key: SubBlocks, value: SubBlocks, tail: PooledTail, scale: float) -> Tensor:
     """What it costs each query block to have a key block replaced by its mean: squared error of the output, fp32 `[B, H, M, N]`.
 
-    For query q, a block with sub-block means k_b, v_b of n_b tokens, means k, v of its n tokens, Z the sum of all weights, o the output:
-    || sum_b w_b (v_b - o) - w (v - o) ||^2 / Z^2, where w = n exp(scale q.k) and w_b = n_b exp(scale q.k_b + scale^2 q^2.var_b / 2), which
-    is what n_b tokens weigh on average whose keys have the sub-block's variances var_b.
+    For query q, a block with sub-block means k_b, v_b of n_b tokens, the tail's key k and value v for its n tokens, the sum Z of all
+    weights, and the output o: || sum_b w_b (v_b - o) - w (v - o) ||^2 / Z^2, where w = n exp(scale q.k) and
+    w_b = n_b exp(scale q.k_b + scale^2 q^2.var_b / 2), which is what n_b tokens weigh on average whose keys have the sub-block's
+    variances var_b.
 
     Args:
         query: of H heads, their means pooled to `QUERY_GROUPS` groups a block.
         key: of G heads, H a multiple of G, with its variances.
         value: of G heads.
+        tail: what stands for the blocks.
         scale: factor on the scores.
     """
     assert key.variances is not None
     batch, heads = query.means.shape[:2]
     queries = _grouped(query)
     group = heads // key.means.shape[1]
-    key_means, key_counts = key.of_blocks()
-    value_means, _ = value.of_blocks()
+    key_means, value_means = tail.key.transpose(1, 2), tail.value.transpose(1, 2)
     costs = []
     with without_autocast(queries.device):
         for b in range(batch):
             row = min(b, key.counts.shape[0] - 1)
-            logs = key.counts[row].log(), key_counts[row].log()
+            logs = key.counts[row].log(), tail.counts[row].log()
             step = max(1, CHUNK // (queries.shape[2] * key.means.shape[2]))
             for start in range(0, heads, step):
                 chosen = torch.arange(start, min(start + step, heads), device=queries.device)

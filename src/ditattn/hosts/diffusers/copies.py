@@ -28,6 +28,8 @@ def copies_are_plain(module: nn.Module, plain_processor: Callable[[], Any] | Non
 
     def state() -> dict[str, Any]:
         found = {name: value for name, value in vars(module).items() if name != "__getstate__"}
+        if getattr(found.get("forward"), "ditattn_redirects", False):
+            del found["forward"]
         _drop_hooks(found)
         _drop_listener(found)
         if plain_processor is not None and "processor" in found:

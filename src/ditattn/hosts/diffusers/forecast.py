@@ -20,6 +20,7 @@ from ditattn.hosts.diffusers.install import self_attention_modules
 from ditattn.hosts.diffusers.load import config_of, pipeline_class, read_index
 from ditattn.hosts.diffusers.pipelines import pipelines_by_transformer
 from ditattn.models import MODELS, ModelFamily, family_of, known_class, why_not_served
+from ditattn.models.unlisted import family_by_rule, patches_of_config
 
 __all__ = ["FamilyEntry", "Forecast", "families", "forecast"]
 
@@ -54,7 +55,7 @@ class Forecast:
     Attributes:
         component: its name in the pipeline, or its class.
         model: its class.
-        family: None if it is of none.
+        family: "unlisted: by rule" if it is of none and served all the same; None if it is not served.
         reason: why it would not be served; None if it would.
         layers: paths of its self-attention, in order.
         head_size: D.
@@ -155,8 +156,7 @@ def _of_config(
     module = _without_weights(cls_name, config)
     family = family_of(module)
     if family is None:
-        reason = why_not_served(module) or "it is of no known family"
-        return Forecast(component, cls_name, None, reason, [], None, {}, None, {}, "")
+        return _unlisted(component, cls_name, module)
     vae = None if vae_cls is None else _without_weights(vae_cls, vae_config or {})
     size, num_tokens = default_tokens(_pipeline_without_weights(pipeline, module, vae)) if pipeline is not None else ({}, None)
     known = known_class(module)
@@ -174,11 +174,36 @@ def _of_config(
     )
 
 
+def _unlisted(component: str, cls_name: str, module: nn.Module) -> Forecast:
+    """Of a model of no family: what the rule does, as far as modules and configuration tell."""
+    reason = why_not_served(module)
+    try:
+        family = None if reason else family_by_rule(module, None)
+    except ValueError as error:
+        family, reason = None, f"it is of no known family, and {error}"
+    if family is None:
+        return Forecast(component, cls_name, None, reason, [], None, {}, None, {}, "")
+    config = getattr(module, "config", None)
+    patch = "".join(f"; its configuration tells a patch of {' x '.join(map(str, one))}" for one in patches_of_config(config))
+    return Forecast(
+        component,
+        cls_name,
+        family.name,
+        None,
+        list(self_attention_modules(module, family)),
+        family.head_size(config),
+        {},
+        None,
+        {backend.name: _why_not(backend, family, module) for backend in usable_backends()},
+        f"where its tokens stand is seen by dry runs when it first runs, and what cannot be seen runs densely{patch}",
+    )
+
+
 def _why_not(backend: Any, family: ModelFamily, module: Any) -> str | None:
     if family.supported is not None and backend.name not in family.supported:
         return f"{family.name} does not support it"
     try:
-        check_head_size(backend.name, family.head_size(module.config), backend.head_sizes)
+        check_head_size(backend.name, family.head_size(getattr(module, "config", None)), backend.head_sizes)
     except UnsupportedHeadSize as error:
         return str(error)
     return None

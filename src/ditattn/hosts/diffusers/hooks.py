@@ -14,11 +14,23 @@ from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
 from torch import Tensor, nn
 
 from ditattn.hosts.diffusers.driver import driving_scheduler
-from ditattn.hosts.diffusers.parallel import check_timesteps, sequence_split
+from ditattn.hosts.diffusers.parallel import attend_in_parallel, check_timesteps, sequence_split, tensor_split
+from ditattn.models import unwrapped
 from ditattn.runtime.foreign_modes import OwnMode
+from ditattn.runtime.split import SequenceSplit, TensorSplit
 from ditattn.runtime.stage import DenoisingStage, ServedModel, attend, running
 
-__all__ = ["add_layer_hooks", "add_root_hook", "bind_arguments", "enter_layer", "is_listening", "leave_layer", "redirect_sdpa"]
+__all__ = [
+    "add_layer_hooks",
+    "add_root_hook",
+    "bind_arguments",
+    "enter_layer",
+    "is_listening",
+    "leave_layer",
+    "redirect_forward",
+    "redirect_sdpa",
+    "why_no_dry_run",
+]
 
 HOOK_NAME = "ditattn"
 
@@ -75,6 +87,16 @@ def is_listening(module: nn.Module) -> bool:
     return HOOK_NAME in getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
 
 
+def why_no_dry_run(module: nn.Module) -> str | None:
+    """Why the forward of a denoiser must not run beside the pipeline's own calls: hooks of others that remember their calls. Else None."""
+    for part in module.modules():
+        hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
+        stateful = [name for name, hook in hooks.items() if name != HOOK_NAME and getattr(hook, "_is_stateful", False)]
+        if stateful:
+            return f"its hook {stateful[0]} remembers calls, which a dry run would be one of"
+    return None
+
+
 def _listen(module: nn.Module, hook: _ContextHook) -> Callable[[], None]:
     """Enter `hook` into the module's registry without the wrapper around `forward` that register_hook() makes.
 
@@ -109,9 +131,11 @@ class _RootHooks:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward begins."""
         arguments = bind_arguments(self._signature, module, args, kwargs)
-        split = sequence_split(module)
+        split: SequenceSplit | TensorSplit | None = sequence_split(module)
         if split is not None:
             check_timesteps(module, arguments)
+        elif self._model.layers:
+            split = tensor_split(module, unwrapped(module).get_submodule(self._model.layers[0]))
         self._stage.enter(self._model, arguments, self._sink.pushed, self._sink.branch, driving_scheduler(module), split)
 
     @torch.compiler.disable
@@ -144,11 +168,15 @@ def add_root_hook(module: nn.Module, stage: DenoisingStage, model: ServedModel) 
 
 
 class _SdpaRedirect(OwnMode):
-    """Torch's SDPA, which has `[B, H, S, D]`, comes to us."""
+    """Torch's SDPA, which has `[B, H, S, D]`, comes to us; `parallel_config` is diffusers' where tokens are split between ranks."""
+
+    def __init__(self, parallel_config: Any) -> None:
+        super().__init__()
+        self._attend = _attend_bhsd if parallel_config is None else functools.partial(_attend_bhsd, parallel_config=parallel_config)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         # torch takes the mode off while it runs, so that the SDPA call of our own kernel does not come back here
-        run = _attend_bhsd if func is nn.functional.scaled_dot_product_attention else func
+        run = self._attend if func is nn.functional.scaled_dot_product_attention else func
         if func is Tensor.unflatten:
             # the method is Python that calls super(), which torch.compile cannot trace from here; the function is the same
             run = torch.unflatten
@@ -177,13 +205,38 @@ def _redirected(cls: Any) -> Any:
     """A processor class whose calls of SDPA come to us."""
 
     class Redirected(cls):
+        # diffusers' enable_parallelism sets it, as it does on processors that go through its dispatcher
+        _parallel_config: Any = None
+
         # the attention module reads the signature to know which arguments to pass
         @functools.wraps(cls.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            with _SdpaRedirect():
+            with _SdpaRedirect(self._parallel_config):
                 return cls.__call__(self, *args, **kwargs)
 
     return Redirected
+
+
+def redirect_forward(part: nn.Module) -> Callable[[], None]:
+    """Let the SDPA calls of an attention module without a processor come to us. Returns the removal."""
+    forward, own = part.forward, "forward" in vars(part)
+
+    @functools.wraps(forward)
+    def redirected(*args: Any, **kwargs: Any) -> Any:
+        with _SdpaRedirect(None):
+            return forward(*args, **kwargs)
+
+    # copies of the part go without it
+    redirected.ditattn_redirects = True  # type: ignore[attr-defined]
+    vars(part)["forward"] = redirected
+
+    def remove() -> None:
+        if own:
+            vars(part)["forward"] = forward
+        else:
+            vars(part).pop("forward", None)
+
+    return remove
 
 
 def _attend_bhsd(
@@ -195,9 +248,12 @@ def _attend_bhsd(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    parallel_config: Any = None,
 ) -> Tensor:
-    """`attend` behind the signature and layout of torch's SDPA."""
+    """`attend` behind the signature and layout of torch's SDPA, between the exchanges of ranks where tokens are split."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if parallel_config is not None:
+        return attend_in_parallel(q, k, v, attn_mask, dropout_p, is_causal, scale, parallel_config).transpose(1, 2)
     return attend(q, k, v, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)
 
 

@@ -20,9 +20,11 @@ from ditattn.errors import ConfigError, UnsupportedModel
 from ditattn.hosts.diffusers.copies import copies_are_plain
 from ditattn.hosts.diffusers.dispatcher import add_private_backend
 from ditattn.hosts.diffusers.execution import execution_device
-from ditattn.hosts.diffusers.hooks import add_layer_hooks, add_root_hook, is_listening, redirect_sdpa
-from ditattn.hosts.diffusers.parallel import check_split
+from ditattn.hosts.diffusers.hooks import add_layer_hooks, add_root_hook, is_listening, redirect_forward, redirect_sdpa, why_no_dry_run
+from ditattn.hosts.diffusers.parallel import check_split, sequence_split
 from ditattn.models import MODELS, ModelFamily, family_of, known_class, unwrapped, why_not_served
+from ditattn.models.unlisted import BY_RULE, family_by_rule
+from ditattn.runtime.layout_by_rule import LayoutByRule
 from ditattn.runtime.metadata import check_layers
 from ditattn.runtime.report import AttentionReport
 from ditattn.runtime.stage import DenoisingStage, Probe, ServedModel
@@ -151,14 +153,15 @@ def denoisers(target: Any) -> dict[str, nn.Module]:
 
 def self_attention_modules(module: nn.Module, family: ModelFamily) -> dict[str, nn.Module]:
     """Self-attention modules by path, in the order of the layers."""
-    return {path: part for path, part in module.named_modules() if family.is_self_attention(path) and hasattr(part, "processor")}
+    parts = {path: part for path, part in module.named_modules() if family.is_self_attention(path)}
+    return {path: part for path, part in parts.items() if hasattr(part, "processor") or not family.has_processors}
 
 
 def serve(module: Any, name: str, family: ModelFamily, setting: Setting) -> ServedModel:
     """Choose the backend of one denoiser, and its configuration."""
     parameter = next(module.parameters())
     chosen = get_attn_backend(
-        family.head_size(module.config),
+        family.head_size(getattr(module, "config", None)),
         parameter.dtype if parameter.dtype in (torch.float32, torch.float16) else torch.bfloat16,
         device=execution_device(module),
         component=name,
@@ -168,8 +171,11 @@ def serve(module: Any, name: str, family: ModelFamily, setting: Setting) -> Serv
         model=family.name,
     )
     layers = list(self_attention_modules(module, family))
-    served = ServedModel(name, family, module.config, chosen, setting.config_of(chosen), layers)
+    served = ServedModel(name, family, getattr(module, "config", None), chosen, setting.config_of(chosen), layers)
     served.log.model = _described(module)
+    if isinstance(family.layout, LayoutByRule):
+        family.layout.model = served
+        served.log.model = f"{type(module).__name__}, {BY_RULE}"
     check_layers(served.config, len(layers), name)
     return served
 
@@ -184,17 +190,15 @@ def _install_one(
     module = unwrapped(module)
     family = family_of(module)
     if family is None:
-        known = ", ".join(cls for family in MODELS for cls in family.transformer_classes)
-        reason = why_not_served(module)
-        what = f"{type(module).__name__} is not " + ("a known model family" if reason is None else f"served: {reason}")
-        _leave_alone(stage, name, f"{what}, so its attention stays as it was (known: {known})")
+        family = _by_rule(stage, name, module)
+    if family is None:
         return
     if is_listening(module):
         raise UnsupportedModel(f"{name} is served by another installation: remove() that one first")
     modules = self_attention_modules(module, family)
     check_split(name, module, family)
     served = serve(module, name, family, setting)
-    refused = {path: reason for path, part in modules.items() if (reason := _why_not_served(part.processor, family)) is not None}
+    refused = {path: reason for path, part in modules.items() if (reason := _why_not_served(part, family)) is not None}
     for path, reason in refused.items():
         _leave_alone(stage, f"{name}: {path}", reason)
     if refused and len(refused) == len(modules):
@@ -215,10 +219,16 @@ def _install_one(
             # before the member is set: a copy of the part gets a processor without it
             handle.on_remove(copies_are_plain(part, partial(copy.copy, copy.copy(plain))))
             handle.on_remove(_set_processor_backend(part.processor, member))
+    elif not family.has_processors:
+        for part in layers.values():
+            handle.on_remove(copies_are_plain(part))
+            handle.on_remove(redirect_forward(part))
     else:
         for part in layers.values():
             handle.on_remove(copies_are_plain(part, partial(copy.copy, part.processor)))
-            handle.on_remove(_replace_processor(part, redirect_sdpa(part.processor)))
+            twin = redirect_sdpa(part.processor)
+            twin._parallel_config = getattr(module, "_parallel_config", None) if sequence_split(module) is not None else None
+            handle.on_remove(_replace_processor(part, twin))
     handle.on_remove(copies_are_plain(module))
 
 
@@ -244,8 +254,27 @@ def _described(module: nn.Module) -> str:
     return own if known in (own, None) else f"{own}, served as {known}"
 
 
-def _why_not_served(processor: Any, family: ModelFamily) -> str | None:
-    """Why the calls of an attention processor cannot come to us, or None."""
+def _by_rule(stage: DenoisingStage, name: str, module: nn.Module) -> ModelFamily | None:
+    """What serves a denoiser of no family; None where it is left alone."""
+    cls, reason = type(module).__name__, why_not_served(module)
+    known = f"(known: {', '.join(cls for family in MODELS for cls in family.transformer_classes)})"
+    if reason is not None:
+        _leave_alone(stage, name, f"{cls} is not served: {reason}, so its attention stays as it was {known}")
+        return None
+    if stage.strict:
+        raise UnsupportedModel(f"{name}: {cls} is not a known model family: without strict it is served by rule {known}")
+    try:
+        return family_by_rule(module, LayoutByRule(module, partial(why_no_dry_run, module)))
+    except ValueError as error:
+        _leave_alone(stage, name, f"{cls} is not a known model family, and {error}, so its attention stays as it was {known}")
+        return None
+
+
+def _why_not_served(part: nn.Module, family: ModelFamily) -> str | None:
+    """Why the calls of an attention module cannot come to us, or None."""
+    if not family.has_processors:
+        return None
+    processor: Any = part.processor
     what = f"its processor {getattr(processor, '__qualname__', type(processor).__name__)}"
     if family.dispatches:
         goes_through = hasattr(processor, "_attention_backend") and hasattr(processor, "__dict__")

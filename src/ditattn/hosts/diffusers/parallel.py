@@ -16,14 +16,20 @@ from diffusers.hooks.context_parallel import ContextParallelSplitHook, Equiparti
 from diffusers.models import attention_dispatch
 from diffusers.models._modeling_parallel import gather_size_by_comm
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
-from ditattn.errors import ConfigError, UnsupportedCall, UnsupportedModel
+from ditattn.errors import UnsupportedCall, UnsupportedModel
 from ditattn.models import ModelFamily, unwrapped
-from ditattn.runtime.split import SequenceSplit
-from ditattn.runtime.stage import attend, running
+from ditattn.plan.deal import Deal
+from ditattn.runtime.split import SequenceSplit, TensorSplit
+from ditattn.runtime.stage import Forward, attend, running
 
-__all__ = ["attend_in_parallel", "check_split", "check_timesteps", "enable_context_parallelism", "sequence_split", "split_denoisers"]
+__all__ = [
+    "attend_in_parallel",
+    "check_split",
+    "check_timesteps",
+    "sequence_split",
+    "tensor_split",
+]
 
 
 def sequence_split(module: nn.Module) -> SequenceSplit | None:
@@ -36,43 +42,35 @@ def sequence_split(module: nn.Module) -> SequenceSplit | None:
     return SequenceSplit(config.ulysses_degree, config.ring_degree, rank, even)
 
 
-def enable_context_parallelism(module: Any, cp_plan: Any = None, **degrees: Any) -> None:
-    """`module.enable_parallelism` of diffusers with a `ContextParallelConfig` of these degrees; `cp_plan` is the model's own unless given.
+def tensor_split(module: nn.Module, attention: nn.Module) -> TensorSplit | None:
+    """How the weights of a denoiser are split between ranks, as one of its attention modules has them; None if they are not.
 
-    It divides by the number of accelerators to find this rank's device, also on a machine that has none (seen in 0.42.1): there torch is
-    made to count the CPU as one while it looks.
+    diffusers' `TensorParallelConfig` and torch's `parallelize_module` are known. Weights that FSDP splits are whole when a layer runs.
     """
-    from diffusers import ContextParallelConfig
-
-    # diffusers would take the machine's accelerator also for a module on the CPU
-    shape = (degrees.get("ring_degree", 1), degrees.get("ulysses_degree", 1))
-    mesh = init_device_mesh(next(module.parameters()).device.type, shape, mesh_dim_names=("ring", "ulysses"))
-    config = ContextParallelConfig(**degrees, mesh=mesh)
-    count = torch.accelerator.device_count
-    if not count():
-        torch.accelerator.device_count = lambda: 1
-    try:
-        module.enable_parallelism(config=config, cp_plan=cp_plan)
-    finally:
-        torch.accelerator.device_count = count
+    config = getattr(getattr(unwrapped(module), "_parallel_config", None), "tensor_parallel_config", None)
+    if config is not None:
+        return TensorSplit(config._mesh.size(), config._mesh.get_local_rank())
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    splits = (_row_split(parameter) for parameter in attention.parameters())
+    return next((split for split in splits if split is not None and not _is_fully_sharded(module)), None)
 
 
-def split_denoisers(pipe: Any, **degrees: Any) -> None:
-    """Split every denoiser of a pipeline between the ranks.
+def _row_split(parameter: Tensor) -> TensorSplit | None:
+    """How the rows of a weight, which make the columns of its product, are split; None if they are not."""
+    from torch.distributed.tensor import DTensor
 
-    Raises:
-        UnsupportedModel: diffusers has no plan to split one of them.
-        ConfigError: degrees that diffusers does not take together.
-    """
-    parts = {name: part for name, part in pipe.components.items() if name.startswith("transformer") and isinstance(part, nn.Module)}
-    for name, part in parts.items():
-        if getattr(unwrapped(part), "_cp_plan", None) is None:
-            raise UnsupportedModel(f"{name}: diffusers has no plan to split a {type(unwrapped(part)).__name__} between processes")
-    for part in parts.values():
-        try:
-            enable_context_parallelism(part, **degrees)
-        except (ValueError, NotImplementedError) as error:
-            raise ConfigError(f"diffusers cannot split the denoiser so: {error}") from error
+    if not isinstance(parameter, DTensor):
+        return None
+    places = [place for place, placement in enumerate(parameter.placements) if placement.is_shard(0)]
+    mesh = parameter.device_mesh
+    return TensorSplit(mesh.size(places[-1]), mesh.get_local_rank(places[-1])) if places else None
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 def check_split(name: str, module: nn.Module, family: ModelFamily) -> None:
@@ -84,11 +82,8 @@ def check_split(name: str, module: nn.Module, family: ModelFamily) -> None:
                 f"{name}: its attention processors are set for context parallelism, it is not: call its enable_parallelism"
             )
         return
-    what = f"{name} is split between ranks"
-    if not family.dispatches:
-        raise UnsupportedModel(f"{what}, but its attention processors do not go through diffusers' dispatcher, where ranks exchange tokens")
     if family.streams is None:
-        raise UnsupportedModel(f"{what}, and how the tokens of {family.name} are split is not known here")
+        raise UnsupportedModel(f"{name} is split between ranks, and how the tokens of {family.name} are split is not known here")
 
 
 def check_timesteps(module: nn.Module, arguments: Mapping[str, Any]) -> None:
@@ -119,7 +114,7 @@ def attend_in_parallel(
     if forward is not None and forward.split is None:
         raise UnsupportedCall(f"{forward.model.name}: an attention processor is set for context parallelism, its denoiser is not")
     if forward is None or torch.compiler.is_compiling():
-        return _exchanged(query, key, value, attn_mask, dropout_p, scale, config, attend)
+        return _exchanged(query, key, value, attn_mask, dropout_p, scale, config, attend, None)
     watch = forward.model.log.communication
     with ExitStack() as stretch:
         stretch.enter_context(watch.measure(query.device))
@@ -130,15 +125,26 @@ def attend_in_parallel(
             stretch.enter_context(watch.measure(query.device))
             return out
 
-        return _exchanged(query, key, value, attn_mask, dropout_p, scale, config, attend_between)
+        return _exchanged(query, key, value, attn_mask, dropout_p, scale, config, attend_between, forward)
 
 
 def _exchanged(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, dropout_p: float, scale: float | None, config: Any, compute: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any,
+    dropout_p: float,
+    scale: float | None,
+    config: Any,
+    compute: Any,
+    forward: Forward | None,
 ) -> Tensor:
-    """Exchanges around `compute`, which gets the whole sequence of this rank's heads, or its own queries and everybody's keys."""
+    """Exchanges around `compute`, which gets the whole sequence of this rank's heads, or its own queries and everybody's keys.
+
+    A compiled graph knows no `forward`.
+    """
     if config.context_parallel_config.ring_degree > 1:
-        return _with_all_keys(query, key, value, attn_mask, dropout_p, scale, config.context_parallel_config, compute)
+        return _with_all_keys(query, key, value, attn_mask, dropout_p, scale, config.context_parallel_config, compute, forward)
 
     if attn_mask is not None and attn_mask.shape[-1] == key.shape[1]:
         # diffusers 0.42.1 pads uneven parts to equal ones and cuts the end alone: of three ranks' masks the padding stays in the middle
@@ -168,7 +174,15 @@ def _exchanged(
 
 
 def _with_all_keys(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, dropout_p: float, scale: float | None, degrees: Any, compute: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any,
+    dropout_p: float,
+    scale: float | None,
+    degrees: Any,
+    compute: Any,
+    forward: Forward | None,
 ) -> Tensor:
     """One rectangular call where diffusers' ring merges a call for each rank, which it gathers all keys for too.
 
@@ -180,10 +194,49 @@ def _with_all_keys(
     if degrees.ulysses_degree > 1:
         query, key, value = (attention_dispatch.SeqAllToAllDim.apply(group, x, 2, 1) for x in (query, key, value))
     key, value = _gathered(torch.stack([key, value]), 2, degrees._ring_mesh, degrees)
-    out: Tensor = compute(query, key, value, attn_mask, dropout_p, False, scale)
+    rows = None if forward is None or forward.dealt is None else forward.share.rows
+    if forward is not None and rows is not None and (query.shape[1], key.shape[1]) == (rows.num_tokens, sum(rows.gathered.streams)):
+        out = _dealt(query, key, value, attn_mask, dropout_p, scale, degrees, compute, forward)
+    else:
+        out = compute(query, key, value, attn_mask, dropout_p, False, scale)
     if degrees.ulysses_degree > 1:
         out = attention_dispatch.SeqAllToAllDim.apply(group, out, 1, 2)
     return out
+
+
+def _dealt(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any,
+    dropout_p: float,
+    scale: float | None,
+    degrees: Any,
+    compute: Any,
+    forward: Forward,
+) -> Tensor:
+    """Rows that keep every key go to ranks that have less to do, and their results come back."""
+    assert forward.dealt is not None
+    rows = forward.dealt.rows
+    assert rows is not None
+    assert isinstance(rows.dealt, Deal)
+    deal, place, group = rows.dealt, rows.place, degrees._ring_mesh.get_group()
+    stay, sent = (index.to(query.device) for index in (deal.stay[place], torch.cat(deal.sends[place])))
+    to_each, from_each = deal.sizes(place)
+    came = _exchanged_rows(query.index_select(1, sent), to_each, from_each, group)
+    with forward.dealing():
+        out: Tensor = compute(torch.cat([query.index_select(1, stay), came], 1), key, value, attn_mask, dropout_p, False, scale)
+    returned = _exchanged_rows(out[:, len(stay) :], from_each, to_each, group)
+    own = torch.empty_like(query)
+    return own.index_copy_(1, stay, out[:, : len(stay)]).index_copy_(1, sent, returned)
+
+
+def _exchanged_rows(x: Tensor, to_each: list[int], from_each: list[int], group: Any) -> Tensor:
+    """`[B, R, H, D]`: so many rows to each rank of the group, so many from each."""
+    rows = x.transpose(0, 1).contiguous()
+    exchanged = rows.new_empty(sum(from_each), *rows.shape[1:])
+    torch.distributed.all_to_all_single(exchanged, rows, from_each, to_each, group=group)
+    return exchanged.transpose(0, 1)
 
 
 def _gathered(x: Tensor, dim: int, mesh: Any, degrees: Any) -> Tensor:

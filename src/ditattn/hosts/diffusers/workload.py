@@ -9,10 +9,13 @@ from typing import Any
 import torch
 
 from ditattn.backends.setting import Setting
+from ditattn.compare.merging import mean_densities, merged_orders, merged_readings
+from ditattn.compare.rank_group import ALONE, RankGroup
 from ditattn.compare.setting import REFERENCE, Clip
 from ditattn.compare.workload import Rendered, Workload
 from ditattn.hosts.diffusers.call import call_defaults, call_pipeline
 from ditattn.hosts.diffusers.install import denoisers, install_setting, serve
+from ditattn.hosts.diffusers.parallel import sequence_split
 from ditattn.models import family_of, unwrapped
 from ditattn.runtime.probe import CellReading, SparseProbe
 from ditattn.runtime.stage import ServedModel
@@ -28,11 +31,17 @@ class PipelineWorkload(Workload):
         pipe: the pipeline.
         arguments: of its call, from a prompt.
         strict: see `install`.
+        group: the ranks between which the pipeline's denoisers are split.
     """
 
     pipe: Any
     arguments: Callable[[str], Mapping[str, Any]]
     strict: bool = False
+    group: RankGroup = ALONE
+
+    @property
+    def ranks(self) -> RankGroup:
+        return self.group
 
     @property
     def device(self) -> torch.device:
@@ -46,14 +55,22 @@ class PipelineWorkload(Workload):
         arguments = {**self.arguments(clip.prompt), **changes}
         with install_setting(self.pipe, setting, strict=self.strict) as handle:
             frames, times = call_pipeline(self.pipe, arguments, seed=clip.seed)
-            return Rendered(frames, times.stages, times.steps, handle.report(), handle.overall_densities(), handle.head_orders())
+            densities = mean_densities(self.group.all_gather(handle.overall_densities()))
+            orders = merged_orders(self.group.all_gather(handle.head_orders()), _ulysses_degree(self.pipe))
+            return Rendered(frames, times.stages, times.steps, handle.report(), densities, orders)
 
     def probe(self, settings: Sequence[Setting], clip: Clip) -> list[list[CellReading]]:
         probe = SparseProbe([_sparse_models(self.pipe, setting) for setting in settings])
         with install_setting(self.pipe, REFERENCE) as handle:
             handle.watch(probe)
             call_pipeline(self.pipe, self.arguments(clip.prompt), seed=clip.seed)
-        return [probe.readings(number) for number in range(len(settings))]
+        by_rank = self.group.all_gather([probe.readings(number) for number in range(len(settings))])
+        return [merged_readings(of_setting) for of_setting in zip(*by_rank, strict=True)]
+
+
+def _ulysses_degree(pipe: Any) -> int:
+    splits = [split for module in denoisers(pipe).values() if (split := sequence_split(module)) is not None]
+    return splits[0].ulysses if splits else 1
 
 
 def _sparse_models(pipe: Any, setting: Setting) -> dict[str, ServedModel]:

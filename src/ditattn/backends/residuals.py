@@ -1,0 +1,138 @@
+"""What dense steps know that sparse ones do not: a residual for each layer, renewed in a few dense steps and added in those between.
+
+The error of a sparse call changes little from one step to the next: where blocks are dropped by a rule, the next step drops nearly the same
+ones. So the difference between the dense and the sparse output of a step, its residual, is most of what the next sparse output lacks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ditattn.plan.reuse import ForwardId
+
+__all__ = ["LEAST_SPARSE_STEPS", "Refreshes", "Residuals", "refreshes", "without_residual"]
+
+# shorter runs take steps too large for a residual to outlast one
+LEAST_SPARSE_STEPS = 8
+# with less to drop, computing sparse outputs beside dense ones costs more than it brings
+LEAST_SPARSITY = 1 / 3
+# of what the steps after the first dense ones may compute, the part that goes into dense ones among them
+SHARE = 0.45
+# so much the sparse steps compute at the least: with less, rows have no choice beside the blocks that everybody keeps
+LEAST_DENSITY = 0.1
+# dense steps stand closer together at the beginning, where more changes: the exponent of their places
+CROWDING = 1.75
+# how much of a residual is left after the whole schedule, as a logarithm; until a refresh has measured it
+DECAY = -2.5
+LEAST_KEPT = 0.05
+LEVELS = 127
+
+
+class Refreshes(NamedTuple):
+    """How a run spends its budget.
+
+    Attributes:
+        steps: dense steps after the first dense ones.
+        before_sparse: dense steps, among them the last of the first ones, that a sparse step follows: they compute the sparse output too.
+        sparsity: dropped share of the sparse steps.
+    """
+
+    steps: frozenset[int]
+    before_sparse: frozenset[int]
+    sparsity: float
+
+
+def without_residual(sparsity: float) -> Refreshes:
+    """All steps after the first dense ones alike."""
+    return Refreshes(frozenset(), frozenset(), sparsity)
+
+
+def refreshes(sparsity: float, first: int, stop: int) -> Refreshes:
+    """Which of the steps `first` .. `stop` - 1 run densely, and how sparse the others are, so that `sparsity` is dropped over all of them.
+
+    Args:
+        sparsity: dropped share of all query-key pairs of these steps, the sparse outputs of dense steps included.
+        first: the steps before it run densely.
+        stop: number of the first step behind them. Of fewer than eight steps, and where little is dropped, all are sparse alike.
+    """
+    length = stop - first
+    if length < LEAST_SPARSE_STEPS or sparsity < LEAST_SPARSITY:
+        return without_residual(sparsity)
+    budget = (1 - sparsity) * length
+    number = max(min(round(SHARE * budget), math.floor(budget - LEAST_DENSITY * (length + 1))), 0)
+    steps = frozenset(first + round(length * ((place + 1) / (number + 1)) ** CROWDING) for place in range(number))
+    dense = steps | ({first - 1} if first else set())
+    before_sparse = frozenset(step for step in dense if step + 1 < stop and step + 1 not in steps)
+    density = max(budget - len(steps), 0.0) / (length - len(steps) + len(before_sparse))
+    return Refreshes(steps, before_sparse, 1 - density)
+
+
+@dataclass
+class _Kept:
+    """One residual in eight bits, `[B, S, H, D]`, with a scale for each token and head.
+
+    Attributes:
+        decay: what remains of each head's residual after one step, fp32 `[H, 1]`.
+    """
+
+    levels: Tensor
+    scale: Tensor
+    step: int
+    run: int
+    facts: Hashable
+    decay: Tensor
+
+    def values(self) -> Tensor:
+        return self.levels * self.scale
+
+
+class Residuals:
+    """Those of one layer, one for each branch of guidance."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, _Kept] = {}
+
+    def keep(self, residual: Tensor, step: int, num_steps: int, forward_id: ForwardId, facts: Hashable) -> None:
+        """Remember the residual `[B, S, H, D]` of a step; one that was there tells how fast this layer's residuals fade."""
+        residual = residual.float()
+        known = self._find(step, forward_id, facts)
+        if known is None:
+            decay = residual.new_full((residual.shape[2], 1), DECAY / num_steps).exp()
+        else:
+            decay = _measured_decay(known.values(), residual, step - known.step)
+        scale = residual.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / LEVELS
+        levels = (residual / scale).round().to(torch.int8)
+        self._kept[_place(forward_id)] = _Kept(levels, scale, step, forward_id.run, facts, decay)
+
+    def added(self, out: Tensor, step: int, forward_id: ForwardId, facts: Hashable) -> Tensor:
+        """A sparse output with what is left of the residual; as it is where there is none for it."""
+        known = self._find(step, forward_id, facts)
+        if known is None:
+            return out
+        return torch.addcmul(out.float(), known.levels, known.scale * known.decay ** (step - known.step)).to(out.dtype)
+
+    def forget(self) -> None:
+        """Release them."""
+        self._kept.clear()
+
+    def _find(self, step: int, forward_id: ForwardId, facts: Hashable) -> _Kept | None:
+        known = self._kept.get(_place(forward_id))
+        if known is None or known.run != forward_id.run or known.facts != facts or known.step >= step:
+            return None
+        return known
+
+
+def _place(forward_id: ForwardId) -> Hashable:
+    return forward_id.branch, forward_id.number
+
+
+def _measured_decay(before: Tensor, now: Tensor, steps: int) -> Tensor:
+    """By which factor a step the residual `before` became what it explains of the one `now`, `[H, 1]`."""
+    left = (before * now).sum((0, 1, 3)) / before.square().sum((0, 1, 3)).clamp(min=torch.finfo(torch.float32).tiny)
+    return left.clamp(LEAST_KEPT, 1).pow(1 / steps).unsqueeze(-1)
