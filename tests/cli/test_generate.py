@@ -216,3 +216,17 @@ def test_a_dtype_that_this_cpu_multiplies_slowly_is_warned_of_once(ditattn, smal
     assert done.err.count("--dtype bfloat16: torch multiplies bfloat16 matrices 94 times slower than float32") == 1
     rates["torch.bfloat16"] = 113.0
     assert "times slower" not in ditattn(*small, "--dtype", "bfloat16").err
+
+
+def test_a_step_cache_beside_a_sparse_backend(ditattn, small, tmp_path):
+    keys = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": [0, 1001]}
+    done = ditattn(*small, *SPARSE, "--cache", "pyramid_attention_broadcast", "--cache-config", json.dumps(keys))
+    assert done.status == 0, done.err
+    sidecar = record(tmp_path / "out")
+    component = sidecar["attention"]["components"]["transformer"]
+    # of 4 steps x 2 branches x 1 layer every second call is left out; the clock goes on
+    assert (component["calls"], component["sparse"], component["dense_reasons"]) == (4, 2, {"first steps": 2})
+    assert (sidecar["settings"]["effective"]["cache"], sidecar["settings"]["effective"]["cache_config"]) == (
+        "pyramid_attention_broadcast",
+        keys,
+    )

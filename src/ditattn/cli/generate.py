@@ -6,7 +6,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import typer
@@ -22,6 +22,9 @@ from ditattn.cli.terminal import set_up_messages, timed
 from ditattn.devices import find_device
 from ditattn.errors import ConfigError
 from ditattn.runtime.report import AttentionReport
+
+if TYPE_CHECKING:
+    from ditattn.hosts.diffusers.step_cache import StepCache
 
 __all__ = ["run"]
 
@@ -49,10 +52,35 @@ def run(settings: GenerateSettings, *, debug: bool = False) -> None:
         _check_dump_path(Path(settings.perf_dump_path))
     job = prepare(settings, [attention])
     _check_file_names(job, settings)
+    cache = _parse_cache(settings, job)
     with together(settings.num_processes, job.device):
         pipe, load_ms = load(job)
+        if cache is not None:
+            _add_cache(pipe, cache, job)
         for number in range(len(settings.prompt)):
             _make_one(GenerateJob(job, settings, attention), pipe, number, load_ms)
+
+
+def _parse_cache(settings: GenerateSettings, job: Job) -> StepCache | None:
+    """The step cache that was asked for, checked as far as possible without weights."""
+    from ditattn.hosts.diffusers.step_cache import check_pipeline, parse_step_cache
+
+    if settings.cache is None:
+        if settings.cache_config:
+            raise ConfigError("--cache-config is for a step cache: name it with --cache")
+        return None
+    cache = parse_step_cache(settings.cache, settings.cache_config)
+    if job.model.pipeline_cls is not None:
+        check_pipeline(job.model.pipeline_cls, cache)
+    return cache
+
+
+def _add_cache(pipe: Any, cache: StepCache, job: Job) -> None:
+    """For as long as the process lives; diffusers makes it forget at the end of every clip."""
+    from ditattn.hosts.diffusers.call import call_defaults
+    from ditattn.hosts.diffusers.step_cache import add_step_cache
+
+    add_step_cache(pipe, cache, job.value("num_inference_steps") or call_defaults(type(pipe)).get("num_inference_steps"))
 
 
 def _parse_attention(settings: GenerateSettings) -> Setting:

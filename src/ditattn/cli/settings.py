@@ -236,6 +236,22 @@ class GenerateSettings(CallSettings):
             before="component_attention_backends",
         ),
     ] = Field(default_factory=dict)
+    cache: Annotated[
+        str | None,
+        Option(
+            ATTENTION,
+            "Step cache of diffusers beside it, which skips layers in steps that change little: first_block, pyramid_attention_broadcast, "
+            "faster, mag, taylorseer or sea.",
+            default="none",
+            metavar="NAME",
+        ),
+    ] = None
+    cache_config: Annotated[
+        Pairs,
+        Option(
+            ATTENTION, "Its keys, those of diffusers' configuration class: k=v,k=v (threshold=0.1), JSON text, or a file.", metavar="CONFIG"
+        ),
+    ] = Field(default_factory=dict)
     output_file_name: Annotated[
         str | None,
         Option(

@@ -1,0 +1,150 @@
+"""Step caches of diffusers by name: they skip layers in steps that change little, where a sparse backend makes the rest cheaper."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import diffusers
+from torch import nn
+
+from ditattn.errors import ConfigError, UnknownKey, UnsupportedModel
+from ditattn.hosts.diffusers.install import denoisers
+from ditattn.models import unwrapped
+
+__all__ = ["STEP_CACHES", "StepCache", "add_step_cache", "check_pipeline", "parse_step_cache"]
+
+STEP_CACHES = {
+    "first_block": "FirstBlockCacheConfig",
+    "pyramid_attention_broadcast": "PyramidAttentionBroadcastConfig",
+    "faster": "FasterCacheConfig",
+    "mag": "MagCacheConfig",
+    "taylorseer": "TaylorSeerCacheConfig",
+    "sea": "SeaCacheConfig",
+}
+"""Names as users write them, and the class of diffusers that holds the keys of each."""
+
+# what each keeps, it keeps for every branch, and the pipeline must say which one runs
+_NEEDS_BRANCHES = frozenset({"first_block", "taylorseer", "sea"})
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCache:
+    """A cache and its keys, as `parse_step_cache` checked them."""
+
+    name: str
+    keys: Mapping[str, Any]
+
+    @property
+    def config_cls(self) -> Any:
+        """diffusers' class."""
+        return getattr(diffusers, STEP_CACHES[self.name])
+
+
+def parse_step_cache(name: str, keys: Mapping[str, Any]) -> StepCache:
+    """A cache by name, with keys of diffusers' configuration of it.
+
+    Raises:
+        ConfigError: no such cache, or this diffusers does not have it.
+        UnknownKey: no such key, or one that takes a function, which is set here.
+    """
+    if name not in STEP_CACHES:
+        raise ConfigError(f"no step cache {name!r}; there is {', '.join(STEP_CACHES)}")
+    config_cls = getattr(diffusers, STEP_CACHES[name], None)
+    if config_cls is None:
+        there = ", ".join(name for name, cls in STEP_CACHES.items() if hasattr(diffusers, cls))
+        raise ConfigError(f"diffusers {diffusers.__version__} has no {STEP_CACHES[name]}; of the step caches it has {there}")
+    known = [one.name for one in dataclasses.fields(config_cls) if not one.name.endswith("callback")]
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise UnknownKey(f"the step cache {name} has no key {key!r}; {meant}It has {', '.join(known)}")
+    # ranges are pairs, which a file or JSON text can only write as lists
+    return StepCache(name, {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()})
+
+
+def add_step_cache(pipe: Any, cache: StepCache, num_steps: int | None) -> Callable[[], None]:
+    """Switch the cache on for every denoiser of a pipeline, with diffusers' own `enable_cache`. Returns what switches it off.
+
+    Args:
+        num_steps: of the runs; for caches whose configuration asks for it.
+
+    Raises:
+        UnsupportedModel: the model or its pipeline lacks what the cache needs; says what.
+        ConfigError: a value that diffusers refuses.
+    """
+    check_pipeline(type(pipe), cache)
+    undo = contextlib.ExitStack()
+    with contextlib.ExitStack() as failed:
+        failed.callback(undo.close)
+        for name, module in denoisers(pipe).items():
+            undo.callback(_add_to(unwrapped(module), f"{type(pipe).__name__}.{name}", cache, _keys(pipe, cache, num_steps)))
+        failed.pop_all()
+    return undo.close
+
+
+def check_pipeline(pipeline_cls: type, cache: StepCache) -> None:
+    """Raise UnsupportedModel if the pipeline does not tell its denoiser what the cache must know."""
+    if _wants(cache, "current_timestep_callback") and not hasattr(pipeline_cls, "current_timestep"):
+        raise UnsupportedModel(
+            f"the step cache {cache.name} asks which timestep runs, and {pipeline_cls.__name__} does not say (no current_timestep)"
+        )
+    if cache.name in _NEEDS_BRANCHES and not _names_branches(pipeline_cls):
+        raise UnsupportedModel(
+            f"the step cache {cache.name} keeps something for each branch of guidance, and {pipeline_cls.__name__} does not say which one "
+            "runs (no cache_context)"
+        )
+
+
+def _names_branches(pipeline_cls: type) -> bool:
+    """True if the pipeline's source uses `cache_context`, or cannot be read."""
+    modules = {inspect.getmodule(cls) for cls in pipeline_cls.__mro__ if issubclass(cls, diffusers.DiffusionPipeline)}
+    try:
+        return any("cache_context(" in inspect.getsource(module) for module in modules if module is not None)
+    except OSError:
+        return True
+
+
+def _wants(cache: StepCache, key: str) -> bool:
+    return any(one.name == key for one in dataclasses.fields(cache.config_cls))
+
+
+def _keys(pipe: Any, cache: StepCache, num_steps: int | None) -> dict[str, Any]:
+    """The keys that were given, and those that a pipeline and its call know."""
+    keys = dict(cache.keys)
+    if _wants(cache, "current_timestep_callback"):
+        keys["current_timestep_callback"] = lambda: pipe.current_timestep
+    if _wants(cache, "num_inference_steps") and num_steps is not None:
+        keys.setdefault("num_inference_steps", num_steps)
+    return keys
+
+
+def _add_to(module: Any, where: str, cache: StepCache, keys: Mapping[str, Any]) -> Callable[[], None]:
+    if not hasattr(module, "enable_cache"):
+        raise UnsupportedModel(f"{where} is a {type(module).__name__}, which diffusers gives no step caches (no enable_cache)")
+    before = _hooks(module)
+    try:
+        module.enable_cache(cache.config_cls(**keys))
+    except (ValueError, TypeError, IndexError) as error:
+        if isinstance(error, IndexError):
+            raise UnsupportedModel(f"the step cache {cache.name} needs two or more transformer blocks, and {where} has fewer") from error
+        raise ConfigError(f"diffusers does not add the step cache {cache.name} to {where}: {' '.join(str(error).split())}") from error
+    if _hooks(module) == before:
+        module.disable_cache()
+        raise UnsupportedModel(
+            f"the step cache {cache.name} found no layer of {where} to work on; its keys that name layers: "
+            f"{', '.join(one.name for one in dataclasses.fields(cache.config_cls) if 'identifiers' in one.name) or 'none'}"
+        )
+    switch_off: Callable[[], None] = module.disable_cache
+    return switch_off
+
+
+def _hooks(module: nn.Module) -> set[tuple[str, str]]:
+    """Path and name of every hook that diffusers has on a model."""
+    registries = {path: getattr(part, "_diffusers_hook", None) for path, part in module.named_modules()}
+    return {(path, name) for path, registry in registries.items() if registry is not None for name in registry.hooks}

@@ -1,0 +1,67 @@
+"""Step caches by name: switched on for every denoiser, refused with the reason, and gone when they are switched off."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+
+import tiny_pipelines
+from ditattn.errors import ConfigError, UnknownKey, UnsupportedModel
+from ditattn.hosts.diffusers.step_cache import STEP_CACHES, add_step_cache, check_pipeline, parse_step_cache
+from tiny_pipelines.footprint import footprint
+from tiny_pipelines.latent_images import stable_diffusion_3
+from tiny_pipelines.wan import transformer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_every_denoiser_gets_it_and_loses_it_again() -> None:
+    tiny = tiny_pipelines.wan_two_transformers()
+    plain = tiny.run(3)
+    off = add_step_cache(tiny.pipe, parse_step_cache("first_block", {"threshold": 10.0}), 3)
+    assert tiny.pipe.transformer.is_cache_enabled
+    assert tiny.pipe.transformer_2.is_cache_enabled
+    assert not torch.equal(tiny.run(3), plain)
+    off()
+    assert not tiny.pipe.transformer.is_cache_enabled
+    assert torch.equal(tiny.run(3), plain)
+
+
+def test_what_a_pipeline_knows_is_filled_in() -> None:
+    tiny = tiny_pipelines.wan()
+    keys = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": [0, 1001]}
+    add_step_cache(tiny.pipe, parse_step_cache("pyramid_attention_broadcast", keys), 3)
+    assert tiny.pipe.transformer._cache_config.spatial_attention_timestep_skip_range == (0, 1001)
+    tiny.run(2)
+    tiny = tiny_pipelines.wan()
+    add_step_cache(tiny.pipe, parse_step_cache("mag", {"mag_ratios": [1.0, 1.0, 1.0]}), 3)
+    assert tiny.pipe.transformer._cache_config.num_inference_steps == 3
+
+
+def test_a_cache_that_is_refused_leaves_nothing() -> None:
+    tiny = tiny_pipelines.wan(transformer=transformer(num_layers=1))
+    before = footprint(tiny.pipe)
+    with pytest.raises(UnsupportedModel, match=r"first_block needs two or more transformer blocks, and WanPipeline\.transformer has fewer"):
+        add_step_cache(tiny.pipe, parse_step_cache("first_block", {}), None)
+    assert footprint(tiny.pipe) == before
+
+
+def test_what_a_model_or_its_pipeline_lacks_is_said() -> None:
+    sd3 = stable_diffusion_3().pipe
+    with pytest.raises(UnsupportedModel, match="StableDiffusion3Pipeline does not say which one runs"):
+        add_step_cache(sd3, parse_step_cache("first_block", {}), None)
+    with pytest.raises(UnsupportedModel, match="SD3Transformer2DModel, which diffusers gives no step caches"):
+        add_step_cache(sd3, parse_step_cache("mag", {"calibrate": True}), 3)
+    asks = parse_step_cache("pyramid_attention_broadcast", {"spatial_attention_block_skip_range": 2})
+    with pytest.raises(UnsupportedModel, match="does not say"):
+        check_pipeline(diffusers.StableDiffusion3Pipeline, asks)
+
+
+def test_names_and_keys_are_checked() -> None:
+    with pytest.raises(ConfigError, match="no step cache 'tea'; there is first_block"):
+        parse_step_cache("tea", {})
+    with pytest.raises(UnknownKey, match="no key 'current_timestep_callback'"):
+        parse_step_cache("faster", {"current_timestep_callback": 1})
+    there = [name for name, cls in STEP_CACHES.items() if hasattr(diffusers, cls)]
+    assert all(parse_step_cache(name, {}).name == name for name in there)
