@@ -1,4 +1,7 @@
-"""What is asked of the attention of a pipeline: one value, parsed and checked once, from the command line or a host down to the stage."""
+"""What is asked of the attention of a pipeline, and of its linear layers: one value, parsed and checked once.
+
+It goes from the command line or a host down to the stage.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from ditattn.backends.config import AttentionConfig
 from ditattn.backends.registry import load_backend, parse_backend_name
 from ditattn.backends.selector import unnamed_backend
 from ditattn.errors import ConfigError
+from ditattn.quantization.request import Quantization
 
 __all__ = ["Setting"]
 
@@ -26,16 +30,22 @@ class Setting:
             serves where nobody names a backend.
         config: its configuration. A component with another backend runs with that one's defaults.
         components: names of backends by component.
+        quantization: of the linear layers; None leaves them as they are. `install` does not look at it.
     """
 
     backend: str | None
     config_owner: str
     config: AttentionConfig
     components: Mapping[str, str] = field(default_factory=dict)
+    quantization: Quantization | None = None
 
     @classmethod
     def parse(
-        cls, backend: str | None = None, keys: Mapping[str, Any] | None = None, components: Mapping[str, str | None] | None = None
+        cls,
+        backend: str | None = None,
+        keys: Mapping[str, Any] | None = None,
+        components: Mapping[str, str | None] | None = None,
+        quantization: Quantization | None = None,
     ) -> Setting:
         """Check names, keys and ranges.
 
@@ -43,6 +53,7 @@ class Setting:
             backend: a backend's name in any case, or None.
             keys: of the configuration, such as {"sparsity": 0.5}.
             components: backends by component; None for one means the pipeline's.
+            quantization: of the linear layers, parsed.
 
         Raises:
             UnknownBackend: a name that is no backend.
@@ -55,7 +66,7 @@ class Setting:
         named = {component: parse_backend_name(name) for component, name in (components or {}).items() if name is not None}
         pipeline = None if backend is None else parse_backend_name(backend)
         owner = _config_owner(pipeline, set(named.values()), keys or {})
-        return cls(pipeline, owner, _parse_config(owner, keys or {}), named)
+        return cls(pipeline, owner, _parse_config(owner, keys or {}), named, quantization)
 
     @property
     def keys(self) -> dict[str, Any]:

@@ -15,12 +15,16 @@ from ditattn.cli.device import why_no_device
 from ditattn.cli.job import ANY_HEAD_SIZE
 from ditattn.devices import DEVICES, Device, find_device
 from ditattn.errors import ConfigError
+from ditattn.ops.mx_linear.call import LinearFacts
 from ditattn.ops.table import CallFacts, Implementation, Verdict, explain
 from ditattn.packages import Package
+from ditattn.quantization.request import METHODS
 
-__all__ = ["Row", "availability", "devices"]
+__all__ = ["QuantizationRow", "Row", "availability", "devices", "quantization_availability"]
 
 DTYPE = torch.bfloat16
+# possible for every implementation
+ANY_IN_FEATURES = 1024
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,21 @@ class Row:
     note: str | None
 
 
+@dataclass(frozen=True)
+class QuantizationRow:
+    """One implementation of linear layers in one format on one device. Attributes as those of `Row`."""
+
+    device: str
+    quantization: str
+    operation: str
+    implementation: str
+    automatic: bool
+    available: bool
+    serves: bool
+    reason: str | None
+    install: str | None
+
+
 def devices(only: str | None = None) -> list[dict[str, Any]]:
     """Device types with the name of the device, or the reason why there is none."""
     found = []
@@ -66,6 +85,39 @@ def availability(only: str | None = None) -> list[Row]:
     """Every row, device by device."""
     backends = usable_backends()
     return [row for device_type in _device_types(only) for backend in backends for row in _rows(find_device(device_type), backend)]
+
+
+def quantization_availability(only: str | None = None) -> list[QuantizationRow]:
+    """Every format and what computes it, device by device."""
+    return [
+        row for device_type in _device_types(only) for method in METHODS for row in _quantization_rows(find_device(device_type), method)
+    ]
+
+
+def _quantization_rows(device: Device, method: str) -> Iterator[QuantizationRow]:
+    needs = frozenset({"dual_scale"} if method == "mxfp4_dualscale" else ())
+    served = False
+    refused = why_no_device(device.device_type)
+    for verdict in _verdicts("mx_linear", LinearFacts(device.device_type, DTYPE, ANY_IN_FEATURES, needs)):
+        row, reason = verdict.implementation, _joined(refused, verdict.reason)
+        serves = reason is None and row.automatic and not served
+        served = served or serves
+        yield QuantizationRow(
+            device=device.device_type,
+            quantization=method,
+            operation="mx_linear",
+            implementation=row.name,
+            automatic=row.automatic,
+            available=reason is None,
+            serves=serves,
+            reason=reason,
+            install=_install_of(device, row.packages) if reason else None,
+        )
+
+
+def _install_of(device: Device, further: tuple[Package, ...]) -> str | None:
+    commands = dict.fromkeys(package.install for package in (*device.packages, *further) if package.missing())
+    return "; ".join(commands) or None
 
 
 def _device_types(only: str | None) -> list[str]:
@@ -89,7 +141,7 @@ def _rows(device: Device, backend: type[AttentionBackend]) -> Iterator[Row]:
     for operation in backend.ops:
         named = backend.implementations_on(device_type) if operation == backend.ops[0] else ()
         served = False
-        for verdict in _verdicts(operation, device_type):
+        for verdict in _verdicts(operation, CallFacts(device_type, DTYPE, ANY_HEAD_SIZE)):
             implementation = verdict.implementation
             if named and implementation.name not in named:
                 # a backend that insists on implementations is never computed by another
@@ -132,14 +184,14 @@ def _own_kernel(device: Device, backend: type[AttentionBackend], refused: str | 
     )
 
 
-def _verdicts(operation: str, device_type: str) -> list[Verdict]:
+def _verdicts(operation: str, facts: CallFacts) -> list[Verdict]:
     """The rows of an operation's table as judged; of several with one name the one that is for this device."""
     module = importlib.import_module(f"ditattn.ops.{operation}")
     table: tuple[Implementation, ...] = (*module.TABLE, *getattr(module, "PORTABLE", ()))
     best: dict[str, Verdict] = {}
-    for verdict in explain(table, CallFacts(device_type, DTYPE, ANY_HEAD_SIZE)):
+    for verdict in explain(table, facts):
         row = verdict.implementation
-        if row.name not in best or (device_type in row.devices and device_type not in best[row.name].implementation.devices):
+        if row.name not in best or (facts.device in row.devices and facts.device not in best[row.name].implementation.devices):
             best[row.name] = verdict
     return list(best.values())
 

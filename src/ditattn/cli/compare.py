@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import typer
 
+from ditattn.backends.registry import DEFAULT_BACKEND
 from ditattn.backends.setting import Setting
 from ditattn.cli.job import load, playing_rate, prepare
 from ditattn.cli.output import DraftFiles, check_plain_name, default_name, numbered, write_media
@@ -26,6 +27,7 @@ from ditattn.compare.page import render_page
 from ditattn.compare.record import comparison_record, plain
 from ditattn.compare.setting import REFERENCE, Clip, dropped_keys, expand
 from ditattn.errors import ConfigError
+from ditattn.quantization.request import Quantization
 
 __all__ = ["run"]
 
@@ -49,7 +51,7 @@ def run(settings: CompareSettings, *, debug: bool = False) -> None:
         DitattnError, OSError: see the modules that check.
     """
     set_up_messages(debug)
-    if not settings.attention_backend:
+    if not settings.attention_backend and not settings.quantization:
         raise ConfigError("what shall be compared? Name it: --attention-backend rain_fusion_attn (the reference is torch_sdpa)")
     name = _file_name(settings)
     check_metrics()
@@ -81,12 +83,22 @@ def _tell(settings: CompareSettings, name: str, comparison: Comparison, made_by:
 
 def _parse_attention(settings: CompareSettings) -> list[Setting]:
     """Every backend with the keys that it has; keys that no named backend has stay, to be refused with the rest."""
-    backends, configs, grid = settings.attention_backend, settings.attention_backend_config, settings.grid
-    expanded = expand(backends, configs, grid, settings.component_attention_backends)
+    configs, grid = settings.attention_backend_config, settings.grid
+    # quantisation alone leaves the attention as it is in the reference
+    backends = settings.attention_backend or [DEFAULT_BACKEND]
+    expanded = expand(backends, configs, grid, settings.component_attention_backends, _parse_quantizations(settings))
     for backend in dict.fromkeys(backends):
         if dropped := dropped_keys(backend, (key for mapping in (*configs, grid) for key in mapping), backends):
             say(f"{backend} has no {', '.join(dropped)}: it is compared without")
     return expanded
+
+
+def _parse_quantizations(settings: CompareSettings) -> list[Quantization | None]:
+    """What --quantization names; "none" is among them where somebody wants it beside others."""
+    if settings.quantization_skip and not settings.quantization:
+        raise ConfigError("--quantization-skip needs --quantization mxfp4")
+    skip = settings.quantization_skip
+    return [None if text.lower() == "none" else Quantization.from_text(text, skip) for text in settings.quantization] or [None]
 
 
 def _file_name(settings: CompareSettings) -> str:

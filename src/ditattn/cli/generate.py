@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from ditattn.cli.settings import PIPELINE_KEYS, GenerateSettings
 from ditattn.cli.terminal import set_up_messages, timed
 from ditattn.devices import find_device
 from ditattn.errors import ConfigError
+from ditattn.quantization.report import QuantizationReport
+from ditattn.quantization.request import Quantization
 from ditattn.runtime.report import AttentionReport
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ class GenerateJob:
     job: Job
     settings: GenerateSettings
     attention: Setting
+    quantization: Callable[[], QuantizationReport] | None
 
 
 def run(settings: GenerateSettings, *, debug: bool = False) -> None:
@@ -55,10 +59,21 @@ def run(settings: GenerateSettings, *, debug: bool = False) -> None:
     cache = _parse_cache(settings, job)
     with together(settings.num_processes, job.device):
         pipe, load_ms = load(job)
+        quantization = _quantize(pipe, attention)
         if cache is not None:
             _add_cache(pipe, cache, job)
         for number in range(len(settings.prompt)):
-            _make_one(GenerateJob(job, settings, attention), pipe, number, load_ms)
+            _make_one(GenerateJob(job, settings, attention, quantization), pipe, number, load_ms)
+
+
+def _quantize(pipe: Any, attention: Setting) -> Callable[[], QuantizationReport] | None:
+    """Once for all prompts; nothing needs the plain weights again. Returns what reports it."""
+    if attention.quantization is None:
+        return None
+    from ditattn.hosts.diffusers.quantize import quantize_setting
+
+    with timed(f"quantise ({attention.quantization.name})"):
+        return quantize_setting(pipe, attention.quantization, keep_originals=False).report
 
 
 def _parse_cache(settings: GenerateSettings, job: Job) -> StepCache | None:
@@ -83,9 +98,20 @@ def _add_cache(pipe: Any, cache: StepCache, job: Job) -> None:
     add_step_cache(pipe, cache, job.value("num_inference_steps") or call_defaults(type(pipe)).get("num_inference_steps"))
 
 
+def _parse_quantization(settings: GenerateSettings) -> Quantization | None:
+    if settings.quantization is not None:
+        return Quantization.from_text(settings.quantization, settings.quantization_skip)
+    if settings.quantization_skip:
+        raise ConfigError("--quantization-skip needs --quantization mxfp4")
+    return None
+
+
 def _parse_attention(settings: GenerateSettings) -> Setting:
+    quantization = _parse_quantization(settings)
     try:
-        return Setting.parse(settings.attention_backend, settings.attention_backend_config, settings.component_attention_backends)
+        return Setting.parse(
+            settings.attention_backend, settings.attention_backend_config, settings.component_attention_backends, quantization
+        )
     except ConfigError as error:
         if settings.attention_backend is not None:
             raise
@@ -143,6 +169,7 @@ def _make_one(request: GenerateJob, pipe: Any, number: int, load_ms: float) -> N
         times=times,
         attention=handle.report(),
         ranks=reports if ranks.size > 1 else [],
+        quantization=None if request.quantization is None else request.quantization(),
     )
     _write(record, path, frames, settings, number)
     typer.echo(record.summary())

@@ -15,6 +15,7 @@ from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TR
 
 if TYPE_CHECKING:
     from ditattn.hosts.diffusers.call import CallTimes
+    from ditattn.quantization.report import QuantizationReport
     from ditattn.runtime.report import AttentionReport
 
 __all__ = ["RunRecord", "versions"]
@@ -63,6 +64,7 @@ class RunRecord:
         times: of the call.
         attention: what the attention did.
         ranks: what it did in each of several processes; empty where there is one.
+        quantization: what became of the linear layers; None if nothing was asked of them.
     """
 
     model: dict[str, Any]
@@ -77,6 +79,7 @@ class RunRecord:
     times: CallTimes
     attention: AttentionReport
     ranks: list[AttentionReport] = field(default_factory=list)
+    quantization: QuantizationReport | None = None
     write_ms: float = 0.0
 
     def sidecar(self) -> dict[str, Any]:
@@ -94,6 +97,7 @@ class RunRecord:
             "times_ms": {"load": self.load_ms, **self.times.stages, "write": self.write_ms},
             "steps_ms": self.times.steps,
             "attention": self.attention.as_dict(),
+            **self._linear_layers(),
             **({"attention_of_ranks": [report.as_dict() for report in self.ranks]} if self.ranks else {}),
         }
 
@@ -113,7 +117,11 @@ class RunRecord:
             "memory_checkpoints": {f"after_{STAGE_NAMES[name]}": sizes for name, sizes in self.times.memory.items()},
             "meta": {"prompt": self.prompt, "model": self.model["path"], "ditattn": __version__},
             "attention": self.attention.as_dict(),
+            **self._linear_layers(),
         }
+
+    def _linear_layers(self) -> dict[str, Any]:
+        return {} if self.quantization is None else {"quantization": self.quantization.as_dict()}
 
     def summary(self) -> str:
         """The last lines: what ran sparse, at what density, why calls were dense, the times, the file."""
@@ -123,6 +131,7 @@ class RunRecord:
         return "\n".join(
             [
                 self.attention.summary(),
+                *([] if self.quantization is None else [self.quantization.summary()]),
                 f"time: {stages}; attention {self.attention.attention_ms / 1e3:.1f} s{share}",
                 *self._balance(),
                 f"wrote {self.output['file']} and {Path(self.output['file']).with_suffix('.json').name}",

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat
 from ditattn.backends.config import SparseAttentionConfig
 from ditattn.backends.registry import DEFAULT_BACKEND, RECOMMENDED_BACKEND, backend_names
 from ditattn.errors import ConfigError
+from ditattn.quantization.request import METHODS
 from ditattn.tune.candidate import TUNED_KEYS
 from ditattn.values import KnownKeys, parse_config, parse_value
 
@@ -33,7 +34,15 @@ __all__ = [
 
 SettingsT = TypeVar("SettingsT", bound="CallSettings")
 
-PANELS = TARGET, MODEL, SAMPLING, ATTENTION, OUTPUT, MACHINE = ("Target", "Model", "Sampling", "Attention", "Output", "Machine")
+PANELS = TARGET, MODEL, SAMPLING, ATTENTION, QUANTIZATION, OUTPUT, MACHINE = (
+    "Target",
+    "Model",
+    "Sampling",
+    "Attention",
+    "Quantisation",
+    "Output",
+    "Machine",
+)
 
 # settings that are arguments of the pipeline's call, under the same name
 PIPELINE_KEYS = ("prompt", "negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale")
@@ -110,6 +119,11 @@ BACKEND_NAMES = ", ".join(backend_names())
 COMPARED_NAMES = ", ".join(name for name in backend_names() if name != DEFAULT_BACKEND)
 SPARSE_KEYS = ", ".join(SparseAttentionConfig.model_fields)
 FIXED_KEYS = ", ".join(key for key in SparseAttentionConfig.model_fields if key not in (*TUNED_KEYS, "preset"))
+
+QUANTIZATION_NAMES = ", ".join(METHODS)
+SKIPPED_LAYERS = Option(
+    QUANTIZATION, "Linear layers that stay as they are: 'blocks.0.*', '*.ffn.*'. Repeat it for several patterns.", metavar="PATTERN"
+)
 
 SEEDS = Option(SAMPLING, "Seed of the noise. Repeat it for several: every prompt is made with every seed.")
 
@@ -252,6 +266,16 @@ class GenerateSettings(CallSettings):
             ATTENTION, "Its keys, those of diffusers' configuration class: k=v,k=v (threshold=0.1), JSON text, or a file.", metavar="CONFIG"
         ),
     ] = Field(default_factory=dict)
+    quantization: Annotated[
+        str | None,
+        Option(
+            QUANTIZATION,
+            f"Linear layers of the denoiser in FP4: {QUANTIZATION_NAMES}, or the folder of an msmodelslim checkpoint. It saves memory, and "
+            "time at most on Ascend 950.",
+            metavar="NAME",
+        ),
+    ] = None
+    quantization_skip: Annotated[Texts, SKIPPED_LAYERS] = Field(default_factory=list)
     output_file_name: Annotated[
         str | None,
         Option(
@@ -309,6 +333,16 @@ class CompareSettings(CallSettings):
             before="component_attention_backends",
         ),
     ] = Field(default_factory=dict)
+    quantization: Annotated[
+        Texts,
+        Option(
+            QUANTIZATION,
+            f"Linear layers in FP4: {QUANTIZATION_NAMES}, none, or the folder of an msmodelslim checkpoint. Repeat it for several: every "
+            f"setting runs with each of them. Without --attention-backend it runs beside {DEFAULT_BACKEND}.",
+            metavar="NAME",
+        ),
+    ] = Field(default_factory=list)
+    quantization_skip: Annotated[Texts, SKIPPED_LAYERS] = Field(default_factory=list)
     output_file_name: Annotated[
         str | None, Option(OUTPUT, "Name of the page (.html) and of the numbers (.json).", "prompt, time and a hash", metavar="NAME")
     ] = None

@@ -61,6 +61,7 @@ def _setting(comparison: Comparison, number: int) -> dict[str, Any]:
         "backend": setting.backend,
         "config": setting.keys,
         "components": dict(setting.components),
+        "quantization": None if setting.quantization is None else setting.quantization.name,
         "statistics": {name: _spread([clip[name] for clip in clips], METRICS[name][1]) for name in METRICS},
         "clips": clips,
         "overall_density_by_step_and_layer": _mean_cells([one.runs[0].densities for one in measured]),
@@ -95,6 +96,7 @@ def _costs(one: MeasuredClip) -> dict[str, Any]:
         "measured_at": first.measured_at,
         "cached": first.cached,
         "attention": first.attention,
+        "quantization": first.quantization,
     }
 
 

@@ -33,6 +33,7 @@ class Run:
         peak_memory_mb: MiB, None where unknown; `memory_counts` says of what.
         measured_at: UTC.
         cached: it was made by an earlier comparison.
+        quantization: what became of the linear layers, as plain values; None if nothing was asked of them.
     """
 
     frames: np.ndarray[Any, Any]
@@ -47,6 +48,7 @@ class Run:
     memory_counts: str
     measured_at: str
     cached: bool = False
+    quantization: dict[str, Any] | None = None
 
     @property
     def overall_density(self) -> float | None:
@@ -77,11 +79,12 @@ def run_clip(workload: Workload, setting: Setting, clip: Clip, **changes: Any) -
         steps_ms=made.steps_ms,
         attention_ms=made.report.attention_ms,
         attention=made.report.as_dict(),
-        summary=made.report.summary(),
+        summary="\n".join([made.report.summary(), *([] if made.quantization is None else [made.quantization.summary()])]),
         densities={name: [list(cell) for cell in cells] for name, cells in made.densities.items()},
         peak_memory_mb=memory.peak_mb,
         memory_counts=memory.counts,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        quantization=None if made.quantization is None else made.quantization.as_dict(),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ditattn.backends.registry import DEFAULT_BACKEND, load_backend
 from ditattn.backends.setting import Setting
 from ditattn.errors import ConfigError
+from ditattn.quantization.request import Quantization
 
 __all__ = ["REFERENCE", "REFERENCE_NAME", "Clip", "dropped_keys", "expand", "setting_label", "setting_names"]
 
@@ -31,14 +32,16 @@ def expand(
     configs: Sequence[Mapping[str, Any]],
     grid: Mapping[str, Sequence[Any]],
     components: Mapping[str, str] | None = None,
+    quantizations: Sequence[Quantization | None] = (None,),
 ) -> list[Setting]:
-    """Every backend with every configuration and every point of the grid; repetitions are dropped.
+    """Every backend with every configuration, every point of the grid and every quantisation; repetitions are dropped.
 
     Args:
         backends: names.
         configs: configurations; none means one without keys.
         grid: values by key.
         components: other backends for single components, in every setting.
+        quantizations: of the linear layers; None is none. The reference itself is no setting where there are several.
 
     A backend goes without the keys that only others of `backends` have, see `dropped_keys`.
 
@@ -46,14 +49,14 @@ def expand(
         ConfigError: a key that a configuration and the grid both set; or as `Setting.parse`.
     """
     settings: list[Setting] = []
-    for backend, config in product(backends, configs or [{}]):
+    for backend, config, quantization in product(backends, configs or [{}], quantizations):
         if both := sorted(set(config) & set(grid)):
             raise ConfigError(f"{', '.join(both)} is set by --attention-backend-config and by --grid: name it in one of them")
         dropped = dropped_keys(backend, (*config, *grid), backends)
         for point in product(*grid.values()):
             keys = {**config, **dict(zip(grid, point, strict=True))}
-            setting = Setting.parse(backend, {key: value for key, value in keys.items() if key not in dropped}, components)
-            if setting not in settings:
+            setting = Setting.parse(backend, {key: value for key, value in keys.items() if key not in dropped}, components, quantization)
+            if setting not in settings and (len(quantizations) == 1 or setting != REFERENCE):
                 settings.append(setting)
     return settings
 
@@ -69,14 +72,15 @@ def _keys_of(backend: str) -> frozenset[str]:
 
 
 def setting_names(settings: Sequence[Setting]) -> list[str]:
-    """Names for tables and plots: the backend, and the keys in which a setting differs from another one of that backend."""
+    """Names for tables and plots: the backend, the keys in which a setting differs from another one of that backend, the quantisation."""
     return [_name(setting, [other for other in settings if other.backend == setting.backend]) for setting in settings]
 
 
 def _name(setting: Setting, same: Sequence[Setting]) -> str:
     keys = [key for key in setting.keys if len(same) == 1 or any(other.keys.get(key) != setting.keys[key] for other in same)]
     values = ",".join(f"{key}={setting.keys[key]}" for key in keys)
-    return f"{setting.backend} {values}".strip()
+    quantized = "" if setting.quantization is None else f" + {setting.quantization.name}"
+    return f"{setting.backend} {values}".strip() + quantized
 
 
 def setting_label(name: str) -> str:

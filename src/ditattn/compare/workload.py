@@ -13,6 +13,7 @@ import torch
 from ditattn.backends.setting import Setting
 from ditattn.compare.rank_group import ALONE, RankGroup
 from ditattn.compare.setting import Clip
+from ditattn.quantization.report import QuantizationReport
 from ditattn.runtime.probe import CellReading
 from ditattn.runtime.report import AttentionReport
 
@@ -29,6 +30,7 @@ class Rendered:
         report: what the attention did; of several ranks, this one's.
         densities: by component: (step, layer, overall density); a dense call counts as 1. Means over the ranks.
         head_orders: by component and layer, the order of tokens that each key head chose, where heads choose; of all ranks' heads.
+        quantization: what became of the linear layers; None if nothing was asked of them.
     """
 
     frames: np.ndarray[Any, Any]
@@ -37,6 +39,7 @@ class Rendered:
     report: AttentionReport
     densities: dict[str, list[tuple[int, int, float]]]
     head_orders: dict[str, dict[int, list[str]]] = field(default_factory=dict)
+    quantization: QuantizationReport | None = None
 
 
 class Workload(ABC):

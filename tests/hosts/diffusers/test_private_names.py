@@ -106,8 +106,6 @@ ELSEWHERE = {
         "_schema",
     },
     "accelerate": {"_hf_hook"},
-    "ComfyUI": {"_inside_attn_wrapper"},
-    "sglang": {"_hooks"},
     "ends of file names in tables of models": {"_diffusion_forcing", "_diffusion_forcing_i2v", "_diffusion_forcing_v2v", "_i2v"},
 }
 """Underscored names of others."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ditattn.compare.workload import Rendered, Workload
 from ditattn.hosts.diffusers.call import OnStep, call_defaults, call_pipeline, no_step
 from ditattn.hosts.diffusers.install import denoisers, install_setting, serve
 from ditattn.hosts.diffusers.parallel import sequence_split
+from ditattn.hosts.diffusers.quantize import quantize_setting
 from ditattn.models import family_of, unwrapped
 from ditattn.runtime.probe import CellReading, SparseProbe
 from ditattn.runtime.stage import ServedModel
@@ -55,11 +57,16 @@ class PipelineWorkload(Workload):
 
     def render(self, setting: Setting, clip: Clip, **changes: Any) -> Rendered:
         arguments = {**self.arguments(clip.prompt), **changes}
-        with install_setting(self.pipe, setting, strict=self.strict) as handle:
+        asked = setting.quantization
+        with (
+            nullcontext() if asked is None else quantize_setting(self.pipe, asked) as quantized,
+            install_setting(self.pipe, setting, strict=self.strict) as handle,
+        ):
             frames, times = call_pipeline(self.pipe, arguments, seed=clip.seed, on_step=self.on_step)
+            report = None if quantized is None else quantized.report()
             densities = mean_densities(self.group.all_gather(handle.overall_densities()))
             orders = merged_orders(self.group.all_gather(handle.head_orders()), _ulysses_degree(self.pipe))
-            return Rendered(frames, times.stages, times.steps, handle.report(), densities, orders)
+            return Rendered(frames, times.stages, times.steps, handle.report(), densities, orders, report)
 
     def probe(self, settings: Sequence[Setting], clip: Clip) -> list[list[CellReading]]:
         probe = SparseProbe([_sparse_models(self.pipe, setting) for setting in settings])
