@@ -10,7 +10,6 @@ from statistics import fmean, median
 from typing import Any
 
 from ditattn.compare.charts import ticks
-from ditattn.compare.page import COLOURS
 from ditattn.errors import ConfigError
 
 Line = Mapping[str, Any]
@@ -21,6 +20,8 @@ MEASURED = ("sparsity", "ran", "psnr", "ssim", "recall", "right", "dense_right")
 WIDTH, HEIGHT = 760, 400
 LEFT, RIGHT, TOP, BOTTOM = 56, 190, 20, 48
 LABEL_PX = 15
+# of one curve after another
+COLOURS = ("#2f6fde", "#d9730d", "#0f8a5f", "#c2334d", "#7a4fd0", "#0b8fa6", "#a3662b", "#5c8a14")
 
 
 def question_of(line: Line) -> str:
