@@ -13,7 +13,7 @@ from ditattn.devices import find_device
 from ditattn.devices.npu import Npu
 from ditattn.models import MODELS, NOT_SERVED
 from ditattn.models.not_served import NOT_DESCRIBED
-from ditattn.ops import block_sparse_attention, dense_attention
+from ditattn.ops import block_sparse_attention, dense_attention, mx_linear
 from ditattn.packages import TORCH_NPU
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +122,7 @@ def test_version_is_in_the_changelog() -> None:
 
 def test_ascend_page_names_every_implementation() -> None:
     text = (ROOT / "docs" / "ascend.md").read_text()
-    for table in (block_sparse_attention.TABLE, dense_attention.TABLE):
+    for table in (block_sparse_attention.TABLE, dense_attention.TABLE, mx_linear.TABLE):
         for row in table:
             if row.devices == ("npu",):
                 assert f"`{row.name}`" in text, row.name

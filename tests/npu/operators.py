@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import ascend_linear_operators
 import ascend_operators
 from ditattn.devices import npu
 
@@ -83,7 +84,13 @@ def give_cpu_kernels() -> None:
     estimate = {"sparse_block_estimate": ascend_operators.estimate}
     kernels = {
         "attentions": {"la": laser, "rainfusionattention": indexed, "ada_block_sparse_attention": counted, **estimate},
-        "npu": {"laser_attn": laser, "ada_block_sparse_attention": _beside_lse, "npu_block_sparse_attention": _masked, **estimate},
+        "npu": {
+            "laser_attn": laser,
+            "ada_block_sparse_attention": _beside_lse,
+            "npu_block_sparse_attention": _masked,
+            **estimate,
+            **ascend_linear_operators.KERNELS,
+        },
         "mindiesd": {
             "la": laser,
             "rainfusionattention": indexed,

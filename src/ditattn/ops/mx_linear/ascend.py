@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +37,9 @@ class MXProduct(Provider):
 
 class DualLevel(MXProduct):
     """`npu_dynamic_dual_level_mx_quant` and `npu_dual_level_quant_matmul`."""
+
+    def probe(self) -> str | None:
+        return super().probe() or FORMAT_CAST.why_not()
 
     def limits(self, facts: CallFacts) -> str | None:
         return None if "dual_scale" in facts.needs else "takes weights with level-0 scales, not plain MXFP4"
@@ -90,6 +92,7 @@ def _operator(name: str, takes: str) -> Operator:
 DUAL_LEVEL = DualLevel(
     _operator("npu_dual_level_quant_matmul", "x1_level0_scale"), _operator("npu_dynamic_dual_level_mx_quant", "smooth_scale")
 )
+FORMAT_CAST = _operator("npu_format_cast", "customize_dtype")
 PLAIN = Plain(_operator("npu_quant_matmul", "x2_dtype"), _operator("npu_dynamic_mx_quant", "dst_type"))
 
 
@@ -101,8 +104,7 @@ def arranged(weight: MXWeight) -> MXWeight:
 
 
 def _fractal(packed: Tensor) -> Tensor:
-    npu: Any = importlib.import_module("torch_npu")
-    cast: Tensor = npu.npu_format_cast(packed.view(torch.int8), FRACTAL_NZ, customize_dtype=torch.int8)
+    cast: Tensor = FORMAT_CAST.load()(packed.view(torch.int8), FRACTAL_NZ, customize_dtype=torch.int8)
     return cast
 
 

@@ -27,9 +27,8 @@ MANTISSA_BITS = 23
 NAN_EXPONENT = 255
 # the quiet bit of a NaN, and as a number without exponent 2^-127
 _TOP_MANTISSA_BIT = 1 << (MANTISSA_BITS - 1)
-# the largest numbers that are rounded to each value but the last: ties go to the even code
-_BELOW = torch.finfo(torch.float32).eps / 2
-_LAST_OF = (0.25, 0.75 * (1 - _BELOW), 1.25, 1.75 * (1 - _BELOW), 2.5, 3.5 * (1 - _BELOW), 5.0)
+# between each value and the next
+HALFWAY = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 # values handled at once: temporaries stay at tens of MiB, whatever the layer
 CHUNK = 1 << 22
 
@@ -134,7 +133,11 @@ def _packed(x: Tensor) -> tuple[Tensor, Tensor]:
     blocks = x.unflatten(-1, (-1, BLOCK))
     exponent = shared_exponent(blocks)
     y = blocks * _inverse_scale(exponent)
-    codes = torch.bucketize(y.abs(), torch.tensor(_LAST_OF, device=x.device)).to(torch.uint8)
+    size = y.abs()
+    codes = (size > HALFWAY[0]).to(torch.uint8)
+    for number, halfway in enumerate(HALFWAY[1:], 1):
+        # ties go to the even one of two codes
+        codes += (size > halfway) if number % 2 == 0 else (size >= halfway)
     codes = (codes | (y.signbit().to(torch.uint8) << 3)).flatten(-2)
     return codes[:, ::2] | (codes[:, 1::2] << 4), exponent.squeeze(-1).to(torch.uint8)
 
