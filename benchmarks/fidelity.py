@@ -131,7 +131,11 @@ class Laboratory:
         steps, config = self.size.steps, method.setting(sparsity).config
         assert isinstance(config, SparseAttentionConfig)
         first = resolve_steps(config.skip_first_steps, steps) or 0
-        spent = refreshes(sparsity, first, steps) if getattr(config, "residual", False) else without_residual(sparsity)
+        spent = (
+            refreshes(sparsity, first, steps, is_video=self.size.frames > 1)
+            if getattr(config, "residual", False)
+            else without_residual(sparsity)
+        )
         dense = first + len(spent.steps)
         return (dense + (steps - dense + len(spent.before_sparse)) * self._density(method, spent.sparsity)) / steps
 

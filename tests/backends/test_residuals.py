@@ -15,7 +15,7 @@ import oracle
 from ditattn.backends import permuted_sparse_attn as backend
 from ditattn.backends.base import CallRecord
 from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionBackend, PermutedSparseAttentionConfig
-from ditattn.backends.residuals import LEAST_DENSITY, LEAST_SPARSE_STEPS, LEAST_SPARSITY, Residuals, refreshes
+from ditattn.backends.residuals import LEAST_DENSITY, LEAST_SPARSE_STEPS, LEAST_SPARSITY, LEAST_STEPS_FOR_REFRESH, Residuals, refreshes
 from ditattn.backends.sparse import Reason
 from ditattn.plan.reuse import ForwardId
 from sparse_calls import draw
@@ -27,9 +27,11 @@ FIRST = 5
 LAYER: dict[str, Any] = {"sparsity": 0.75, "skip_first_steps": FIRST, "num_steps": NUM_STEPS, "forward_id": ForwardId()}
 
 
-@given(st.floats(0, 0.99), st.integers(0, 40), st.integers(1, 120))
-def test_a_run_computes_what_was_asked(sparsity: float, first: int, length: int) -> None:
-    spent = refreshes(sparsity, first, first + length)
+@given(st.floats(0, 0.99), st.integers(0, 40), st.integers(1, 120), st.booleans())
+def test_a_run_computes_what_was_asked(sparsity: float, first: int, length: int, is_video: bool) -> None:
+    spent = refreshes(sparsity, first, first + length, is_video=is_video)
+    if not is_video or length < LEAST_STEPS_FOR_REFRESH:
+        assert not spent.steps
     assert all(first <= step < first + length for step in spent.steps)
     assert all(step + 1 not in spent.steps and step + 1 < first + length for step in spent.before_sparse)
     if length < LEAST_SPARSE_STEPS or sparsity < LEAST_SPARSITY:

@@ -347,7 +347,8 @@ def _refreshes(query: Tensor, metadata: SparseAttentionMetadata) -> Refreshes:
     first, last, num_steps = metadata.skip_first_steps, metadata.skip_last_steps, metadata.num_steps
     if first is None or last is None or num_steps is None or not _has_residual(query, metadata):
         return without_residual(metadata.sparsity)
-    return refreshes(metadata.sparsity, first, num_steps - last)
+    is_video = metadata.latent_shape is not None and metadata.latent_shape[0] > 1
+    return refreshes(metadata.sparsity, first, num_steps - last, is_video=is_video)
 
 
 def _has_residual(query: Tensor, metadata: SparseAttentionMetadata) -> bool:

@@ -20,6 +20,8 @@ __all__ = ["LEAST_SPARSE_STEPS", "Refreshes", "Residuals", "refreshes", "without
 
 # shorter runs take steps too large for a residual to outlast one
 LEAST_SPARSE_STEPS = 8
+# and than these a dense step among the sparse ones is too large a part of the budget
+LEAST_STEPS_FOR_REFRESH = 16
 # with less to drop, computing sparse outputs beside dense ones costs more than it brings
 LEAST_SPARSITY = 1 / 3
 # of what the steps after the first dense ones may compute, the part that goes into dense ones among them
@@ -53,19 +55,22 @@ def without_residual(sparsity: float) -> Refreshes:
     return Refreshes(frozenset(), frozenset(), sparsity)
 
 
-def refreshes(sparsity: float, first: int, stop: int) -> Refreshes:
+def refreshes(sparsity: float, first: int, stop: int, *, is_video: bool = True) -> Refreshes:
     """Which of the steps `first` .. `stop` - 1 run densely, and how sparse the others are, so that `sparsity` is dropped over all of them.
 
     Args:
         sparsity: dropped share of all query-key pairs of these steps, the sparse outputs of dense steps included.
         first: the steps before it run densely.
         stop: number of the first step behind them. Of fewer than eight steps, and where little is dropped, all are sparse alike.
+        is_video: images, whose sparse steps come near to dense ones without them, have none, and neither have runs of few steps.
     """
     length = stop - first
     if length < LEAST_SPARSE_STEPS or sparsity < LEAST_SPARSITY:
         return without_residual(sparsity)
     budget = (1 - sparsity) * length
     number = max(min(round(SHARE * budget), math.floor(budget - LEAST_DENSITY * (length + 1))), 0)
+    if not is_video or length < LEAST_STEPS_FOR_REFRESH:
+        number = 0
     steps = frozenset(first + round(length * ((place + 1) / (number + 1)) ** CROWDING) for place in range(number))
     dense = steps | ({first - 1} if first else set())
     before_sparse = frozenset(step for step in dense if step + 1 < stop and step + 1 not in steps)
