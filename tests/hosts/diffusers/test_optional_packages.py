@@ -130,7 +130,7 @@ QUANTISERS = {"torchao": int8_of_torchao, "gguf": q8_of_gguf, "bitsandbytes": nf
 @every_family
 @before_or_after
 def test_quantised_weights(name: str, package: str, later: bool) -> None:
-    if package == "bitsandbytes":
+    if package in ("bitsandbytes", "torchao"):
         pytest.importorskip(package)
     quantise = QUANTISERS[package]
     plain = FAMILIES[name]()
