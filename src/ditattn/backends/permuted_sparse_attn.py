@@ -65,8 +65,8 @@ class PermutedSparseAttentionConfig(SparseAttentionConfig):
         residual: some steps among the sparse ones run densely, and the sparse ones between them add what the sparse output of the last
             dense step lacked. `sparsity` holds for all of these steps together. The residual is kept between steps, a byte for each element
             of a layer's output and branch of guidance; "auto" does so where one takes at most 1/256 of the device's memory. Images, and
-            runs in which fewer than 16 steps are free to be sparse, only add that of the last of the first dense steps; runs with fewer than
-            eight, a sparsity below 1/3, and hosts that do not say which forwards belong together do without.
+            runs in which fewer than 16 steps are free to be sparse, only add that of the last of the first dense steps; runs with fewer
+            than eight, a sparsity below 1/3, and hosts that do not say which forwards belong together do without.
     """
 
     token_order: Literal["bricks"] = "bricks"  # type: ignore[assignment]
