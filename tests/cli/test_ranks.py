@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -163,8 +162,9 @@ def test_two_ranks_tune_in_lockstep(launched: Any, tmp_path: Path) -> None:
 def test_all_end_together(launched: Any, tmp_path: Path, ended_by: str) -> None:
     process = launched("--num-inference-steps", "1000", "--ulysses-degree", "2")
     errors = iter(process.stderr.readline, "")
-    # a step was made, so both have met and work
-    assert next((line for line in errors if re.search(r"\b[1-9]\d*/1000", line)), None) is not None
+    # both have met and work
+    assert next((line for line in errors if line.startswith("denoise")), None) is not None
+    time.sleep(2)
     workers = _children(process.pid)
     assert len(workers) == 2
     if ended_by == "Ctrl-C":

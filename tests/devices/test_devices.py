@@ -77,8 +77,8 @@ def test_errors_say_what_was_asked_found_and_would_work() -> None:
     )
     with pytest.raises(BackendUnavailable, match="takes bfloat16, not float32"):
         backend_on(Invented(), "fa", 64, torch.float32)
-    with pytest.raises(UnsupportedHeadSize, match="not 40"):
-        backend_on(Invented(), "rain_fusion_attn", 40, torch.float32)
+    with pytest.raises(UnsupportedHeadSize, match="not 136"):
+        backend_on(find_device("cpu"), "laser_attn", 136, torch.float32)
     with pytest.raises(UnknownBackend, match="flash"):
         backend_on(Invented(), "flash", 64, torch.float32)
 

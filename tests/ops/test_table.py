@@ -216,7 +216,8 @@ def test_the_choice_for_a_report_does_not_warn(warnings: Callable[[], list[str]]
 
 @pytest.mark.parametrize(("device", "count"), [("npu", 1), ("cpu", 0), ("cuda", 0)])
 def test_plain_torch_for_a_sparse_call_is_slow_on_npus_only(warnings: Callable[[], list[str]], device: str, count: int) -> None:
-    row = choose_to_run(block_sparse_attention.TABLE, CallFacts(device, torch.float32, 80))
+    # kernels pad heads of up to 128
+    row = choose_to_run(block_sparse_attention.TABLE, CallFacts(device, torch.float32, 256))
     assert row.name == "torch"
     assert len(warnings()) == count
     assert all(message.startswith("block_sparse_attention runs as 'torch', which is slow on npu") for message in warnings())

@@ -89,7 +89,7 @@ def test_devices_with_memory_are_asked_at_the_end_of_every_stage(monkeypatch):
     sizes = {"memory_allocated": 1, "memory_reserved": 2, "max_memory_allocated": 3, "max_memory_reserved": 4}
     functions = {name: (lambda size=size: size * 2**20) for name, size in sizes.items()}
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(synchronize=lambda: waits.append(1), **functions))
-    watch = call._Watch(torch.device("cuda"))
+    watch = call._Watch(torch.device("cuda"), call.no_step)
     watch.on_forward(None, None)
     watch.on_step_end(None, 0, 0, {})
     times = watch.finish()

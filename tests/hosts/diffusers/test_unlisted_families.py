@@ -60,6 +60,7 @@ SLOW: dict[str, tuple[Callable[[], TinyPipeline], str]] = {
 
 @pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=[slow]) for name in SLOW)])
 def test_the_rule_finds_what_the_file_says_or_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or that of layers which see the image alone, beside which others run densely."""
     build, reason = {**CASES, **SLOW}[name]
     tiny = build()
     families: dict[int, ModelFamily | None] = {id(denoiser): family_of(denoiser) for denoiser in denoisers(tiny.pipe).values()}
@@ -78,7 +79,13 @@ def test_the_rule_finds_what_the_file_says_or_nothing(name: str, monkeypatch: py
     monkeypatch.setattr(DenoisingStage, "enter", note)
     with ditattn.install(tiny.pipe, "rain_fusion_attn", sparsity=0.6, skip_first_steps=0, min_tokens=0) as handle:
         out = tiny.run(1)
-    component = next(iter(handle.report().components.values()))
+    report = handle.report()
+    if not report.components:
+        # nothing of it is served, and the report says why
+        assert report.not_served
+        assert torch.equal(out, native)
+        return
+    component = next(iter(report.components.values()))
     assert seen
     if reason:
         assert reason in component.model
@@ -89,9 +96,9 @@ def test_the_rule_finds_what_the_file_says_or_nothing(name: str, monkeypatch: py
         assert found is not None
         # the rule keeps further grids whole, and finds the text behind a video where a family reads it from each call
         expected = replace(said, further_grids=(), num_image_suffix_tokens=0)
-        assert found == (replace(expected, num_suffix_tokens=found.num_suffix_tokens) if family.suffix_varies else expected)
-    assert component.sparse >= 2
-    assert not torch.equal(out, native)
+        image_alone = replace(expected, num_prefix_tokens=0, num_suffix_tokens=0)
+        assert found in (replace(expected, num_suffix_tokens=found.num_suffix_tokens) if family.suffix_varies else expected, image_alone)
+    assert (component.sparse >= 1) is not torch.equal(out, native)
 
 
 def test_attention_within_frames_and_along_time_runs_densely(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from sglang.multimodal_gen.runtime.platforms.plugins import GENERAL_PLUGINS_GROU
 from sglang.multimodal_gen.runtime.server_args import ServerArgs
 from sglang.multimodal_gen.runtime.utils.argparse import FlexibleArgumentParser
 
+from ditattn.backends.registry import load_backend
 from ditattn.errors import BackendUnavailable, ConfigError, UnknownKey, UnsupportedHeadSize
 from ditattn.hosts.sglang.config import NAMES
 from ditattn.hosts.sglang.plug_in import CLASSES, TARGETS, choose_class, plug_in
@@ -73,7 +74,7 @@ def test_our_names_resolve_to_ours(serve: Serve, name: str) -> None:
     backend = backend_of(name)
     assert backend.__module__ == "ditattn.hosts.sglang.classes"
     assert backend.get_enum() is AttentionBackendEnum[name.upper()]
-    assert backend.get_supported_head_sizes() == [32, 64, 96, 128]
+    assert backend.get_supported_head_sizes() == load_backend(name).get_supported_head_sizes()
     # the stage asks again, and gets the same class
     assert backend_of(name) is backend
 
@@ -139,8 +140,8 @@ def test_wrong_keys_are_refused_where_a_layer_is_built(serve: Serve) -> None:
 
 def test_head_sizes_are_checked_where_a_layer_is_built(serve: Serve) -> None:
     serve()
-    with pytest.raises(UnsupportedHeadSize, match="32, 64, 96, 128, not 72"):
-        path_on(CpuPlatform, "rain_fusion_attn", head_size=72)
+    with pytest.raises(UnsupportedHeadSize, match="not 136"):
+        path_on(CpuPlatform, "laser_attn", head_size=136)
 
 
 def test_packed_sequences_of_several_lengths_are_refused_by_name(serve: Serve) -> None:
