@@ -32,7 +32,7 @@ SPARSE = [
     (A3, NONE, FP16, 64, {}, "mask_torch_npu"),
     (A3, NONE, BF16, 32, {}, "mask_torch_npu"),
     (A2, NONE, FP32, 128, {}, "torch"),
-    (A2, NONE, BF16, 80, {}, "torch"),
+    (A2, NONE, BF16, 256, {}, "torch"),
     (A2, NONE, BF16, 128, KEYS, "mask_torch_npu"),
     (A2, NONE, BF16, 128, {"needs": frozenset({"causal"})}, "torch"),
     (A2, NONE, BF16, 128, GQA3, "torch"),
