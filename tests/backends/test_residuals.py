@@ -182,14 +182,19 @@ def test_layers_that_never_run_sparse_keep_nothing() -> None:
     assert not run.impl._residuals._kept
 
 
-def test_auto_asks_the_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_asks_the_memory_of_the_device(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     one = LENGTH * 2 * 32
     for memory, expected in ((one * 256, True), (one * 256 - 256, False), (None, True)):
+        backend._has_room.cache_clear()
         monkeypatch.setattr(backend, "_memory_bytes", lambda _, memory=memory: memory)
-        run = Run().steps(4)
+        caplog.clear()
+        with caplog.at_level("WARNING", "ditattn"):
+            run = Run().steps(4)
         assert (run.records[0].beside is not None) is expected
+        assert ("does without residuals" in caplog.text) is not expected
     monkeypatch.setattr(backend, "_memory_bytes", lambda _: 1)
     assert Run(residual=True).steps(4).records[0].beside is not None
+    backend._has_room.cache_clear()
 
 
 def test_the_end_of_a_run_releases_them() -> None:

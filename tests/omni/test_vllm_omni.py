@@ -139,6 +139,7 @@ def test_another_plug_in_in_the_same_place_is_named(load_plugins: Callable[..., 
         ({host.SWITCH: "torch_sdpa"}, UnknownBackend, "take one of block_sparse_attn, rain_fusion_attn, permuted_sparse_attn"),
         ({host.SWITCH: "1", host.KEYS: "sparsity=0.5"}, ConfigError, r"block_sparse\.sparsity"),
         ({host.SWITCH: "1", host.KEYS: "plan_refresh_steps=4"}, ConfigError, "does not say which request"),
+        ({host.SWITCH: "1", host.KEYS: "residual=true"}, ConfigError, "residual cannot be honoured: vllm-omni does not say which request"),
         ({host.SWITCH: "1", host.KEYS: "brick=auto"}, UnknownKey, "did you mean 'bricks'"),
     ],
 )

@@ -6,6 +6,7 @@ brings is measured in docs/backends/permuted_sparse_attn.md, which also names th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -40,6 +41,8 @@ from ditattn.plan.split import HeadShare
 from ditattn.plan.token_order import TokenOrder
 
 __all__ = ["PermutedSparseAttentionBackend", "PermutedSparseAttentionConfig", "PermutedSparseAttentionImpl"]
+
+logger = logging.getLogger("ditattn")
 
 # query blocks on which the candidates are compared with the dense result: an eighth of all, within these bounds. Eight blocks are a quarter
 # of the smallest videos, where more would take longer than the choice is worth; of the largest a few say as much as many.
@@ -355,11 +358,26 @@ def _has_residual(query: Tensor, metadata: SparseAttentionMetadata) -> bool:
     forward_id = metadata.forward_id
     if not metadata.residual or forward_id is None or forward_id.number >= MAX_UNNAMED:
         return False
-    memory = _memory_bytes(query.device.type)
-    return metadata.residual is True or memory is None or query.numel() <= RESIDUAL_SHARE * memory
+    return metadata.residual is True or _has_room(query.numel(), query.device.type)
 
 
 @lru_cache
+def _has_room(residual_bytes: int, device_type: str) -> bool:
+    """True if residual="auto" keeps residuals of that size; says once where it does not."""
+    memory = _memory_bytes(device_type)
+    if memory is None or residual_bytes <= RESIDUAL_SHARE * memory:
+        return True
+    logger.warning(
+        "permuted_sparse_attn: residual=auto does without residuals: one layer's would take %d MB, more than 1/%d of the %d MB of the %s; "
+        "residual=true keeps them all the same",
+        residual_bytes >> 20,
+        round(1 / RESIDUAL_SHARE),
+        memory >> 20,
+        device_type,
+    )
+    return False
+
+
 def _memory_bytes(device_type: str) -> int | None:
     return find_device(device_type).memory_bytes()
 

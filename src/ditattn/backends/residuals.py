@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,7 @@ def without_residual(sparsity: float) -> Refreshes:
     return Refreshes(frozenset(), frozenset(), sparsity)
 
 
+@lru_cache
 def refreshes(sparsity: float, first: int, stop: int, *, is_video: bool = True) -> Refreshes:
     """Which of the steps `first` .. `stop` - 1 run densely, and how sparse the others are, so that `sparsity` is dropped over all of them.
 

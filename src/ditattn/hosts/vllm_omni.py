@@ -52,8 +52,8 @@ SAID_BY_THE_HOST = {
     "skip_last_steps": "end_step",
     "skip_layers": "skip_layers",
 }
-# the host does not say which request a forward belongs to, so a kept plan might be another video's
-NEEDS_THE_REQUEST = ("plan_refresh_steps", "share_plan_between_branches")
+# the host does not say which request a forward belongs to, so a kept plan or residual might be another video's
+NEEDS_THE_REQUEST = ("plan_refresh_steps", "share_plan_between_branches", "residual")
 
 
 class BlockSparseKeys(KnownKeys):
@@ -123,7 +123,7 @@ def further_keys(environment: Mapping[str, str]) -> dict[str, Any]:
     for key in keys:
         if key in SAID_BY_THE_HOST:
             raise ConfigError(f"{KEYS}: say {key} in vllm-omni's attention config, as block_sparse.{SAID_BY_THE_HOST[key]}")
-        if key in NEEDS_THE_REQUEST:
+        if key in NEEDS_THE_REQUEST and keys[key] is not False:
             raise ConfigError(f"{KEYS}: {key} cannot be honoured: vllm-omni does not say which request a forward belongs to")
     return keys
 
