@@ -109,3 +109,10 @@ def test_every_unavailable_backend_has_a_reason() -> None:
 def test_the_facts_of_a_device_know_no_backend() -> None:
     assert not [name for name in vars(Device) if "backend" in name]
     assert laser_attn.LaserAttentionBackend.head_sizes == tuple(range(8, 129, 8))
+
+
+def test_memory_is_all_of_the_machine_and_unknown_where_nothing_tells() -> None:
+    found = find_device("cpu").memory_bytes()
+    assert found is not None
+    assert found > 2**30
+    assert find_device("mps").memory_bytes() is None

@@ -206,3 +206,8 @@ def test_no_npu_names_the_variable(monkeypatch) -> None:
     assert "ASCEND_RT_VISIBLE_DEVICES is '7'" in find_device("npu").why_unavailable()
     monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES")
     assert "ASCEND_RT_VISIBLE_DEVICES is not set" in find_device("npu").why_unavailable()
+
+
+def test_the_memory_of_the_device_is_known() -> None:
+    """As the stand-in for CANN says it."""
+    assert find_device("npu").memory_bytes() == 8 << 30

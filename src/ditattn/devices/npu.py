@@ -40,6 +40,10 @@ class Npu(Device):
         name, generation = soc_name(), soc_generation()
         return f"{name} ({generation})" if generation else str(name)
 
+    def memory_bytes(self) -> int | None:
+        _, total = _npu().mem_get_info()
+        return int(total)
+
 
 _ENVIRONMENT = "Load CANN's environment first (source set_env.sh)"
 
