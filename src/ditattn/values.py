@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ditattn.errors import ConfigError, UnknownKey
 
-__all__ = ["KnownKeys", "parse_config", "parse_value"]
+__all__ = ["KnownKeys", "parse_config", "parse_value", "unknown_key"]
 
 SettingsT = TypeVar("SettingsT", bound="KnownKeys")
 
@@ -36,7 +36,7 @@ class KnownKeys(BaseModel):
         """
         for key in values:
             if key not in cls.model_fields:
-                raise UnknownKey(_unknown_key(key, list(cls.model_fields)))
+                raise UnknownKey(unknown_key(key, list(cls.model_fields)))
         try:
             return cls(**values)
         except ValidationError as error:
@@ -115,7 +115,8 @@ def _mapping(value: Any, source: str) -> dict[str, Any]:
     return value
 
 
-def _unknown_key(key: str, known: list[str]) -> str:
+def unknown_key(key: str, known: list[str]) -> str:
+    """What an UnknownKey says: the key, the nearest one that is known, and all of them."""
     if not known:
         return f"unknown key '{key}': this backend has no configuration keys"
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]

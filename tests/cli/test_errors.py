@@ -51,7 +51,7 @@ WRONG = {
         ["skip_layers names 7", "0-0"],
     ),
     "unknown step cache": (["--cache", "tea"], ["no step cache 'tea'", "first_block"]),
-    "unknown key of a step cache": (["--cache", "first_block", "--cache-config", "treshold=1"], ["'treshold'", "did you mean threshold"]),
+    "unknown key of a step cache": (["--cache", "first_block", "--cache-config", "treshold=1"], ["'treshold'", "did you mean 'threshold'"]),
     "keys of no step cache": (["--cache-config", "threshold=1"], ["--cache-config is for a step cache: name it with --cache"]),
     "step cache without its ratios": (["--cache", "mag"], ["diffusers does not add the step cache mag", "`mag_ratios` must be provided"]),
     "step cache for more blocks": (["--cache", "first_block"], ["first_block needs two or more transformer blocks"]),

@@ -61,7 +61,7 @@ def test_what_a_model_or_its_pipeline_lacks_is_said() -> None:
 def test_names_and_keys_are_checked() -> None:
     with pytest.raises(ConfigError, match="no step cache 'tea'; there is first_block"):
         parse_step_cache("tea", {})
-    with pytest.raises(UnknownKey, match="no key 'current_timestep_callback'"):
+    with pytest.raises(UnknownKey, match="unknown key 'current_timestep_callback'"):
         parse_step_cache("faster", {"current_timestep_callback": 1})
     there = [name for name, cls in STEP_CACHES.items() if hasattr(diffusers, cls)]
     assert all(parse_step_cache(name, {}).name == name for name in there)

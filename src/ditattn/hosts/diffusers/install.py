@@ -257,7 +257,7 @@ def _described(module: nn.Module) -> str:
 def _by_rule(stage: DenoisingStage, name: str, module: nn.Module) -> ModelFamily | None:
     """What serves a denoiser of no family; None where it is left alone."""
     cls, reason = type(module).__name__, why_not_served(module)
-    known = f"(known: {', '.join(cls for family in MODELS for cls in family.transformer_classes)})"
+    known = f"(`ditattn models` lists the {sum(len(family.transformer_classes) for family in MODELS)} classes that are known)"
     if reason is not None:
         _leave_alone(stage, name, f"{cls} is not served: {reason}, so its attention stays as it was {known}")
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 from ditattn.errors import ConfigError, UnknownKey, UnsupportedModel
 from ditattn.hosts.diffusers.install import denoisers
 from ditattn.models import unwrapped
+from ditattn.values import unknown_key
 
 __all__ = ["STEP_CACHES", "StepCache", "add_step_cache", "check_pipeline", "parse_step_cache"]
 
@@ -61,9 +61,7 @@ def parse_step_cache(name: str, keys: Mapping[str, Any]) -> StepCache:
     known = [one.name for one in dataclasses.fields(config_cls) if not one.name.endswith("callback")]
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            meant = f"did you mean {near[0]}? " if near else ""
-            raise UnknownKey(f"the step cache {name} has no key {key!r}; {meant}It has {', '.join(known)}")
+            raise UnknownKey(f"the step cache {name}: {unknown_key(key, known)}")
     # ranges are pairs, which a file or JSON text can only write as lists
     return StepCache(name, {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()})
 
