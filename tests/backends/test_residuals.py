@@ -67,6 +67,18 @@ def test_the_output_keeps_its_dtype(dtype: torch.dtype) -> None:
     assert kept.added(draw(1, 200, 3, 32, dtype=dtype), 5, where, "facts").dtype == dtype
 
 
+def test_a_batch_that_loses_a_branch_gets_nothing() -> None:
+    """Guidance that ends within a run: one element would otherwise get the residual of both, or torch would spread it over them."""
+    kept, where = Residuals(), ForwardId()
+    kept.keep(draw(2, 200, 3, 32, seed=1), 4, 24, where, "facts")
+    alone = draw(1, 200, 3, 32, seed=2)
+    assert torch.equal(kept.added(alone, 5, where, "facts"), alone)
+    kept.keep(draw(1, 200, 3, 32, seed=3), 6, 24, where, "facts")
+    assert kept.added(alone, 7, where, "facts").shape == alone.shape
+    both = draw(2, 200, 3, 32, seed=4)
+    assert torch.equal(kept.added(both, 7, where, "facts"), both)
+
+
 def test_a_second_residual_tells_how_fast_the_first_one_faded() -> None:
     first = draw(1, 500, 2, 32, seed=1)
     kept, where = Residuals(), ForwardId()

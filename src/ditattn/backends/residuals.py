@@ -108,7 +108,7 @@ class Residuals:
     def keep(self, residual: Tensor, step: int, num_steps: int, forward_id: ForwardId, facts: Hashable) -> None:
         """Remember the residual `[B, S, H, D]` of a step; one that was there tells how fast this layer's residuals fade."""
         residual = residual.float()
-        known = self._find(step, forward_id, facts)
+        known = self._find(residual.shape, step, forward_id, facts)
         if known is None:
             decay = residual.new_full((residual.shape[2], 1), DECAY / num_steps).exp()
         else:
@@ -119,7 +119,7 @@ class Residuals:
 
     def added(self, out: Tensor, step: int, forward_id: ForwardId, facts: Hashable) -> Tensor:
         """A sparse output with what is left of the residual; as it is where there is none for it."""
-        known = self._find(step, forward_id, facts)
+        known = self._find(out.shape, step, forward_id, facts)
         if known is None:
             return out
         return torch.addcmul(out.float(), known.levels, known.scale * known.decay ** (step - known.step)).to(out.dtype)
@@ -128,11 +128,12 @@ class Residuals:
         """Release them."""
         self._kept.clear()
 
-    def _find(self, step: int, forward_id: ForwardId, facts: Hashable) -> _Kept | None:
+    def _find(self, shape: torch.Size, step: int, forward_id: ForwardId, facts: Hashable) -> _Kept | None:
         known = self._kept.get(_place(forward_id))
         if known is None or known.run != forward_id.run or known.facts != facts or known.step >= step:
             return None
-        return known
+        # a batch may lose its second half within a run: guidance that ends, a cache that leaves a branch out
+        return known if known.levels.shape == shape else None
 
 
 def _place(forward_id: ForwardId) -> Hashable:
