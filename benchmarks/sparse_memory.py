@@ -2,8 +2,8 @@
 
     python -m benchmarks.sparse_memory --backend rain_fusion_attn
 
-Prints one JSON line. The peak is the high-water mark of the process's resident memory during the call, above what stood before it, plus
-q, k and v themselves; it is given as a multiple of q + k + v + out. A first small call loads code and starts threads.
+Linux only. Prints one JSON line. The peak is the high-water mark of the process's resident memory during the call, above what stood before
+it, plus q, k and v themselves; it is given as a multiple of q + k + v + out. A first small call loads code and starts threads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import sys
 from pathlib import Path
 
 import torch
@@ -27,9 +26,10 @@ SMALL_GRID = (3, 16, 16)
 
 
 def peak_bytes() -> int:
-    """High-water mark of the resident memory of this process."""
-    factor = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor
+    """High-water mark of the resident memory of this process (Linux)."""
+    # not getrusage: on Linux its mark outlives exec, so a process that a larger one starts begins with that one's mark
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def resident_bytes() -> int:

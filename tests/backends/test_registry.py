@@ -200,7 +200,8 @@ print(json.dumps([str(member), member.is_sparse, load_backend(member).get_enum()
 
 def test_a_fresh_process_has_it_in_the_enumeration(package: Path) -> None:
     path = os.pathsep.join([str(ROOT / "src"), str(package)])
-    done = subprocess.run([sys.executable, "-c", FRESH], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", FRESH], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [NAME, True, True, [*BACKENDS, NAME, PLAIN]]
 
 
