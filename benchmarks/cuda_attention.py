@@ -3,9 +3,9 @@
     python -m benchmarks.cuda_attention
 
 Prints a table and appends one JSON line per row to benchmarks/results/cuda_attention.jsonl. All arms of a shape take turns in one
-process; a row is the median of its rounds. TFLOP/s count the kept query-key pairs of the plan only. The rows `rain_fusion_attn` time the
-whole call of the backend (token order, block means, selection, attention, inverse order) and give its peak of extra memory; the row below
-each times attention alone on the same plan. Every arm is compared with the reference on a small problem before anything is timed.
+process; a row is the median of its rounds. TFLOP/s count the kept query-key pairs of the plan only. The rows of a backend time its whole
+call (token order, means, selection, attention, inverse order) and give its peak of extra memory; the row below each times attention alone
+on the same plan. Every arm is compared with the reference on a small problem before anything is timed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from functools import partial
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cuda_peers import PEERS, prepare
-from ditattn.backends.rain_fusion_attn import RainFusionAttentionBackend
+from ditattn.backends.registry import AttentionBackendEnum, load_backend
 from ditattn.bench.cpu_attention import random_plan
 from ditattn.devices.clock import Stopwatch
 from ditattn.errors import DitattnError
@@ -39,6 +39,7 @@ RESULTS = Path(__file__).parent / "results" / "cuda_attention.jsonl"
 SPARSITIES = (0.5, 0.75, 0.9)
 SPARSE_ARMS = ("triton", "flex", *PEERS)
 DENSE_ARMS = ("cudnn", "flash")
+BACKENDS = ("permuted_sparse_attn", "rain_fusion_attn")
 # of the whole run; below the eight minutes that one command may take
 BUDGET_S = 420
 MAX_RELATIVE_ERROR = 2e-2
@@ -99,6 +100,8 @@ class Row:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(shape.name for shape in SHAPES), help="names, separated by commas")
+    parser.add_argument("--arms", default=",".join((*DENSE_ARMS, *SPARSE_ARMS, *BACKENDS)), help="likewise")
+    parser.add_argument("--sparsities", default=",".join(map(str, SPARSITIES)), help="likewise")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -107,11 +110,12 @@ def main() -> int:
         return 1
     machine = describe_machine()
     print(json.dumps(machine))
-    refused = check_arms("cuda")
     deadline_s = time.monotonic() + BUDGET_S
+    arms, sparsities = arguments.arms.split(","), [float(one) for one in arguments.sparsities.split(",")]
+    refused = check_arms("cuda", tuple(arm for arm in arms if arm not in BACKENDS))
     rows = []
     for shape in (shape for shape in SHAPES if shape.name in arguments.shapes.split(",")):
-        rows += measure(shape, "cuda", arguments.rounds, deadline_s, refused)
+        rows += measure(shape, "cuda", arguments.rounds, deadline_s, refused, arms, sparsities)
         torch.cuda.empty_cache()
     print_table(rows)
     write(rows, machine, arguments.output)
@@ -195,18 +199,27 @@ def _call(arm: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None) -> 
     return partial(block_sparse_attention, q, k, v, plan, implementation=arm)
 
 
-def measure(shape: Shape, device: str, rounds: int, deadline_s: float, refused: dict[str, str]) -> list[Row]:
+def measure(
+    shape: Shape,
+    device: str,
+    rounds: int,
+    deadline_s: float,
+    refused: dict[str, str],
+    arms: Sequence[str] = (*DENSE_ARMS, *SPARSE_ARMS, *BACKENDS),
+    sparsities: Sequence[float] = SPARSITIES,
+) -> list[Row]:
     """Every arm of one shape; the arms take turns until the rounds or the time are used up."""
     q, k, v = draw(shape, device)
     base = Row(shape.name, "", 0.0, 1.0, shape.tokens, shape.heads, shape.dim)
     work: list[tuple[Row, Callable[[], Tensor]]] = []
-    for arm in DENSE_ARMS:
+    for arm in (arm for arm in arms if arm in DENSE_ARMS):
         work.append((replace(base, arm=arm, samples_ms=[]), _call(arm, q, k, v, None)))
-    for sparsity in SPARSITIES:
+    for sparsity in sparsities:
         plan = plan_of(shape, sparsity, device)
-        for arm in SPARSE_ARMS:
+        for arm in (arm for arm in arms if arm not in (*DENSE_ARMS, *BACKENDS)):
             work.append((replace(base, arm=arm, sparsity=sparsity, density=plan.density(), samples_ms=[]), _call(arm, q, k, v, plan)))
-        work += _whole_call(base, shape, sparsity, q, k, v)
+        for backend in (arm for arm in arms if arm in BACKENDS):
+            work += _whole_call(base, backend, shape, sparsity, q, k, v)
     for row, call in work:
         row.problem = refused.get(row.arm) or _warm_up(row, call, q)
     for _ in range(rounds):
@@ -221,11 +234,13 @@ def measure(shape: Shape, device: str, rounds: int, deadline_s: float, refused: 
     return [row for row, _ in work]
 
 
-def _whole_call(base: Row, shape: Shape, sparsity: float, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Row, Callable[[], Tensor]]]:
+def _whole_call(
+    base: Row, backend: str, shape: Shape, sparsity: float, q: Tensor, k: Tensor, v: Tensor
+) -> list[tuple[Row, Callable[[], Tensor]]]:
     """The backend past its dense steps, and attention alone on the plan it makes: what lies between is order, means and selection."""
     records: list[Any] = []
-    make, heads, dim = RainFusionAttentionBackend.get_impl_cls(), shape.heads, shape.dim
-    metadata = RainFusionAttentionBackend.get_builder_cls()().build(
+    cls = load_backend(AttentionBackendEnum(backend))
+    metadata = cls.get_builder_cls()().build(
         current_timestep=0,
         skip_first_steps=0,
         raw_latent_shape=(1, 16, *shape.grid),
@@ -233,11 +248,13 @@ def _whole_call(base: Row, shape: Shape, sparsity: float, q: Tensor, k: Tensor, 
         sparsity=sparsity,
         num_suffix_tokens=shape.text,
     )
-    make(heads, dim, observer=records.append).forward(q, k, v, metadata)
+    layer = cls.get_impl_cls()(shape.heads, shape.dim, observer=records.append)
+    # the first call chooses orders, once per run
+    layer.forward(q, k, v, metadata)
     plan = records[0].plan
     fields: dict[str, Any] = {"sparsity": sparsity, "density": plan.density()}
     return [
-        (replace(base, arm="rain_fusion_attn", samples_ms=[], **fields), partial(make(heads, dim).forward, q, k, v, metadata)),
+        (replace(base, arm=backend, samples_ms=[], **fields), partial(layer.forward, q, k, v, metadata)),
         (replace(base, arm="- attention alone", samples_ms=[], **fields), partial(block_sparse_attention, q, k, v, plan)),
     ]
 
@@ -268,9 +285,9 @@ def print_table(rows: list[Row]) -> None:
     for row in rows:
         if row.arm in DENSE_ARMS and row.median_ms is not None:
             best[row.shape] = min(row.median_ms, best.get(row.shape, row.median_ms))
-    print(f"{'shape':24} {'arm':17} {'sparsity':>8} {'density':>8} {'ms':>9} {'spread':>7} {'TFLOP/s':>8} {'vs dense':>8} {'memory':>7}")
+    print(f"{'shape':24} {'arm':20} {'sparsity':>8} {'density':>8} {'ms':>9} {'spread':>7} {'TFLOP/s':>8} {'vs dense':>8} {'memory':>7}")
     for row in rows:
-        head = f"{row.shape:24} {row.arm:17} {row.sparsity:8.2f} {row.density:8.3f}"
+        head = f"{row.shape:24} {row.arm:20} {row.sparsity:8.2f} {row.density:8.3f}"
         if row.median_ms is None or row.tflops is None:
             print(f"{head} {row.problem or 'no time left'}")
             continue

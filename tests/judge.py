@@ -66,7 +66,11 @@ def torch_result(problem: Problem) -> Tensor:
     mask: Tensor | None = None if bool(seen.all()) else seen
     if problem.attn_mask is not None and problem.attn_mask.dtype != torch.bool:
         mask = problem.attn_mask.expand(seen.shape).masked_fill(~seen, -torch.inf)
-    q, k, v = (x.transpose(1, 2) for x in (problem.query, problem.key, problem.value))
+    tensors = (problem.query, problem.key, problem.value)
+    if problem.query.device.type == "cuda":
+        # torch's kernels there read beside views that are not aligned
+        tensors = tuple(x.contiguous() for x in tensors)
+    q, k, v = (x.transpose(1, 2) for x in tensors)
     if problem.tail is not None:
         seen = mask = torch.cat([seen, _stand_ins(problem)], dim=-1)
         k, v = (torch.cat([x, _repeated(mean, problem)], dim=2) for x, mean in ((k, problem.tail.key), (v, problem.tail.value)))

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditattn.backends.base import AttentionBackend
+from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionBackend
 from ditattn.backends.rain_fusion_attn import RainFusionAttentionBackend
 from ditattn.backends.selection import antidiagonal, mean_pool
 from ditattn.ops.block_sparse_attention import block_sparse_attention_with_lse
@@ -62,6 +63,21 @@ def test_a_whole_sparse_call_reads_nothing(backend: type[AttentionBackend]) -> N
         out, record = call(backend, *tensors, grid)
     assert record.plan is not None
     assert bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("suffix", [0, 40])
+def test_a_sparse_step_of_permuted_attention_reads_and_sends_nothing(suffix: int) -> None:
+    """Once the orders are chosen."""
+    grid = (2, 9, 20)
+    impl = PermutedSparseAttentionBackend.get_impl_cls()(2, 32)
+    metadata = PermutedSparseAttentionBackend.get_builder_cls()().build(
+        current_timestep=20, num_steps=50, raw_latent_shape=(1, 4, *grid), patch_size=1, sparsity=0.5, num_suffix_tokens=suffix
+    )
+    tensors = [draw(1, 360 + suffix, 2, 32, seed=i) for i in range(3)]
+    first = impl.forward(*tensors, metadata)
+    with NoReading(), NoSending():
+        again = impl.forward(*tensors, metadata)
+    assert torch.equal(again, first)
 
 
 @pytest.mark.parametrize("lengths", [None, "key lengths"])

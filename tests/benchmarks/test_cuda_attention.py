@@ -22,10 +22,11 @@ import json, sys, time
 from pathlib import Path
 import benchmarks.cuda_attention as bench
 
-bench.DENSE_ARMS, bench.SPARSE_ARMS, bench.SPARSITIES = ("flash",), ("torch", "cuda_only"), (0.5,)
+bench.DENSE_ARMS = ("flash",)
+arms = ("flash", "torch", "cuda_only", "permuted_sparse_attn", "rain_fusion_attn")
 refused = bench.check_arms("cpu", ("flash", "torch", "cuda_only"))
 shape = bench.Shape("tiny", (2, 9, 20), heads=2, text=30, dim=32)
-rows = bench.measure(shape, "cpu", 2, time.monotonic() + 60, refused)
+rows = bench.measure(shape, "cpu", 2, time.monotonic() + 60, refused, arms, (0.5,))
 bench.print_table(rows)
 bench.write(rows, {"device": "cpu"}, Path(sys.argv[1]))
 """
@@ -48,7 +49,8 @@ def test_plumbing(tmp_path: Path) -> None:
     done = python("-c", PLUMBING, str(results))
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [row["arm"] for row in rows] == ["flash", "torch", "cuda_only", "rain_fusion_attn", "- attention alone"]
+    whole = ["permuted_sparse_attn", "- attention alone", "rain_fusion_attn", "- attention alone"]
+    assert [row["arm"] for row in rows] == ["flash", "torch", "cuda_only", *whole]
     timed = [row for row in rows if row["arm"] != "cuda_only"]
     assert all(len(row["samples_ms"]) == 2 and row["median_ms"] > 0 and row["problem"] is None for row in timed)
     # 390 tokens, 2 heads of 32: the dense row counts every pair
@@ -59,7 +61,7 @@ def test_plumbing(tmp_path: Path) -> None:
 
 
 def test_peers_that_cannot_run_are_refused_with_the_reason_and_listed(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     refused = bench.check_arms("cpu", tuple(PEERS))
     assert set(refused) == {"flex_flash", "flash_attn_4"}
@@ -68,9 +70,7 @@ def test_peers_that_cannot_run_are_refused_with_the_reason_and_listed(
             "package 'flash_attn.cute' is missing" in reason and "pip install --pre flash-attn-4" in reason
         )
     shape = bench.Shape("tiny", (2, 9, 20), heads=2, text=30, dim=32)
-    monkeypatch.setattr(bench, "SPARSE_ARMS", tuple(PEERS))
-    monkeypatch.setattr(bench, "SPARSITIES", (0.5,))
-    rows = [row for row in bench.measure(shape, "cpu", 1, 0.0, refused) if row.arm in PEERS]
+    rows = bench.measure(shape, "cpu", 1, 0.0, refused, tuple(PEERS), (0.5,))
     assert {row.arm: row.problem for row in rows} == refused
     bench.print_table(rows)
     printed = capsys.readouterr().out

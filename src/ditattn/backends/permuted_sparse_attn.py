@@ -20,7 +20,7 @@ from ditattn.backends.base import CallRecord
 from ditattn.backends.config import SparseAttentionConfig
 from ditattn.backends.residuals import LEAST_SPARSE_STEPS, Refreshes, Residuals, refreshes, without_residual
 from ditattn.backends.selection import tail_error
-from ditattn.backends.selection.tail_error import SubBlocks, sub_blocks
+from ditattn.backends.selection.tail_error import Forced, SubBlocks, sub_blocks
 from ditattn.backends.selection.weighted_means import weighted_tail
 from ditattn.backends.sparse import (
     Reason,
@@ -108,20 +108,23 @@ class _Orders:
     Attributes:
         keys: and queries too, where a call has all of them.
         queries: of a rank's own ones, where it keeps some and has everybody's keys.
-        own_blocks: then they make other blocks than all queries do.
+        forced: key blocks that every query keeps (text, and the first frame), query blocks that keep everything (text); for the queries of
+            each grid.
+        own_blocks: queries of a rank's own make other blocks than all queries do.
     """
 
     keys: TokenOrder
     queries: TokenOrder
+    forced: tuple[Forced, ...]
     own_blocks: bool = False
 
     @classmethod
     def of(cls, order: TokenOrder, metadata: SparseAttentionMetadata, device: torch.device) -> _Orders:
         stored = metadata.as_stored(order, device)
         if metadata.rows is None:
-            return cls(stored, stored)
+            return cls(stored, stored, _forced(stored, stored, metadata, device))
         rows = metadata.rows.ordered(order, device)
-        return cls(stored, rows.order, rows.own_blocks)
+        return cls(stored, rows.order, _forced(stored, rows.order, metadata, device), rows.own_blocks)
 
     @property
     def together(self) -> bool:
@@ -239,11 +242,10 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
 
     def _plan(self, means: _Means, sparsity: float, metadata: SparseAttentionMetadata, orders: _Orders) -> BlockPlan:
         costs = tail_error.estimate(means.query, means.key, means.value, means.tail, checked_scale(self.softmax_scale, self.head_size))
-        columns, rows = _forced(metadata, orders, costs.device)
         valid = means.tail.counts > 0
         # the rows of every grid share a budget of their own
-        parts = [slice(*span) for span in orders.queries.blocks_of_grids()]
-        picked = [tail_error.pick(costs[:, :, part], sparsity, columns, rows[part], valid, LEAST_BLOCKS) for part in parts]
+        parts = zip(orders.queries.blocks_of_grids(), orders.forced, strict=True)
+        picked = [tail_error.pick(costs[:, :, slice(*span)], sparsity, forced, valid, LEAST_BLOCKS) for span, forced in parts]
         mask = torch.cat(picked, dim=2)
         return BlockPlan.from_mask(mask, orders.queries.length, orders.keys.length)
 
@@ -315,7 +317,6 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         """Squared error of every query head in these orders on the sample blocks, `[H]`: measured against `dense`, or estimated."""
         means = self._means(query, key, value, metadata, orders)
         blocks = _sample(orders.queries, query.device)
-        columns, _ = _forced(metadata, orders, query.device)
         valid = means.tail.counts > 0
         costs = tail_error.estimate(
             means.query.at(blocks), means.key, means.value, means.tail, checked_scale(self.softmax_scale, self.head_size)
@@ -323,9 +324,8 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         # each row with a budget of its own: what a row would get of a common one depends on the orders of all heads
         by_row = costs.flatten(0, 2)[:, None, None]
         valid_by_row = valid.expand(costs.shape[0], -1).repeat_interleave(costs.shape[1] * costs.shape[2], dim=0)
-        mask = tail_error.pick(
-            by_row, _refreshes(query, metadata).sparsity, columns, columns.new_zeros(1), valid_by_row, LEAST_BLOCKS
-        ).view_as(costs)
+        forced = orders.forced[0].in_one_row()
+        mask = tail_error.pick(by_row, _refreshes(query, metadata).sparsity, forced, valid_by_row, LEAST_BLOCKS).view_as(costs)
         if dense is None:
             return costs.masked_fill(mask, 0).sum((0, 2, 3))
         places = (blocks.unsqueeze(1) * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=query.device)).flatten()
@@ -395,10 +395,11 @@ def _facts(query: Tensor, key: Tensor, metadata: SparseAttentionMetadata) -> obj
     return (metadata.latent_shape, *other, *split, query.shape[2], key.shape[2], query.device)
 
 
-def _forced(metadata: SparseAttentionMetadata, orders: _Orders, device: torch.device) -> tuple[Tensor, Tensor]:
-    """bool `[N]` twice: key blocks that every query keeps (text, and the first frame), query blocks that keep everything (text)."""
-    columns = orders.keys.protected_blocks(BLOCK_SIZE, metadata.whole_first_frames, device)
-    return columns, orders.queries.protected_blocks(BLOCK_SIZE, False, device)
+def _forced(keys: TokenOrder, queries: TokenOrder, metadata: SparseAttentionMetadata, device: torch.device) -> tuple[Forced, ...]:
+    # made on the host: a device that is asked how many there are makes the host wait in every call
+    columns = keys.protected_blocks(BLOCK_SIZE, metadata.whole_first_frames, "cpu")
+    rows = queries.protected_blocks(BLOCK_SIZE, False, "cpu")
+    return tuple(Forced.of(columns, rows[start:stop], device) for start, stop in queries.blocks_of_grids())
 
 
 def _sample(order: TokenOrder, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ditattn.backends.selection import tail_error
-from ditattn.backends.selection.tail_error import PER_BLOCK, QUERY_GROUPS, SUB_TOKENS, SubBlocks, estimate, pick, sub_blocks
+from ditattn.backends.selection.tail_error import PER_BLOCK, QUERY_GROUPS, SUB_TOKENS, Forced, SubBlocks, estimate, pick, sub_blocks
 from ditattn.ops.pooled_tail import PooledTail
 from ditattn.plan.block_plan import BLOCK_SIZE
 from ditattn.plan.bricks import brick_order
@@ -100,12 +100,17 @@ def test_a_block_of_equal_tokens_costs_nothing() -> None:
     assert float(costs[..., [0, 2, 3]].min()) > 1e-6
 
 
+def forced(columns: Tensor, rows: int) -> Forced:
+    """Columns that every row keeps; no row keeps everything."""
+    return Forced.of(columns, torch.zeros(rows, dtype=torch.bool), "cpu")
+
+
 @given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 9), st.integers(4, 12), st.floats(0, 0.95), st.integers(0, 2))
-def test_budgets_keep_their_exact_totals_and_floors(seed: int, heads: int, rows: int, columns: int, sparsity: float, forced: int) -> None:
+def test_budgets_keep_their_exact_totals_and_floors(seed: int, heads: int, rows: int, columns: int, sparsity: float, sinks: int) -> None:
     costs = torch.rand(2, heads, rows, columns, generator=torch.Generator().manual_seed(seed)).mul(8).floor()
-    kept = torch.arange(columns) < forced
-    mask = pick(costs, sparsity, kept, torch.zeros(rows, dtype=torch.bool), torch.ones(1, columns, dtype=torch.bool), 2)
-    least = min(forced + 2, columns)
+    kept = torch.arange(columns) < sinks
+    mask = pick(costs, sparsity, forced(kept, rows), torch.ones(1, columns, dtype=torch.bool), 2)
+    least = min(sinks + 2, columns)
     wanted = max(round(heads * rows * columns * (1 - sparsity)), heads * rows * least)
     assert mask.sum((1, 2, 3)).tolist() == [wanted] * 2
     assert int(mask.sum(-1).min()) >= least
@@ -115,7 +120,7 @@ def test_budgets_keep_their_exact_totals_and_floors(seed: int, heads: int, rows:
 def test_rows_with_text_are_whole_and_no_part_of_the_budget() -> None:
     costs = torch.rand(1, 2, 8, 10)
     rows = torch.arange(8) == 7
-    mask = pick(costs, 0.75, rows.new_zeros(10), rows, rows.new_ones(1, 10), 2)
+    mask = pick(costs, 0.75, Forced.of(rows.new_zeros(10), rows, "cpu"), rows.new_ones(1, 10), 2)
     assert bool(mask[:, :, 7].all())
     assert int(mask[:, :, :7].sum()) == round(2 * 7 * 10 * 0.25)
 
@@ -123,14 +128,14 @@ def test_rows_with_text_are_whole_and_no_part_of_the_budget() -> None:
 def test_rows_may_all_be_whole() -> None:
     """Text and a grid without a block of its own."""
     rows = torch.ones(3, dtype=torch.bool)
-    assert bool(pick(torch.rand(2, 1, 3, 3), 0.75, rows, rows, rows.unsqueeze(0), 2).all())
+    assert bool(pick(torch.rand(2, 1, 3, 3), 0.75, Forced.of(rows, rows, "cpu"), rows.unsqueeze(0), 2).all())
 
 
 def test_a_planted_block_is_always_kept_and_empty_ones_never() -> None:
     costs = torch.rand(1, 4, 16, 16)
     costs[0, 1, 3, 9] = 50.0
     valid = torch.arange(16).unsqueeze(0) < 12
-    mask = pick(costs, 0.9, valid.new_zeros(16), valid.new_zeros(16), valid, 1)
+    mask = pick(costs, 0.9, forced(valid.new_zeros(16), 16), valid, 1)
     assert bool(mask[0, 1, 3, 9])
     assert not bool(mask[..., 12:].any())
 
@@ -139,8 +144,7 @@ def test_equal_costs_are_broken_by_index() -> None:
     mask = pick(
         torch.ones(1, 1, 2, 6),
         0.5,
-        torch.zeros(6, dtype=torch.bool),
-        torch.zeros(2, dtype=torch.bool),
+        forced(torch.zeros(6, dtype=torch.bool), 2),
         torch.ones(1, 6, dtype=torch.bool),
         0,
     )
@@ -150,7 +154,7 @@ def test_equal_costs_are_broken_by_index() -> None:
 def test_nan_is_kept() -> None:
     costs = torch.rand(1, 1, 4, 8)
     costs[0, 0, 2] = torch.nan
-    mask = pick(costs, 0.5, torch.zeros(8, dtype=torch.bool), torch.zeros(4, dtype=torch.bool), torch.ones(1, 8, dtype=torch.bool), 1)
+    mask = pick(costs, 0.5, forced(torch.zeros(8, dtype=torch.bool), 4), torch.ones(1, 8, dtype=torch.bool), 1)
     assert bool(mask[0, 0, 2].all())
 
 

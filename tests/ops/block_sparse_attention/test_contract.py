@@ -162,7 +162,8 @@ def test_an_order_per_head_is_each_group_in_its_own(name: str, device: str, case
             options = {**p.options, "order": _order_of_head(order, g), "implementation": name}
             alone, alone_lse = block_sparse_attention_with_lse(*tensors, plan, **options)
             if name in ("reference", "torch"):
-                assert judge.relative_error(out[:, :, heads], alone.double()) < torch.finfo(dtype).eps
+                # products of other shapes may be added up in another order
+                assert judge.relative_error(out[:, :, heads], alone.double()) < 4 * torch.finfo(dtype).eps
                 torch.testing.assert_close(lse[:, heads], alone_lse, rtol=1e-6, atol=1e-5)
             else:
                 assert torch.equal(out[:, :, heads], alone)

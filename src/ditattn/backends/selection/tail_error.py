@@ -19,14 +19,41 @@ from ditattn.ops.pooled_tail import PooledTail
 from ditattn.plan.block_plan import BLOCK_SIZE, num_blocks
 from ditattn.plan.token_order import TokenOrder
 
-__all__ = ["SubBlocks", "estimate", "pick", "sub_blocks"]
+__all__ = ["Forced", "SubBlocks", "chunk", "estimate", "pick", "sub_blocks"]
 
 SUB_TOKENS = 16
 PER_BLOCK = BLOCK_SIZE // SUB_TOKENS
 # queries of a block are looked at in this many groups
 QUERY_GROUPS = 2
-# 16 MiB of fp32 at a time: more goes through a CPU's main memory at every step (2.4x slower at 64 MiB)
+# elements of fp32 at a time. More goes through a CPU's main memory at every step (2.4x slower at 64 MiB); accelerators want longer steps
 CHUNK = 4 * 2**20
+CHUNK_OF_ACCELERATORS = 32 * 2**20
+
+
+class Forced(NamedTuple):
+    """Blocks that are kept whatever they cost. Their numbers are known to the host, so that nobody has to ask the device.
+
+    Attributes:
+        columns: bool `[N]`, key blocks that every row keeps.
+        num_columns: how many.
+        rows: bool `[M]`, query blocks that keep everything.
+        open_rows: int64, the other query blocks.
+    """
+
+    columns: Tensor
+    num_columns: int
+    rows: Tensor
+    open_rows: Tensor
+
+    @classmethod
+    def of(cls, columns: Tensor, rows: Tensor, device: torch.device | str) -> Forced:
+        """From bool `[N]` and `[M]` on the CPU, for costs on `device`."""
+        return cls(columns.to(device), int(columns.sum()), rows.to(device), (~rows).nonzero().flatten().to(device))
+
+    def in_one_row(self) -> Forced:
+        """The columns for a query block of its own, which may drop the others."""
+        first = torch.zeros(1, dtype=torch.int64, device=self.rows.device)
+        return self._replace(rows=first.bool(), open_rows=first)
 
 
 class SubBlocks(NamedTuple):
@@ -63,6 +90,11 @@ class SubBlocks(NamedTuple):
         return mean.unflatten(1, (groups, -1)).mean(2)
 
 
+def chunk(device: torch.device) -> int:
+    """Elements of fp32 that selection works on at a time."""
+    return CHUNK if device.type == "cpu" else CHUNK_OF_ACCELERATORS
+
+
 def sub_blocks(x: Tensor, order: TokenOrder, key_lengths: Tensor | None = None, *, variances: bool = False) -> SubBlocks:
     """Sub-block means of `[B, S, H, D]` in `order`; tokens from `key_lengths` `[B]` on, in that order, count for nothing."""
     found = _sub_means(x, order, key_lengths)
@@ -73,7 +105,7 @@ def sub_blocks(x: Tensor, order: TokenOrder, key_lengths: Tensor | None = None, 
 
 def _mean_squares(x: Tensor, order: TokenOrder, key_lengths: Tensor | None) -> Tensor:
     """Sub-block means of every element's square, a few heads at a time: fresh memory for all of them costs more than the means do."""
-    step = max(1, CHUNK // (x.shape[0] * x.shape[1] * x.shape[3]))
+    step = max(1, chunk(x.device) // (x.shape[0] * x.shape[1] * x.shape[3]))
     room = torch.empty_like(x[:, :, :step], dtype=torch.float32, memory_format=torch.contiguous_format)
     found = []
     for start in range(0, x.shape[2], step):
@@ -127,7 +159,7 @@ def estimate(query: SubBlocks, key: SubBlocks, value: SubBlocks, tail: PooledTai
         for b in range(batch):
             row = min(b, key.counts.shape[0] - 1)
             logs = key.counts[row].log(), tail.counts[row].log()
-            step = max(1, CHUNK // (queries.shape[2] * key.means.shape[2]))
+            step = max(1, chunk(queries.device) // (queries.shape[2] * key.means.shape[2]))
             for start in range(0, heads, step):
                 chosen = torch.arange(start, min(start + step, heads), device=queries.device)
                 theirs = chosen // group
@@ -180,28 +212,28 @@ def _costs(
     return cost.unflatten(2, (-1, QUERY_GROUPS)).mean(3).mT
 
 
-def pick(costs: Tensor, sparsity: float, columns: Tensor, rows: Tensor, valid: Tensor, least: int) -> Tensor:
+def pick(costs: Tensor, sparsity: float, forced: Forced, valid: Tensor, least: int) -> Tensor:
     """bool `[B, H, M, N]`: the blocks with the largest costs of all heads and rows together.
 
     Args:
         costs: `[B, H, M, N]`. NaN is kept, so that it reaches the output as in dense attention.
         sparsity: dropped share of each batch element's H * M' * N blocks, M' rows being those that are not whole. Forced ones count.
-        columns, rows: bool `[N]` and `[M]`: key blocks that every row keeps, query blocks that keep everything.
+        forced: blocks that are kept in any case.
         valid: bool `[B or 1, N]`: key blocks that hold a real token.
         least: so many of the best blocks of every row are kept, whatever other rows need.
     """
     heads, _, num_columns = costs.shape[1:]
     real = valid[:, None, None, :]
     ranked = costs.nan_to_num(nan=torch.inf).masked_fill(~real, -1.0)
-    must = (columns | rows.unsqueeze(-1)).expand_as(ranked)
-    best = ranked.masked_fill(must, torch.inf).topk(min(least + int(columns.sum()), num_columns), dim=-1).indices
+    must = (forced.columns | forced.rows.unsqueeze(-1)).expand_as(ranked)
+    best = ranked.masked_fill(must, torch.inf).topk(min(least + forced.num_columns, num_columns), dim=-1).indices
     must = (must | torch.zeros_like(must).scatter(-1, best, True)) & real
-    shared = ~rows
-    budget = round(heads * int(shared.sum()) * num_columns * (1 - sparsity))
-    open_rows = ranked[:, :, shared].masked_fill(must[:, :, shared], torch.inf)
-    mask = must.clone()
-    mask[:, :, shared] = _largest(open_rows.flatten(1), budget, must[:, :, shared].flatten(1)).view_as(open_rows)
-    return mask & real
+    open_rows = forced.open_rows
+    budget = round(heads * len(open_rows) * num_columns * (1 - sparsity))
+    must_of_open = must.index_select(2, open_rows)
+    open_costs = ranked.index_select(2, open_rows).masked_fill(must_of_open, torch.inf)
+    kept = _largest(open_costs.flatten(1), budget, must_of_open.flatten(1)).view_as(open_costs)
+    return must.index_copy(2, open_rows, kept) & real
 
 
 def _largest(costs: Tensor, budget: int, must: Tensor) -> Tensor:

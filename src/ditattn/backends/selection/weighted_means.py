@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ditattn.backends.selection.tail_error import chunk
 from ditattn.ops.block_mean import block_mean
 from ditattn.ops.pooled_tail import PooledTail
 from ditattn.plan.block_plan import BLOCK_SIZE, num_blocks
@@ -17,8 +18,6 @@ from ditattn.plan.token_order import TokenOrder
 
 __all__ = ["weighted_tail"]
 
-# elements of a fp32 copy at a time, as in tail_error
-CHUNK = 4 * 2**20
 # below this squared length the mean query says nothing, and dividing by it would magnify rounding errors
 LEAST_SQUARE = 1e-6
 
@@ -70,7 +69,7 @@ def _weighted_sums(x: Tensor, shares: Tensor, hidden: Tensor | None, order: Toke
 
     Tokens that are `hidden` `[B, T, G]` are selected away, since they may be NaN.
     """
-    step = max(1, CHUNK // (x.shape[0] * x.shape[1] * x.shape[3]))
+    step = max(1, chunk(x.device) // (x.shape[0] * x.shape[1] * x.shape[3]))
     found = []
     for start in range(0, x.shape[2], step):
         heads = slice(start, start + step)

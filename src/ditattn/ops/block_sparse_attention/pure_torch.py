@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ditattn.ops.calls import SparseCall
+from ditattn.ops.dense_attention.pure_torch import positively_scaled
 
 # 32 MiB of gathered keys and values: large enough to amortise the calls, small enough to stay near the caches
 CHUNK_BYTES = 32 * 2**20
@@ -134,6 +135,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
     """`[R, block, D]` against `[R, L, D]`. SDPA does not return the log-sum-exp, so asking for it costs explicit scores."""
     if not return_lse:
         # rows of the chunk stand on the head axis, over which every SDPA kernel works in parallel
+        q, scale = positively_scaled(q, scale)
         return scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale)[0], None
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = scale * (q.to(dtype) @ k.to(dtype).transpose(-1, -2))

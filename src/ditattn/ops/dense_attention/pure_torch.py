@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ditattn.ops.calls import DenseCall
 
 CUDNN_MAJORS = (9, 10)
+LOAD_BYTES = 16
 
 
 def run(call: DenseCall) -> Tensor:
@@ -51,17 +52,36 @@ def why_not_cudnn() -> str | None:
 
 def _sdpa(call: DenseCall, mask: Tensor | None = None) -> Tensor:
     """`mask` stands for all that the call hides; without one, SDPA is told whether the call is causal."""
-    query, scale = call.query, call.scale
-    if scale <= 0:
-        # torch's FlashAttention for the CPU hides keys before it scales: -infinity times such a scale is NaN or +infinity
-        query, scale = (-query, -scale) if scale else (query * 0, 1.0)
+    query, scale = positively_scaled(call.query, call.scale)
     if _overlaps(query):
         # torch's kernel for the CPU gives its result the strides of the query, and writes it over itself
         query = query.contiguous()
-    # no fused kernel of torch takes a strided last axis
-    q, k, v = ((x if x.stride(3) == 1 else x.contiguous()).transpose(1, 2) for x in (query, call.key, call.value))
+    q, k, v = ((x if _readable(x) else x.contiguous()).transpose(1, 2) for x in (query, call.key, call.value))
     options = {"is_causal": call.causal and mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, **options).transpose(1, 2)
+
+
+def positively_scaled(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores by a scale above zero.
+
+    torch's FlashAttention, on CPUs and GPUs, hides keys before it scales: -infinity times another scale is NaN or +infinity.
+    """
+    if scale > 0:
+        return query, scale
+    return (-query, -scale) if scale else (query * 0, 1.0)
+
+
+def _readable(x: Tensor) -> bool:
+    """True if every fused kernel of torch reads `[B, S, H, D]` where it lies.
+
+    None takes a strided last axis. Those for CUDA load 16 bytes at a time: at other addresses they fail, or read what lies beside a view.
+    """
+    if x.stride(3) != 1:
+        return False
+    if x.device.type != "cuda":
+        return True
+    size = x.element_size()
+    return x.data_ptr() % LOAD_BYTES == 0 and all(stride * size % LOAD_BYTES == 0 for stride in x.stride()[:3])
 
 
 def _overlaps(x: Tensor) -> bool:

@@ -1,0 +1,25 @@
+"""The demo model on an NVIDIA GPU through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ditattn.cli.app import run
+from ditattn.packages import DIFFUSERS
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+    pytest.mark.skipif(DIFFUSERS.missing(), reason=DIFFUSERS.sentence()),
+]
+
+
+def test_compare(tmp_path: Path) -> None:
+    arguments = ["compare", "--prompt", "a big red circle moves right on a blue background", "--device", "cuda", "--dtype", "bfloat16"]
+    arguments += ["--attention-backend", "permuted_sparse_attn", "--grid", "sparsity=0.5,0.75"]
+    assert run([*arguments, "--output-path", str(tmp_path), "--no-reference-cache", "--output-file-name", "gpu"]) == 0
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    print(json.dumps(found)[:6000])
