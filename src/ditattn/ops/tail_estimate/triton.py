@@ -25,7 +25,7 @@ __all__ = ["cost", "cost_kernel", "estimator", "output_kernel", "summary", "summ
 
 # blocks per step of the loop over means of blocks
 BLOCKS = 16
-SUMMARY_WARPS = 8
+SUMMARY_WARPS = 1
 
 
 def summary(mean_query: Tensor, key: Tensor, value: Tensor, order: TokenOrder, key_lengths: Tensor | None, scale: float) -> Summarized:
@@ -161,50 +161,53 @@ def summary_kernel(
     limit = length
     if key_lengths is not None:
         limit = tl.minimum(tl.maximum(tl.load(key_lengths + batch), 0), length).to(tl.int32)
-    rows = block * BLOCK + tl.arange(0, BLOCK)
-    real = rows < limit
-    if order is not None:
-        tokens = tl.load(order + head.to(tl.int64) * order_stride + rows, mask=rows < length, other=0)
-    else:
-        tokens = rows.to(tl.int64)
     dims = tl.arange(0, PADDED_DIM)
     in_head = dims < head_dim
-    mask = real[:, None] & in_head[None, :]
-
-    subs = block * PARTS + tl.arange(0, PARTS)
-    counts = tl.minimum(tl.maximum(limit - subs * SUB, 0), SUB)
-    divisors = tl.maximum(counts, 1).to(tl.float32)[:, None]
-    fine = ((batch * num_heads + head).to(tl.int64) * num_blocks * PARTS + subs)[:, None] * head_dim + dims[None, :]
-    coarse = ((batch.to(tl.int64) * num_blocks + block) * num_heads + head) * head_dim + dims
-
-    key_base = key + batch.to(tl.int64) * key_stride_b + head.to(tl.int64) * key_stride_h
-    k = tl.load(key_base + tokens[:, None] * key_stride_s + dims[None, :], mask=mask, other=0.0).to(tl.float32)
-    parts = tl.reshape(k, [PARTS, SUB, PADDED_DIM])
-    mean = tl.sum(parts, 1) / divisors
-    tl.store(means + fine, mean, mask=in_head[None, :])
-    inside = tl.arange(0, SUB)[None, :] < counts[:, None]
-    off = tl.where(inside[:, :, None], parts - mean[:, None, :], 0.0)
-    tl.store(variances + fine, tl.sum(off * off, 1) / divisors, mask=in_head[None, :])
-
     m = tl.load(mean_query + (batch * num_heads + head).to(tl.int64) * head_dim + dims, mask=in_head, other=0.0)
-    scores = tl.where(real, tl.sum(k * m[None, :], 1) * scale, -float("inf"))
-    peak = tl.max(scores, 0)
-    # a block of padding alone has no peak
-    shift = tl.where(peak == -float("inf"), 0.0, peak)
-    weights = tl.exp(scores - shift)
-    total = tl.sum(weights, 0)
-    shares = weights / tl.where(total == 0.0, 1.0, total)
-    key_mean = tl.sum(shares[:, None] * k, 0)
+    key_base = key + batch.to(tl.int64) * key_stride_b + head.to(tl.int64) * key_stride_h
+    value_base = value + batch.to(tl.int64) * value_stride_b + head.to(tl.int64) * value_stride_h
+    fine = ((batch * num_heads + head).to(tl.int64) * num_blocks + block) * PARTS * head_dim + dims
+
+    # the softmax over the block runs online, a sub-block at a time
+    key_sum = tl.zeros([PADDED_DIM], dtype=tl.float32)
+    value_sum = tl.zeros([PADDED_DIM], dtype=tl.float32)
+    total = 0.0
+    peak = -float("inf")
+    for part in tl.range(0, PARTS):
+        rows = block * BLOCK + part * SUB + tl.arange(0, SUB)
+        real = rows < limit
+        if order is not None:
+            tokens = tl.load(order + head.to(tl.int64) * order_stride + rows, mask=rows < length, other=0)
+        else:
+            tokens = rows.to(tl.int64)
+        mask = real[:, None] & in_head[None, :]
+        k = tl.load(key_base + tokens[:, None] * key_stride_s + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(value_base + tokens[:, None] * value_stride_s + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        divisor = tl.minimum(tl.maximum(limit - block * BLOCK - part * SUB, 1), SUB).to(tl.float32)
+        mean = tl.sum(k, 0) / divisor
+        off = tl.where(real[:, None], k - mean[None, :], 0.0)
+        tl.store(means + fine + part * head_dim, mean, mask=in_head)
+        tl.store(variances + fine + part * head_dim, tl.sum(off * off, 0) / divisor, mask=in_head)
+        tl.store(value_means + fine + part * head_dim, tl.sum(v, 0) / divisor, mask=in_head)
+        scores = tl.where(real, tl.sum(k * m[None, :], 1) * scale, -float("inf"))
+        higher = tl.maximum(peak, tl.max(scores, 0))
+        # a block of padding alone has no peak
+        shift = tl.where(higher == -float("inf"), 0.0, higher)
+        weights = tl.exp(scores - shift)
+        decay = tl.exp(peak - shift)
+        total = total * decay + tl.sum(weights, 0)
+        key_sum = key_sum * decay + tl.sum(weights[:, None] * k, 0)
+        value_sum = value_sum * decay + tl.sum(weights[:, None] * v, 0)
+        peak = higher
+    divisor = tl.where(total == 0.0, 1.0, total)
+    key_mean = key_sum / divisor
     count = tl.minimum(tl.maximum(limit - block * BLOCK, 0), BLOCK)
-    log_weight = shift + tl.log(tl.where(count > 0, total, 1.0))
+    log_weight = peak + tl.log(divisor)
     missing = log_weight - scale * tl.sum(key_mean * m, 0) - tl.log(tl.maximum(count, 1).to(tl.float32))
     along = tl.where(count > 0, missing, 0.0) / (scale * tl.maximum(tl.sum(m * m, 0), least_square))
+    coarse = ((batch.to(tl.int64) * num_blocks + block) * num_heads + head) * head_dim + dims
     tl.store(tail_key + coarse, key_mean + along * m, mask=in_head)
-
-    value_base = value + batch.to(tl.int64) * value_stride_b + head.to(tl.int64) * value_stride_h
-    v = tl.load(value_base + tokens[:, None] * value_stride_s + dims[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(value_means + fine, tl.sum(tl.reshape(v, [PARTS, SUB, PADDED_DIM]), 1) / divisors, mask=in_head[None, :])
-    tl.store(tail_value + coarse, tl.sum(shares[:, None] * v, 0), mask=in_head)
+    tl.store(tail_value + coarse, value_sum / divisor, mask=in_head)
 
 
 @triton.jit
