@@ -21,7 +21,11 @@ METRICS: dict[str, tuple[str, bool, str]] = {
     "ms_ssim": ("", True, "SSIM in several scales, mean over the frames"),
     "vmaf": ("", True, "Netflix's video quality metric, 0 to 100, mean over the frames"),
     "flicker_ratio": ("x", False, "mean change from frame to frame over that of the reference"),
-    "overall_density": ("", False, "share of the query-key pairs of self-attention that was computed: all calls, a dense one counts as 1"),
+    "overall_density": (
+        "",
+        False,
+        "share of the query-key pairs of self-attention that was computed: all calls that ran, a dense one as 1",
+    ),
     "sparse_density": ("", False, "the same over the calls that ran sparse alone"),
     "attention_calls": ("", False, "calls of self-attention that ran, over the reference's: a step cache leaves some out"),
     "attention_ms": ("ms", False, "time in self-attention, token order and block selection included"),
