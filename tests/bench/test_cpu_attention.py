@@ -10,11 +10,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from ditattn.bench import cpu_attention, timing
+from ditattn.bench.agreement import agreeing
+from ditattn.bench.cpu_peers import PEERS, Peer
 from ditattn.bench.timing import Effort, Timing, interleaved, machine, ratio, seconds
 from ditattn.ops import cpu_library
 from ditattn.ops.block_sparse_attention import block_sparse_attention
+from ditattn.plan.block_plan import BlockPlan
 
 needs_kernel = pytest.mark.skipif(cpu_library.problem() is not None, reason=f"no CPU kernels: {cpu_library.problem()}")
 
@@ -70,14 +74,70 @@ def test_a_report_has_every_ratio_and_is_json(quick: None) -> None:
     } <= ratios.keys()
     assert all(low <= median <= high for median, low, high in ratios.values())
     assert set(found["report"][0]["rounds"].values()) == {2}
-    assert found["report"][0]["smaller"] == found["report"][0]["left_out"] == {}
+    assert found["report"][0]["smaller"] == {}
+    # packages that may be here or not
+    assert found["report"][0]["left_out"].keys() <= {"zentorch", "vLLM"}
     text = cpu_attention.render(measured)
     assert "| sparse 0.25 |" in text
     assert "### B1 H2 S512 D64 bfloat16" in text
 
 
+@pytest.fixture
+def without_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight calls in a table, whatever packages are installed."""
+    monkeypatch.setattr(cpu_attention, "PEERS", ())
+
+
 @needs_kernel
-def test_a_slow_reference_runs_once_at_a_smaller_size_and_is_marked(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_are_rows_and_one_that_refuses_or_differs_is_left_out_with_the_reason(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
+        raise RuntimeError("not on a Tuesday\nwith a trace")
+
+    def zeros(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
+        return lambda: query * 0
+
+    def not_numbers(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
+        return lambda: query / 0
+
+    others = (Peer("refuses", refusing), Peer("zeros", zeros), Peer("NaN", not_numbers))
+    monkeypatch.setattr(cpu_attention, "PEERS", (*PEERS[:2], *others))
+    told: list[str] = []
+    measured = cpu_attention.measure_shape(256, 2, 64, torch.float32, Effort(rounds=1, progress=told.append), matmul=128)
+    assert measured.left_out.keys() == {"refuses", "zeros", "NaN"}
+    assert measured.left_out["refuses"] == "RuntimeError: not on a Tuesday"
+    assert measured.left_out["zeros"] == "its result differs from the reference by 1 of the norm at S 256, more than 1e-05"
+    assert "more than 1e-05" in measured.left_out["NaN"]
+    names = {t.name for t in measured.times}
+    assert {"SDPA, flash kernel", "SDPA, math kernel"} <= names
+    assert not names & measured.left_out.keys()
+    ratios = {ratio.what for ratio in measured.ratios}
+    assert {"dense / SDPA, flash kernel", "dense / SDPA, math kernel"} <= ratios
+    assert not {f"dense / {name}" for name in measured.left_out} & ratios
+    # everything is compared, and before the first round
+    compared = [line for line in told if "comparing" in line]
+    assert len(compared) == 12
+    assert all("with the reference, at S 256" in line for line in compared)
+    assert told[: len(compared)] == compared
+    assert "\nleft out: refuses: RuntimeError: not on a Tuesday" in cpu_attention.render(measured)
+
+
+@needs_kernel
+def test_a_peer_that_holds_all_scores_runs_where_they_fit(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "PEERS", PEERS[:2])
+    # two heads of 512 x 512 scores in fp32
+    monkeypatch.setattr(cpu_attention, "MOST_SCORE_BYTES", 2 * 4 * 512**2)
+    measured = cpu_attention.measure_shape(1024, 2, 64, torch.float32, Effort(rounds=1), matmul=128)
+    names = [t.name for t in measured.times]
+    assert "SDPA, flash kernel" in names
+    assert "SDPA, math kernel, at S 512" in names
+    assert measured.smaller["SDPA, math kernel"].startswith("measured once: it holds copies of whole heads of scores; at more than S 512")
+    assert "dense / SDPA, math kernel (by the rate of SDPA, math kernel, at S 512)" in {ratio.what for ratio in measured.ratios}
+
+
+@needs_kernel
+def test_a_slow_reference_runs_once_at_a_smaller_size_and_is_marked(
+    quick: None, without_peers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow = Slow()
     monkeypatch.setattr(cpu_attention, "_matmul", slow.matmul)
     measured = cpu_attention.measure_shape(256, 2, 64, torch.bfloat16, slow.effort(rounds=2, budget_s=240_000), matmul=2048)
@@ -102,7 +162,9 @@ def test_a_slow_reference_runs_once_at_a_smaller_size_and_is_marked(quick: None,
 
 
 @needs_kernel
-def test_a_budget_reduces_the_rounds_and_the_table_says_how_many_ran(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_reduces_the_rounds_and_the_table_says_how_many_ran(
+    quick: None, without_peers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow = Slow()
     monkeypatch.setattr(cpu_attention, "_matmul", slow.matmul)
     measured = cpu_attention.measure_shape(256, 2, 64, torch.bfloat16, slow.effort(rounds=70, budget_s=144_000), matmul=1024)
@@ -113,7 +175,7 @@ def test_a_budget_reduces_the_rounds_and_the_table_says_how_many_ran(quick: None
 
 
 @needs_kernel
-def test_a_table_without_a_warm_up_round_says_so(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_without_a_warm_up_round_says_so(quick: None, without_peers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow()
     monkeypatch.setattr(cpu_attention, "_matmul", slow.matmul)
     # a single size is run without a look; a second run would end at 250 s
@@ -207,11 +269,28 @@ def test_a_whole_rain_fusion_call_is_measured_with_its_parts(quick: None) -> Non
 
 def test_flex_attention_is_made_smaller_by_its_plan_and_compiled_before_the_time_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[float] = []
-    monkeypatch.setattr(cpu_attention, "_flex", lambda *tensors: lambda plan: lambda: ran.append(plan.density()))
+    problems = cpu_attention.Problems(2, 64, torch.bfloat16)
+
+    def flex(*tensors: Tensor) -> Callable[[BlockPlan], Callable[[], Tensor]]:
+        def call(plan: BlockPlan) -> Callable[[], Tensor]:
+            def run() -> Tensor:
+                ran.append(plan.density())
+                return block_sparse_attention(*tensors, plan, implementation="torch")
+
+            return run
+
+        return call
+
+    monkeypatch.setattr(cpu_attention, "_flex", flex)
     told: list[str] = []
-    call = cpu_attention._flex_call(cpu_attention.Problems(2, 64, torch.bfloat16), 2048, 0.25, Effort(progress=told.append))
+    effort = Effort(progress=told.append)
+    call = cpu_attention._flex_call(problems, 2048, 0.25, effort)
+    assert agreeing([call], effort) == ([call], {})
     assert ran == [1 / 16]
-    assert told == ["compiling FlexAttention, for up to a minute"]
+    assert told == [
+        "comparing FlexAttention 0.25 with the reference, at density 0.0625",
+        "compiling FlexAttention, for up to a minute",
+    ]
     assert (call.name, call.sizes, call.label(2)) == ("FlexAttention 0.25", (1, 2, 4), "density 0.125")
     assert call.work is not None
     assert [call.work(kept) for kept in call.sizes] == [4 * 2048**2 * 2 * 64 * kept / 16 for kept in call.sizes]
@@ -228,7 +307,7 @@ def test_flex_attention_runs_the_same_plan() -> None:
     for density, stance in ((0.25, "default"), (0.5, "fail_on_recompile")):
         plan = cpu_attention.random_plan(512, 2, density)
         with torch.compiler.set_stance(stance):
-            found = flex(plan)().transpose(1, 2).float()
+            found = flex(plan)().float()
         own = block_sparse_attention(*tensors, plan, implementation="cpu").float()
         assert (found - own).norm() < 0.01 * own.norm()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ditattn.bench.timing import Effort, Timing, interleaved, ratio, seconds
 
@@ -28,13 +29,17 @@ class Call:
         make: the call at a size.
         work: floating-point operations at a size; None where they are not counted, which needs a single size.
         label: a size, for people.
+        expected: what the call must return at a size, up to rounding; None where nobody compares.
+        largest: the largest size that it may run at, and why; None where it may run at all.
     """
 
     name: str
     sizes: tuple[int, ...]
-    make: Callable[[int], Callable[[], object]]
+    make: Callable[[int], Callable[[], Any]]
     work: Callable[[int], float] | None = None
     label: Callable[[int], str] = "S {}".format
+    expected: Callable[[int], Any] | None = None
+    largest: tuple[int, str] | None = None
 
     def grown(self, seconds_at: float, size: int, larger: int) -> float:
         """Seconds at the larger size if the rate stays what it was at `size`."""
@@ -86,6 +91,10 @@ def settle(call: Call, share_s: float, effort: Effort) -> Row | None:
             run()
         run_s = seconds(run, effort.clock)
         following = next_size(call, size, run_s, share_s)
+        if following is not None and call.largest is not None and following > call.largest[0]:
+            following = max((allowed for allowed in call.sizes if allowed <= call.largest[0]), default=size)
+            if following <= size:
+                return Row(call, size, Timing(f"{call.name}, at {call.label(size)}", (1000 * run_s,)), call.largest[1])
         if following is None:
             reason = (
                 f"by its rate at {call.label(size)} it would take {_in_words(call.grown(run_s, size, full))} at "

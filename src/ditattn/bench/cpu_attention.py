@@ -1,4 +1,7 @@
-"""How fast attention is on this CPU: the compiled kernel against torch's SDPA, gather + SDPA, FlexAttention and a plain matrix product.
+"""How fast attention is on this CPU: the compiled kernel against what others have for it, and against a plain matrix product.
+
+The others: torch's SDPA, its flash and its math kernel alone, gather + SDPA, FlexAttention, oneDNN's graph, zentorch and vLLM. Every call
+of attention is compared with the reference before it is timed; one that refuses or differs is left out, with the reason.
 
 Times are medians of interleaved rounds; what is compared is the ratio of calls in the same round. Rates count the work that the plan
 keeps: 4 * D operations per kept query-key pair. A call that is too slow for its share of the time runs once at a smaller size, and is
@@ -17,7 +20,9 @@ from torch import Tensor
 
 from ditattn.backends.rain_fusion_attn import RainFusionAttentionBackend
 from ditattn.backends.selection import mean_pool
+from ditattn.bench.agreement import agreeing
 from ditattn.bench.budget import Call, Row, compared, halvings, measure, settle
+from ditattn.bench.cpu_peers import PEERS, Peer
 from ditattn.bench.timing import Effort, Timing, machine
 from ditattn.ops import cpu_library
 from ditattn.ops.block_sparse_attention import block_sparse_attention
@@ -31,6 +36,8 @@ __all__ = ["Measured", "Ratio", "measure_growth", "measure_shape", "measure_vide
 DENSITIES = (0.5, 0.25, 0.125)
 # tokens, and rows of a matrix, at which it is found out how slow a call is
 LEAST_SIZE = 256
+# of one copy, in fp32, of the scores that a call may hold
+MOST_SCORE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -76,11 +83,22 @@ class Problems:
         self.tensors = cache(self._draw)
         self.plan = cache(lambda length, density: random_plan(length, heads, density))
 
-    def dense(self, length: int, implementation: str) -> Callable[[], object]:
+    def dense(self, length: int, implementation: str) -> Callable[[], Tensor]:
         return partial(dense_attention, *self.tensors(length), implementation=implementation)
 
-    def sparse(self, length: int, density: float, implementation: str = "cpu") -> Callable[[], object]:
+    def sparse(self, length: int, density: float, implementation: str = "cpu") -> Callable[[], Tensor]:
         return partial(block_sparse_attention, *self.tensors(length), self.plan(length, density), implementation=implementation)
+
+    def peer(self, length: int, peer: Peer) -> Callable[[], Tensor]:
+        return peer.prepare(*self.tensors(length))
+
+    def most_scores(self) -> tuple[int, str]:
+        """The largest number of tokens at which all scores of the problem may be held, and why."""
+        most = math.isqrt(MOST_SCORE_BYTES // (4 * self.heads))
+        return (
+            most,
+            f"it holds copies of whole heads of scores; at more than S {most} each would take over {MOST_SCORE_BYTES >> 20} MiB in fp32",
+        )
 
     def dense_work(self, length: int) -> float:
         """Floating-point operations."""
@@ -104,49 +122,62 @@ def measure_shape(
 ) -> Measured:
     """B 1, S `length`: dense and three densities, one thread, and the peers, among them a product of two `matmul` x `matmul` matrices.
 
+    The time begins after all calls have been compared with the reference, and FlexAttention compiled.
+
     Raises:
         BackendUnavailable: there are no compiled kernels on this machine; says why.
     """
     problems = Problems(heads, head_dim, dtype)
     title = problems.title(length)
     effort = effort.about(title)
-    # FlexAttention is compiled here, before the time begins
-    calls = tuple(_shape_calls(problems, length, matmul, flex, effort))
+    calls, left_out = agreeing(_shape_calls(problems, length, matmul, flex, effort), effort)
     rows = measure(calls, effort, effort.until_s())
     work = problems.dense_work(length) / _matmul_work(matmul)
-    return _table(title, rows, tuple(_shape_ratios(rows, f"matmul {matmul}", work)))
+    return _table(title, rows, tuple(_shape_ratios(rows, f"matmul {matmul}", work)), left_out)
 
 
 def _shape_calls(problems: Problems, length: int, matmul: int, flex: bool, effort: Effort) -> Iterator[Call]:
     sizes = halvings(length, LEAST_SIZE)
+    right = cache(lambda n: problems.dense(n, "reference")())
 
-    def one_thread(n: int) -> Callable[[], object]:
+    def one_thread(n: int) -> Callable[[], Tensor]:
         return partial(_on_one_thread, problems.dense(n, "cpu"))
+
+    def dense(name: str, make: Callable[[int], Callable[[], Tensor]], holds_scores: bool = False) -> Call:
+        largest = problems.most_scores() if holds_scores else None
+        return Call(name, sizes, make, problems.dense_work, expected=right, largest=largest)
+
+    def sparse(name: str, density: float, implementation: str) -> Call:
+        make = partial(problems.sparse, density=density, implementation=implementation)
+        work = partial(problems.sparse_work, density=density)
+        return Call(name, sizes, make, work, expected=lambda n: problems.sparse(n, density, "reference")())
 
     matrix = partial(_matmul, dtype=problems.dtype)
     yield Call(f"matmul {matmul}", halvings(matmul, LEAST_SIZE), matrix, _matmul_work, "n {}".format)
-    yield Call("dense SDPA", sizes, partial(problems.dense, implementation="torch"), problems.dense_work)
-    yield Call("dense", sizes, partial(problems.dense, implementation="cpu"), problems.dense_work)
-    yield Call("dense, 1 thread", sizes, one_thread, problems.dense_work)
+    yield dense("dense SDPA", partial(problems.dense, implementation="torch"))
+    yield dense("dense", partial(problems.dense, implementation="cpu"))
+    yield dense("dense, 1 thread", one_thread)
+    for peer in PEERS:
+        yield dense(peer.name, partial(problems.peer, peer=peer), peer.holds_scores)
     for density in DENSITIES:
-        yield Call(f"sparse {density:g}", sizes, partial(problems.sparse, density=density), partial(problems.sparse_work, density=density))
-    gather = partial(problems.sparse, density=0.25, implementation="torch")
-    yield Call("gather + SDPA 0.25", sizes, gather, partial(problems.sparse_work, density=0.25))
+        yield sparse(f"sparse {density:g}", density, "cpu")
+    yield sparse("gather + SDPA 0.25", 0.25, "torch")
     if flex:
         yield _flex_call(problems, length, 0.25, effort)
 
 
 def _shape_ratios(rows: dict[str, Row], matmul: str, work: float) -> Iterator[Ratio]:
-    """`work`: that of the dense call in matrix products."""
-    yield _ratio("dense / SDPA", rows["dense SDPA"], rows["dense"])
-    yield _ratio(f"dense rate / {matmul} rate", rows[matmul], rows["dense"], work)
-    for density in DENSITIES:
-        yield _ratio(f"sparse, {1 - density:.1%} dropped / own dense", rows["dense"], rows[f"sparse {density:g}"])
-    yield _ratio("sparse, 75.0% dropped / dense SDPA", rows["dense SDPA"], rows["sparse 0.25"])
-    yield _ratio("sparse, 75.0% dropped / gather + SDPA", rows["gather + SDPA 0.25"], rows["sparse 0.25"])
-    if "FlexAttention 0.25" in rows:
-        yield _ratio("sparse, 75.0% dropped / compiled FlexAttention", rows["FlexAttention 0.25"], rows["sparse 0.25"])
-    yield _ratio("all threads / one thread", rows["dense, 1 thread"], rows["dense"])
+    """Of the calls that were timed. `work`: that of the dense call in matrix products."""
+    pairs = [("dense / SDPA", "dense SDPA", "dense", 1.0), (f"dense rate / {matmul} rate", matmul, "dense", work)]
+    pairs += [(f"dense / {peer.name}", peer.name, "dense", 1.0) for peer in PEERS]
+    pairs += [(f"sparse, {1 - density:.1%} dropped / own dense", "dense", f"sparse {density:g}", 1.0) for density in DENSITIES]
+    pairs.append(("sparse, 75.0% dropped / dense SDPA", "dense SDPA", "sparse 0.25", 1.0))
+    pairs.append(("sparse, 75.0% dropped / gather + SDPA", "gather + SDPA 0.25", "sparse 0.25", 1.0))
+    pairs.append(("sparse, 75.0% dropped / compiled FlexAttention", "FlexAttention 0.25", "sparse 0.25", 1.0))
+    pairs.append(("all threads / one thread", "dense, 1 thread", "dense", 1.0))
+    for what, slow, fast, factor in pairs:
+        if slow in rows and fast in rows:
+            yield _ratio(what, rows[slow], rows[fast], factor)
 
 
 def measure_video(
@@ -311,45 +342,49 @@ def _matmul_work(n: int) -> float:
     return 2.0 * n**3
 
 
-def _on_one_thread(call: Callable[[], object]) -> None:
+def _on_one_thread(call: Callable[[], Tensor]) -> Tensor:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        call()
+        return call()
     finally:
         torch.set_num_threads(threads)
 
 
 def _flex_call(problems: Problems, length: int, density: float, effort: Effort) -> Call:
-    """FlexAttention on the same plan. Its sizes are kept blocks per row, since code for another S would have to be compiled again."""
+    """FlexAttention on the same plan, compiled when it first runs.
+
+    Its sizes are kept blocks per row, since code for another S would have to be compiled again. The reference would need the memory of all
+    scores: gather + SDPA, itself compared with the reference, stands for it.
+    """
     blocks = num_blocks(length)
-    flex = _flex(*problems.tensors(length))
 
-    def make(kept: int) -> Callable[[], object]:
-        return flex(problems.plan(length, kept / blocks))
+    @cache
+    def flex() -> Callable[[BlockPlan], Callable[[], Tensor]]:
+        effort.progress("compiling FlexAttention, for up to a minute")
+        return _flex(*problems.tensors(length))
 
-    sizes = halvings(max(1, round(blocks * density)), 1)
-    effort.progress("compiling FlexAttention, for up to a minute")
-    make(sizes[0])()
     return Call(
         f"FlexAttention {density:g}",
-        sizes,
-        make,
+        halvings(max(1, round(blocks * density)), 1),
+        lambda kept: flex()(problems.plan(length, kept / blocks)),
         lambda kept: problems.sparse_work(length, kept / blocks),
         lambda kept: f"density {kept / blocks:g}",
+        expected=lambda kept: problems.sparse(length, kept / blocks, "torch")(),
     )
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor) -> Callable[[BlockPlan], Callable[[], object]]:
+def _flex(query: Tensor, key: Tensor, value: Tensor) -> Callable[[BlockPlan], Callable[[], Tensor]]:
     """Compiled FlexAttention for any plan, one code for all; S has to be a multiple of the block."""
     from torch.nn.attention.flex_attention import flex_attention
 
     q, k, v = (x.transpose(1, 2).contiguous() for x in (query, key, value))
     compiled = torch.compile(flex_attention, dynamic=False)
 
-    def call(plan: BlockPlan) -> Callable[[], object]:
+    def call(plan: BlockPlan) -> Callable[[], Tensor]:
         # indices of one width, or every plan would be compiled for
         indices = torch.nn.functional.pad(plan.indices, (0, plan.num_key_blocks - plan.indices.shape[-1]), value=-1)
-        return partial(compiled, q, k, v, block_mask=block_mask(replace(plan, indices=indices)))
+        mask = block_mask(replace(plan, indices=indices))
+        return lambda: compiled(q, k, v, block_mask=mask).transpose(1, 2)
 
     return call

@@ -26,6 +26,9 @@ def bench(
 ) -> None:
     """Measure attention on this CPU: the compiled kernels against torch's SDPA, gather + SDPA, FlexAttention and a plain matrix product.
 
+    oneDNN's graph takes part where it takes the call, zentorch and vLLM where they are installed. Every call is compared with the
+    reference before it is timed.
+
     All calls of a table take turns, and ratios are taken within a round. Leave the machine alone meanwhile.
 
     The environment variable DITATTN_CPU_ISA chooses other kernels than the best: avx2, avx512, ...
