@@ -28,6 +28,7 @@ import tiny_pipelines
 from ditattn.errors import DenseInStrictMode
 from ditattn.hosts.diffusers.install import Installation, self_attention_modules
 from ditattn.models import family_of
+from pairwise import covering, marks_beyond
 from tiny_pipelines import FAMILIES, TinyPipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -226,14 +227,15 @@ HOOKS: dict[str, tuple[Change, set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
+HOOKED = [(hook, name, order) for hook, (_, names) in HOOKS.items() for name in FAMILIES if name in names for order in ("before", "after")]
+SOME = covering(HOOKED)
+
+
 @pytest.mark.parametrize(
-    ("hook", "name"),
+    ("hook", "name", "order"),
     [
-        pytest.param(hook, name, marks=[pytest.mark.slow] if name not in ("wan", "cogvideox") else [])
-        for hook, (_, names) in HOOKS.items()
-        for name in FAMILIES
-        if name in names
+        pytest.param(*one, marks=[*([] if one[1] in ("wan", "cogvideox") else [pytest.mark.slow]), *marks_beyond(SOME, one)])
+        for one in HOOKED
     ],
 )
 def test_hooks_of_diffusers_give_what_native_gives(hook: str, name: str, order: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,15 +15,24 @@ BOUND = 1e-4
 SPARSE_BACKENDS = ("block_sparse_attn", "rain_fusion_attn", "permuted_sparse_attn")
 
 
-def each_with_one(names: Iterable[str], backends: Sequence[str]) -> list[Any]:
-    """All pairs. Those beyond one backend for each family, in turn, are `long`: how a family is split and what a backend does with its
-    share are two rules.
+def each_with_one(names: Iterable[str], backends: Sequence[str], *further: Any, start: int = 0) -> list[Any]:
+    """All pairs, with the further values. Those beyond one backend for each family, in turn, are `long`: how a family is split and what a
+    backend does with its share are two rules.
     """
     return [
-        pytest.param(name, backend, marks=[] if number % len(backends) == turn else pytest.mark.long, id=f"{backend}-{name}")
+        pytest.param(
+            *(name, backend, *further),
+            marks=[] if (number + start) % len(backends) == turn else pytest.mark.long,
+            id="-".join(map(str, (backend, *further, name))),
+        )
         for number, name in enumerate(names)
         for turn, backend in enumerate(backends)
     ]
+
+
+def dense(names: Iterable[str], *further: Any) -> list[Any]:
+    """Every family with the dense backend."""
+    return each_with_one(names, ("torch_sdpa",), *further)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +47,14 @@ def degrees_of(name: str) -> dict[str, Any]:
     return {"ulysses_degree": 2, "ulysses_anything": name.startswith("qwen image")}
 
 
-@pytest.mark.parametrize("name", split_pipelines.FAMILIES)
-@pytest.mark.parametrize(("backend", "sparsity"), [("torch_sdpa", 0), *itertools.product(SPARSE_BACKENDS, (0, 0.75))])
+@pytest.mark.parametrize(
+    ("name", "backend", "sparsity"),
+    [
+        *dense(split_pipelines.FAMILIES, 0),
+        *each_with_one(split_pipelines.FAMILIES, SPARSE_BACKENDS, 0, start=1),
+        *each_with_one(split_pipelines.FAMILIES, SPARSE_BACKENDS, 0.75),
+    ],
+)
 def test_ulysses_is_one_process(two: Ranks, name: str, backend: str, sparsity: float) -> None:
     check_ulysses(two, name, backend, sparsity)
 
@@ -55,8 +69,10 @@ def test_dense_ulysses_is_one_process_for_several_grids_and_further_families(two
     check_ulysses(two, name, "torch_sdpa", 0)
 
 
-@pytest.mark.parametrize("name", split_pipelines.PLANNED)
-@pytest.mark.parametrize(("backend", "sparsity"), [("torch_sdpa", 0), *itertools.product(SPARSE_BACKENDS, (0.75,))])
+@pytest.mark.parametrize(
+    ("name", "backend", "sparsity"),
+    [*dense(split_pipelines.PLANNED, 0), *each_with_one(split_pipelines.PLANNED, SPARSE_BACKENDS, 0.75)],
+)
 def test_ulysses_is_one_process_by_our_own_plans(two: Ranks, name: str, backend: str, sparsity: float) -> None:
     check_ulysses(two, name, backend, sparsity)
 
@@ -177,8 +193,10 @@ def check_readings(whole: list[Any], split: list[Any], mass: float) -> None:
         assert cell.error == pytest.approx(expected.error, rel=0.3)
 
 
-@pytest.mark.parametrize("name", split_pipelines.GUIDED)
-@pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn", "permuted_sparse_attn"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*dense(split_pipelines.GUIDED), *each_with_one(split_pipelines.GUIDED, ("rain_fusion_attn", "permuted_sparse_attn"))],
+)
 def test_ranks_that_share_the_branches_of_guidance_are_one_process(two: Ranks, name: str, backend: str) -> None:
     config = {} if backend == "torch_sdpa" else split_pipelines.SPARSE
     for found in two.run(split_pipelines.guided, name, backend, config, {}):
@@ -202,8 +220,10 @@ def test_a_step_without_two_branches_is_refused(two: Ranks) -> None:
         assert error < BOUND
 
 
-@pytest.mark.parametrize("name", split_pipelines.WEIGHTS)
-@pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn", "permuted_sparse_attn"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*dense(split_pipelines.WEIGHTS), *each_with_one(split_pipelines.WEIGHTS, ("rain_fusion_attn", "permuted_sparse_attn"))],
+)
 def test_tensor_parallel_is_one_process(two: Ranks, name: str, backend: str) -> None:
     by_hand = name == "hunyuan video"
     config = {} if backend == "torch_sdpa" else split_pipelines.SPARSE

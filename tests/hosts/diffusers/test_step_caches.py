@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from ditattn.hosts.diffusers.demo_model import find_demo_model
 from ditattn.hosts.diffusers.install import self_attention_modules
 from ditattn.hosts.diffusers.load import load_pipeline
 from ditattn.models import family_of
+from pairwise import covering, marks_beyond
 from tiny_pipelines import TinyPipeline
 from tiny_pipelines.footprint import footprint
 from tiny_pipelines.wan import transformer
@@ -136,6 +138,25 @@ def demo() -> TinyPipeline:
 
 MODELS = {"wan": wan, "cogvideox": cogvideox, "demo model": demo}
 QUICK = ("wan", "cache-dit, last block too")
+
+
+def every_pair_and(further: str, values: Iterable[Any]) -> Any:
+    """Parameters of a test: the model, its cache, and one of the values. Two of the three meet in every way, all three under `long`."""
+    possible = list(itertools.product(MODELS, CACHES, values))
+    chosen = covering(possible)
+    return pytest.mark.parametrize(
+        ("build", "cache", further),
+        [
+            pytest.param(
+                *(MODELS[model], CACHES[name], value),
+                id=f"{model}, {name}, {value if isinstance(value, str) else ', '.join(value)}",
+                marks=[*([] if (model, name) == QUICK else [pytest.mark.slow]), *marks_beyond(chosen, (model, name, value))],
+            )
+            for model, name, value in possible
+        ],
+    )
+
+
 every_pair = pytest.mark.parametrize(
     ("build", "cache"),
     [
@@ -144,7 +165,6 @@ every_pair = pytest.mark.parametrize(
         for name, cache in CACHES.items()
     ],
 )
-both_orders = pytest.mark.parametrize("later", [False, True], ids=["before install", "after install"])
 
 
 @dataclass
@@ -202,9 +222,8 @@ def plain(build: Callable[[], TinyPipeline], num_steps: int) -> torch.Tensor:
     return build().run(num_steps)
 
 
-@every_pair
-@both_orders
-def test_steps_and_layers_are_those_that_ran(build: Callable[[], TinyPipeline], cache: Cache, later: bool) -> None:
+@every_pair_and("first", ["cache", "install"])
+def test_steps_and_layers_are_those_that_ran(build: Callable[[], TinyPipeline], cache: Cache, first: str) -> None:
     """With a dense backend the cache decides what it decides natively; the result is the same, and so is every count."""
     alone = build()
     calls = watched(alone)
@@ -216,10 +235,10 @@ def test_steps_and_layers_are_those_that_ran(build: Callable[[], TinyPipeline], 
     for backend, settings in (("torch_sdpa", {}), ("rain_fusion_attn", {**SPARSE, "skip_layers": "2", "skip_first_steps": 1})):
         tiny = build()
         seen = watched(tiny)
-        if not later:
+        if first == "cache":
             cache.on(tiny)
         with ditattn.install(tiny.pipe, backend, **settings) as handle:
-            if later:
+            if first == "install":
                 cache.on(tiny)
             out = tiny.run(STEPS)
         assert counted(handle) == seen.counts
@@ -250,8 +269,7 @@ def left_by(build: Callable[[], TinyPipeline], name: str) -> dict[str, Any]:
     return footprint(alone.pipe)
 
 
-@every_pair
-@pytest.mark.parametrize("order", ORDERS, ids=", ".join)
+@every_pair_and("order", ORDERS)
 def test_nothing_is_left_behind(build: Callable[[], TinyPipeline], cache: Cache, order: tuple[str, ...]) -> None:
     """Whatever is switched on and off first, the model computes what it computed, to the bit, and holds nothing of ours."""
     tiny = build()
