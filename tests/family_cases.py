@@ -113,7 +113,14 @@ IMAGES = {
     "hunyuan dit": Case(latent_images.hunyuan_dit, "scheduler", 1),
     "lumina next": Case(latent_images.lumina_next, "scheduler", 1),
     # three tokens of padding before the text
-    "ideogram 4": Case(packed_images.ideogram4, "scheduler", 1, text=(slice(3, None), slice(None)), since="0.42"),
+    "ideogram 4": Case(
+        packed_images.ideogram4,
+        "scheduler",
+        1,
+        {"transformer": [0, 1, 2], "unconditional_transformer": [0, 1, 2]},
+        text=(slice(3, None), slice(None)),
+        since="0.42",
+    ),
     "nucleusmoe image": Case(packed_images.nucleusmoe_image, "scheduler", 1, since="0.42"),
 }
 CASES |= VIDEOS | IMAGES

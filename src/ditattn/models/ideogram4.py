@@ -67,5 +67,5 @@ IDEOGRAM4 = ModelFamily(
     layout=layout,
     self_attention=r"layers\.\d+\.attention",
     key_mask=key_mask,
-    notes="text before the image, protected; the transformer of the pass without text keeps its own attention",
+    notes="text before the image, protected; the `unconditional_transformer` sees the image alone and is served too",
 )

@@ -30,7 +30,7 @@ from ditattn.runtime.report import AttentionReport
 from ditattn.runtime.stage import DenoisingStage, Probe, ServedModel
 from ditattn.runtime.step import StepClock
 
-__all__ = ["Installation", "denoisers", "install", "install_setting", "self_attention_modules"]
+__all__ = ["Installation", "denoisers", "install", "install_setting", "names_denoiser", "self_attention_modules"]
 
 logger = logging.getLogger("ditattn")
 
@@ -148,7 +148,12 @@ def denoisers(target: Any) -> dict[str, nn.Module]:
     if isinstance(target, nn.Module):
         return {type(unwrapped(target)).__name__: target}
     parts = _components(target)
-    return {name: part for name, part in parts.items() if name.startswith("transformer") and isinstance(part, nn.Module)}
+    return {name: part for name, part in parts.items() if names_denoiser(name) and isinstance(part, nn.Module)}
+
+
+def names_denoiser(component: str) -> bool:
+    """What diffusers' pipelines call their denoisers; an `unconditional_transformer` makes the pass without text."""
+    return component.startswith(("transformer", "unconditional_transformer"))
 
 
 def self_attention_modules(module: nn.Module, family: ModelFamily) -> dict[str, nn.Module]:
