@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import ditattn
 from ditattn.hosts.diffusers.install import denoisers, self_attention_modules
 from ditattn.models import MODELS, TokenLayout, family_of, known_class
-from ditattn.runtime.stage import DenoisingStage, Forward, running
+from ditattn.runtime.stage import DenoisingStage, Forward, ServedModel, running
 from family_cases import CASES, DIFFUSERS, IMAGES, QUICK, VIDEOS
 from tiny_pipelines import TinyPipeline
 from tiny_pipelines.footprint import dispatcher_footprint, footprint
@@ -109,6 +109,25 @@ def test_lower_density_runs_in_the_right_steps_and_layers(name: str, backend: st
         assert ran.sparse_density is None or 0.36 <= ran.sparse_density < case.densest
         assert {step: density is not None for step, density in ran.sparse_density_by_step.items()} == {step: step > 0 for step in steps}
         assert list(ran.sparse_density_by_layer) == list(range(NUM_LAYERS))
+
+
+@every_family
+def test_the_time_falls_from_step_to_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What steps are told by where no scheduler is at hand."""
+    tiny, _ = built(name)
+    times: dict[str, list[float]] = {}
+    enter = DenoisingStage.enter
+
+    def note(stage: DenoisingStage, model: ServedModel, arguments: dict[str, Any], *rest: Any, **named: Any) -> Forward:
+        times.setdefault(model.name, []).append(float(torch.as_tensor(model.family.time(arguments)).max()))
+        return enter(stage, model, arguments, *rest, **named)
+
+    monkeypatch.setattr(DenoisingStage, "enter", note)
+    with ditattn.install(tiny.pipe, "torch_sdpa"):
+        tiny.run(NUM_STEPS)
+    for component, steps in CASES[name].steps.items():
+        assert times[component] == sorted(times[component], reverse=True)
+        assert len(set(times[component])) == len(steps)
 
 
 @every_family
