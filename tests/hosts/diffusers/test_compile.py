@@ -76,6 +76,7 @@ def test_every_family_is_compiled_here() -> None:
     assert compiled == {name for family in MODELS for name in family.transformer_classes}
 
 
+@pytest.mark.shows("compiled")
 @pytest.mark.slow
 @newest
 @every_family_but_breaking
@@ -98,6 +99,7 @@ def test_blocks_make_as_many_graphs_as_natively(name: str) -> None:
     torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-5)
 
 
+@pytest.mark.shows("compiled", says="graph breaks")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BREAKING)
 def test_blocks_that_break_graphs_by_themselves_are_served_all_the_same(name: str) -> None:

@@ -14,6 +14,7 @@ from packaging import version
 from torch import Tensor, nn
 
 import ditattn
+from ditattn.errors import UnsupportedCall
 from ditattn.hosts.diffusers.install import denoisers, self_attention_modules
 from ditattn.models import MODELS, TokenLayout, family_of, known_class
 from ditattn.runtime.stage import DenoisingStage, Forward, ServedModel, running
@@ -28,16 +29,26 @@ NUM_STEPS, NUM_LAYERS = 3, 2
 # fp32, latents of order 1. The native kernel on the same numbers is bit-identical; another exact one sums in another order, and guidance 6
 # over three steps makes ten times as much of the difference. Dropping blocks moves these latents by 5e-3 and more.
 OTHER_KERNEL_BOUND = 1e-4
+# keys are padded at the end, of which FlashAttention takes no count; other masks make a call torch's own with every dense backend
+PADDED = {"hunyuan video", "hunyuan video 1.5", "motif video", "hunyuan image", "ernie image", "nucleusmoe image"}
 
 
 def families(*left_out: str) -> pytest.MarkDecorator:
     """Parametrises a test by the families' names; of those that came later, most are slow."""
-    slow = (VIDEOS.keys() | IMAGES.keys()) - QUICK
-    names = [name for name in CASES if name not in left_out]
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names])
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=slow(name)) for name in CASES if name not in left_out])
+
+
+def slow(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if name in (VIDEOS.keys() | IMAGES.keys()) - QUICK else []
 
 
 every_family = families()
+WITH_DENSE_BACKENDS = [
+    pytest.param(name, backend, marks=slow(name), id=f"{backend}-{name}")
+    for name in CASES
+    for backend in ("torch_sdpa", "fa", "laser_attn")
+    if backend != "fa" or name not in PADDED
+]
 
 
 @cache
@@ -56,6 +67,33 @@ def test_every_family_is_run_here() -> None:
     run = {known_class(denoiser) for case in CASES.values() for denoiser in denoisers(case.build().pipe).values()}
     # test_qwen_image21.py: its first step makes no calls that come here
     assert run | {"QwenImage21Transformer2DModel"} == {name for family in MODELS for name in family.transformer_classes}
+
+
+@pytest.mark.shows("backend")
+@pytest.mark.parametrize(("name", "backend"), WITH_DENSE_BACKENDS)
+def test_a_dense_backend_is_native(name: str, backend: str) -> None:
+    if backend == "fa":
+        _same_masks()
+    tiny, native = built(name)
+    with ditattn.install(tiny.pipe, backend) as handle:
+        torch.testing.assert_close(tiny.run(NUM_STEPS), native, rtol=0, atol=OTHER_KERNEL_BOUND)
+    for component, steps in CASES[name].steps.items():
+        assert handle.report().components[component].calls == len(steps) * CASES[name].forwards * NUM_LAYERS
+
+
+@pytest.mark.shows("fa", says="no: padded")
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow(name)) for name in CASES if name in PADDED])
+def test_flash_attention_refuses_padding(name: str) -> None:
+    _same_masks()
+    tiny, native = built(name)
+    with ditattn.install(tiny.pipe, "fa"), pytest.raises(UnsupportedCall, match="does not honour key_lengths"):
+        tiny.run(1)
+    assert torch.equal(tiny.run(NUM_STEPS), native)
+
+
+def _same_masks() -> None:
+    if version.parse("0.42") > DIFFUSERS:
+        pytest.skip("an older diffusers masks other families")
 
 
 @every_family
@@ -87,6 +125,8 @@ def test_keeping_every_block_through_the_sparse_kernel_is_native(name: str, back
         assert component.sparse_density == 1.0 or (without_padding and component.sparse_density > 0.7)
 
 
+@pytest.mark.shows("backend")
+@pytest.mark.shows("references")
 @every_family
 @pytest.mark.parametrize("backend", SPARSE_BACKENDS)
 def test_lower_density_runs_in_the_right_steps_and_layers(name: str, backend: str) -> None:

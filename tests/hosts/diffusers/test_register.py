@@ -351,6 +351,7 @@ def built(name: str) -> TinyPipeline:
     return CASES[name].build()
 
 
+@pytest.mark.shows("register")
 @of_families(name for name in CASES if name not in UNREACHED | OWN_COUNTS)
 def test_a_registered_name_runs_what_install_runs(name: str) -> None:
     tiny = built(name)
@@ -365,6 +366,7 @@ def test_a_registered_name_runs_what_install_runs(name: str) -> None:
         assert component.sparse_density_by_step[0] is None
 
 
+@pytest.mark.shows("register", says="no: calls SDPA")
 @of_families(sorted(UNREACHED))
 def test_a_family_that_calls_sdpa_itself_is_out_of_reach(name: str) -> None:
     tiny = built(name)

@@ -41,6 +41,7 @@ def built(name: str) -> tuple[TinyPipeline, Tensor]:
     return tiny, tiny.run(NUM_STEPS)
 
 
+@pytest.mark.shows("references")
 @cases
 @backends
 def test_density_is_near_what_was_asked(name: str, backend: str) -> None:
