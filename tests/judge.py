@@ -36,7 +36,8 @@ def facts_of(case: Case, device: str, dtype: torch.dtype, *, lse: bool = False) 
         "tail": case.tail,
         "other_block_size": case.plan is not None and case.block_size != BLOCK_SIZE,
     }
-    return CallFacts(device, dtype, case.dim, frozenset(name for name, needed in needs.items() if needed))
+    needed = frozenset(name for name, flag in needs.items() if flag)
+    return CallFacts(device, dtype, case.dim, needed, case.heads // case.key_heads, case.key_length)
 
 
 def possible(table: tuple[Implementation, ...], facts: CallFacts) -> list[str]:

@@ -10,8 +10,8 @@ from torch import Tensor
 from ditattn.backends.base import AttentionBackend, CallRecord
 from ditattn.backends.block_sparse_attn import BlockSparseAttentionBackend
 from ditattn.backends.rain_fusion_attn import RainFusionAttentionBackend
-from ditattn.backends.selection.weighted_means import weighted_tail
 from ditattn.ops.pooled_tail import PooledTail
+from ditattn.ops.tail_estimate import key_summary
 from ditattn.plan.token_order import TokenOrder
 
 SPARSE_BACKENDS: list[type[AttentionBackend]] = [BlockSparseAttentionBackend, RainFusionAttentionBackend]
@@ -24,7 +24,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 def tail_of(query: Tensor, key: Tensor, value: Tensor, order: TokenOrder) -> PooledTail:
     """The tail of a call of permuted_sparse_attn."""
     mean_query = query.float().mean(1).unflatten(1, (key.shape[2], -1)).mean(2)
-    return weighted_tail(mean_query, key, value, order, None, query.shape[-1] ** -0.5)
+    return key_summary(mean_query, key, value, order, None, query.shape[-1] ** -0.5).tail
 
 
 def call(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,7 +40,7 @@ class KnownKeys(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            raise ConfigError("; ".join(_sentence(item) for item in error.errors())) from None
+            raise ConfigError("; ".join(_sentences(error.errors()))) from None
 
 
 def parse_config(text: str) -> dict[str, Any]:
@@ -123,7 +123,13 @@ def unknown_key(key: str, known: list[str]) -> str:
     return f"unknown key '{key}'; did you mean '{nearest}'? Known keys: {', '.join(known)}"
 
 
-def _sentence(item: Any) -> str:
-    key = ".".join(map(str, item["loc"]))
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (got {item['input']!r})"
+def _sentences(items: Sequence[Any]) -> Iterator[str]:
+    """One for each value that is wrong: what it should be, by all types that the key may have."""
+    wanted: dict[tuple[str, str], list[str]] = {}
+    for item in items:
+        # after the key, numbers are places in a list; words name the types that were tried
+        key = ".".join(str(part) for place, part in enumerate(item["loc"]) if place == 0 or isinstance(part, int))
+        wanted.setdefault((key, repr(item["input"])), []).append(item["msg"].removeprefix("Value error, "))
+    for (key, value), messages in wanted.items():
+        others = [message.removeprefix("Input should be ") for message in messages[1:]]
+        yield f"{key}: {' or '.join([messages[0], *others])} (got {value})"

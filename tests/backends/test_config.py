@@ -37,9 +37,19 @@ def test_defaults_save_something() -> None:
     block_sparse, rain_fusion = BlockSparseAttentionConfig(), RainFusionAttentionConfig()
     for config in (block_sparse, rain_fusion, PermutedSparseAttentionConfig()):
         assert (config.preset, config.sparsity, config.skip_first_steps, config.skip_last_steps) == ("balanced", 0.75, "auto", 0)
-        assert (config.skip_layers, config.min_tokens, config.first_frame_sink) == ("", 4096, True)
+        assert (config.skip_layers, config.min_tokens, config.first_frame_sink) == ("", "auto", True)
     assert (block_sparse.token_order, rain_fusion.token_order) == ("raster", "tile")
     assert block_sparse.threshold == 1
+
+
+def test_how_short_is_short_depends_on_the_device() -> None:
+    config = RainFusionAttentionConfig()
+    assert (config.least_tokens("cpu"), config.least_tokens("cuda"), config.least_tokens("npu")) == (4096, 16384, 4096)
+    assert RainFusionAttentionConfig(min_tokens=700).least_tokens("cuda") == 700
+    with pytest.raises(ConfigError, match=r"^min_tokens: Input should be a valid integer.* or 'auto' \(got 'some'\)$"):
+        RainFusionAttentionConfig.from_mapping({"min_tokens": "some"})
+    with pytest.raises(ConfigError, match=r"^min_tokens: Input should be greater than or equal to 0 or 'auto' \(got -1\)$"):
+        RainFusionAttentionConfig.from_mapping({"min_tokens": -1})
 
 
 @pytest.mark.parametrize("config_cls", [BlockSparseAttentionConfig, RainFusionAttentionConfig, PermutedSparseAttentionConfig])

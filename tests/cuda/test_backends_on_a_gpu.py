@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ditattn.backends.base import AttentionImpl, AttentionMetadata, CallRecord
 from ditattn.backends.registry import AttentionBackendEnum, load_backend
+from ditattn.ops.dense_attention import dense_attention
 from ditattn.plan.reuse import ForwardId
 from sparse_calls import draw
 
@@ -61,22 +62,23 @@ def _no_tf32() -> Iterator[None]:
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", SPARSE)
-def test_steps_are_those_of_the_cpu(name: str, dtype: torch.dtype, dim: int) -> None:
-    """The last dense step, sparse ones, and with permuted_sparse_attn dense ones among them."""
+def test_steps_are_as_good_as_those_of_the_cpu(name: str, dtype: torch.dtype, dim: int) -> None:
+    """The last dense step, sparse ones, and with permuted_sparse_attn dense ones among them: as near to dense attention as on the CPU."""
     (ours, on_gpu), (theirs, on_cpu) = layer(name, dim), layer(name, dim)
     for step in range(1, 12):
         drawn = tensors(dim, dtype, seed=step // 3)
         out = ours.forward(*(x.cuda() for x in drawn), metadata_of(name, step))
-        exact = theirs.forward(*(x.float() for x in drawn), metadata_of(name, step))
+        expected = theirs.forward(*(x.float() for x in drawn), metadata_of(name, step))
         assert out.device.type == "cuda"
         assert out.dtype == dtype
         assert on_gpu[-1].reason == on_cpu[-1].reason
         if on_cpu[-1].plan is not None:
             same = on_gpu[-1].plan.to_mask().cpu() == on_cpu[-1].plan.to_mask()
-            # near ties fall the other way
+            # blocks of nearly equal cost may change places
             assert same.float().mean() > 0.97, step
-        error = (out.cpu().float() - exact).norm() / exact.norm()
-        assert error < (1e-3 if dtype == torch.float32 else 3e-2), step
+        exact = dense_attention(*(x.float() for x in drawn), implementation="torch")
+        error, allowed = (((x.cpu().float() - exact).norm() / exact.norm()).item() for x in (out, expected))
+        assert error < 1.1 * allowed + (1e-4 if dtype == torch.float32 else 1e-2), step
 
 
 @pytest.mark.parametrize("name", SPARSE)

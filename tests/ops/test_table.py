@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ditattn.errors import BackendUnavailable, UnsupportedCall
-from ditattn.ops import block_estimate, block_mean, block_sparse_attention, dense_attention, mx_linear
+from ditattn.ops import block_estimate, block_mean, block_sparse_attention, dense_attention, mx_linear, tail_estimate
 from ditattn.ops.table import CallFacts, Implementation, Package, _warn_once, choose, choose_to_run, explain, load
 
 ABSENT = Package("package_that_nobody_has", "the fast road", "pip install package_that_nobody_has")
@@ -113,6 +113,7 @@ TABLES = (
     block_mean.TABLE,
     block_estimate.TABLE,
     block_estimate.PORTABLE,
+    tail_estimate.TABLE,
     mx_linear.TABLE,
 )
 NAMED = ("target", "machine", "probe", "limits", "preference")

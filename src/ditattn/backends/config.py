@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -46,6 +46,11 @@ class DenseAttentionConfig(AttentionConfig):
     """Dense backends have nothing to set."""
 
 
+# An H200 has computed dense attention over fewer tokens before the host has queued the many small steps of a sparse call
+LEAST_TOKENS = {"cuda": 16384}
+LEAST_TOKENS_ELSEWHERE = 4096
+
+
 class SparseAttentionConfig(AttentionConfig):
     """What every sparse backend understands.
 
@@ -57,7 +62,7 @@ class SparseAttentionConfig(AttentionConfig):
             steps, and one step in runs of up to 8.
         skip_last_steps: the last steps run densely: a number or a share.
         skip_layers: layers that always run densely, such as "0-1,38".
-        min_tokens: sequences shorter than this run densely.
+        min_tokens: sequences shorter than this run densely: a number, or "auto" for `LEAST_TOKENS` of the device.
         token_order: "tile" (8x8 tiles of a frame stay together) or "raster" (the model's own order).
         first_frame_sink: keep the blocks of a video's first frame, as query rows and as key columns.
         plan_refresh_steps: a layer picks its blocks anew every so many steps; 1 is every step.
@@ -77,7 +82,7 @@ class SparseAttentionConfig(AttentionConfig):
     skip_first_steps: Steps = "auto"
     skip_last_steps: Steps = 0
     skip_layers: str = ""
-    min_tokens: int = Field(4096, ge=0)
+    min_tokens: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     token_order: TokenOrderName = "raster"
     first_frame_sink: bool = True
     plan_refresh_steps: int = Field(1, ge=1)
@@ -85,6 +90,10 @@ class SparseAttentionConfig(AttentionConfig):
     assume_layout: bool = False
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
+
+    def least_tokens(self, device_type: str) -> int:
+        """`min_tokens` as a number."""
+        return LEAST_TOKENS.get(device_type, LEAST_TOKENS_ELSEWHERE) if self.min_tokens == "auto" else self.min_tokens
 
     @property
     def outlasts_steps(self) -> bool:

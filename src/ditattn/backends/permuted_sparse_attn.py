@@ -20,8 +20,7 @@ from ditattn.backends.base import CallRecord
 from ditattn.backends.config import SparseAttentionConfig
 from ditattn.backends.residuals import LEAST_SPARSE_STEPS, Refreshes, Residuals, refreshes, without_residual
 from ditattn.backends.selection import tail_error
-from ditattn.backends.selection.tail_error import Forced, SubBlocks, sub_blocks
-from ditattn.backends.selection.weighted_means import weighted_tail
+from ditattn.backends.selection.tail_error import Forced, QueryGroups, query_groups
 from ditattn.backends.sparse import (
     Reason,
     SparseAttentionBackend,
@@ -34,6 +33,7 @@ from ditattn.errors import ConfigError
 from ditattn.ops import block_sparse_attention as sparse_op
 from ditattn.ops.contract import checked_scale
 from ditattn.ops.pooled_tail import PooledTail
+from ditattn.ops.tail_estimate import KeySummary, key_summary, tail_cost
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 from ditattn.plan.bricks import FLAT, Brick, brick_name, brick_names, brick_order, brick_shapes, parse_bricks
 from ditattn.plan.reuse import MAX_UNNAMED
@@ -135,10 +135,17 @@ class _Orders:
 class _Means:
     """Of one call in one order: what selection and tail are made from."""
 
-    query: SubBlocks
-    key: SubBlocks
-    value: SubBlocks
-    tail: PooledTail
+    query: QueryGroups
+    keys: KeySummary
+
+    def cost(self, groups: Tensor, scale: float) -> Tensor:
+        """Of some query groups `[B, H, R * 2, D]`: `[B, H, R, N]`."""
+        return tail_cost(groups, self.keys, scale)
+
+    @property
+    def valid(self) -> Tensor:
+        """bool `[B or 1, N]`: blocks with a real token."""
+        return self.keys.tail.counts > 0
 
 
 class PermutedSparseAttentionImpl(SparseAttentionImpl):
@@ -207,7 +214,7 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         sparsity = _refreshes(query, metadata).sparsity
         record = self._planned(query, key, metadata, lambda: self._plan(means, sparsity, metadata, orders))
         assert record.plan is not None
-        tail = means.tail if metadata.tail else None
+        tail = means.keys.tail if metadata.tail else None
         out = self._attend_ordered(query, key, value, record.plan, metadata.key_lengths, orders, tail)
         chosen, self._not_reported = self._not_reported, None
         queries = None if orders.together else orders.queries
@@ -233,16 +240,12 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         return frozenset({"tail"}) if metadata.tail else frozenset()
 
     def _means(self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata, orders: _Orders) -> _Means:
-        lengths = metadata.key_lengths
-        queries, keys = sub_blocks(query, orders.queries), sub_blocks(key, orders.keys, lengths, variances=True)
-        tail = weighted_tail(
-            queries.of_all(key.shape[2]), key, value, orders.keys, lengths, checked_scale(self.softmax_scale, self.head_size)
-        )
-        return _Means(queries, keys, sub_blocks(value, orders.keys, lengths), tail)
+        queries = query_groups(query, orders.queries)
+        scale = checked_scale(self.softmax_scale, self.head_size)
+        return _Means(queries, key_summary(queries.of_all(key.shape[2]), key, value, orders.keys, metadata.key_lengths, scale))
 
     def _plan(self, means: _Means, sparsity: float, metadata: SparseAttentionMetadata, orders: _Orders) -> BlockPlan:
-        costs = tail_error.estimate(means.query, means.key, means.value, means.tail, checked_scale(self.softmax_scale, self.head_size))
-        valid = means.tail.counts > 0
+        costs, valid = means.cost(means.query.means, checked_scale(self.softmax_scale, self.head_size)), means.valid
         # the rows of every grid share a budget of their own
         parts = zip(orders.queries.blocks_of_grids(), orders.forced, strict=True)
         picked = [tail_error.pick(costs[:, :, slice(*span)], sparsity, forced, valid, LEAST_BLOCKS) for span, forced in parts]
@@ -317,10 +320,7 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         """Squared error of every query head in these orders on the sample blocks, `[H]`: measured against `dense`, or estimated."""
         means = self._means(query, key, value, metadata, orders)
         blocks = _sample(orders.queries, query.device)
-        valid = means.tail.counts > 0
-        costs = tail_error.estimate(
-            means.query.at(blocks), means.key, means.value, means.tail, checked_scale(self.softmax_scale, self.head_size)
-        )
+        costs, valid = means.cost(means.query.at(blocks), checked_scale(self.softmax_scale, self.head_size)), means.valid
         # each row with a budget of its own: what a row would get of a common one depends on the orders of all heads
         by_row = costs.flatten(0, 2)[:, None, None]
         valid_by_row = valid.expand(costs.shape[0], -1).repeat_interleave(costs.shape[1] * costs.shape[2], dim=0)
@@ -340,7 +340,7 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
             plan,
             scale=self.softmax_scale,
             key_lengths=metadata.key_lengths,
-            tail=means.tail if metadata.tail else None,
+            tail=means.keys.tail if metadata.tail else None,
         )
         return (out.float() - exact.float()).square().sum((0, 1, 3))
 
@@ -428,4 +428,4 @@ class PermutedSparseAttentionBackend(SparseAttentionBackend):
     impl_cls = PermutedSparseAttentionImpl
     builder_cls = PermutedSparseAttentionMetadataBuilder
     config_cls = PermutedSparseAttentionConfig
-    ops = ("block_sparse_attention", "block_mean", "dense_attention")
+    ops = ("block_sparse_attention", "block_mean", "tail_estimate", "dense_attention")

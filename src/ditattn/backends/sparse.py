@@ -414,7 +414,7 @@ class SparseAttentionImpl(AttentionImpl):
             return Reason.LAYER_UNKNOWN
         if self.layer_index in metadata.skip_layers:
             return Reason.SKIPPED_LAYER
-        return _why_not_these_tokens(query.shape[1], key.shape[1], metadata)
+        return _why_not_these_tokens(query.shape[1], key.shape[1], metadata, query.device.type)
 
     def keeps_everything(self, metadata: SparseAttentionMetadata) -> bool:
         """True if the settings can drop no block at all."""
@@ -471,10 +471,10 @@ def _has_partners() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
-def _why_not_these_tokens(query_tokens: int, key_tokens: int, metadata: SparseAttentionMetadata) -> str | None:
+def _why_not_these_tokens(query_tokens: int, key_tokens: int, metadata: SparseAttentionMetadata, device_type: str) -> str | None:
     if query_tokens != (key_tokens if metadata.rows is None else metadata.rows.num_tokens):
         return Reason.UNEQUAL_LENGTHS
-    if key_tokens < metadata.min_tokens:
+    if key_tokens < metadata.config.least_tokens(device_type):
         return Reason.SHORT
     if metadata.num_tokens is None:
         return Reason.UNKNOWN_GEOMETRY

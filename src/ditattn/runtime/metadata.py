@@ -70,11 +70,11 @@ def for_sample(metadata: AttentionMetadata, sample: int | None, batch: int) -> A
     return metadata
 
 
-def with_dealt_rows(metadata: AttentionMetadata, keeps_first_frame_rows: bool) -> SparseAttentionMetadata | None:
+def with_dealt_rows(metadata: AttentionMetadata, keeps_first_frame_rows: bool, device_type: str) -> SparseAttentionMetadata | None:
     """The metadata of calls before which ranks of a ring deal out the rows that keep every key; None where there is nothing to deal."""
     if not isinstance(metadata, SparseAttentionMetadata) or metadata.rows is None or not keeps_first_frame_rows:
         return None
-    grid, is_short = metadata.latent_shape, (metadata.num_tokens or 0) < metadata.min_tokens
+    grid, is_short = metadata.latent_shape, (metadata.num_tokens or 0) < metadata.config.least_tokens(device_type)
     if grid is None or metadata.further_grids or not metadata.whole_first_frames or is_short or why_not_this_step(metadata) is not None:
         return None
     facts = (metadata.token_order, grid, metadata.num_prefix_tokens, metadata.num_suffix_tokens)

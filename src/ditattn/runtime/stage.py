@@ -249,7 +249,9 @@ class DenoisingStage:
             forward.image_metadata = self._metadata_of(model, step, layout.without_text(), forward_id, image_only=True)
         if share.rows is not None:
             impl_cls = model.backend.get_impl_cls()
-            forward.dealt = with_dealt_rows(metadata, issubclass(impl_cls, SparseAttentionImpl) and impl_cls.keeps_first_frame_rows)
+            keeps = issubclass(impl_cls, SparseAttentionImpl) and impl_cls.keeps_first_frame_rows
+            device_type = next(value.device.type for value in arguments.values() if isinstance(value, Tensor))
+            forward.dealt = with_dealt_rows(metadata, keeps, device_type)
         forward.key_mask = model.family.key_mask(model.model_config, arguments)
         model.log.split = "" if split is None else str(split)
         _local.stack = [*others, forward]

@@ -22,7 +22,7 @@ def test_defaults_apply_without_a_configuration(backend: str) -> None:
     with ditattn.install(tiny.pipe, backend) as handle:
         tiny.run(2)
     report = handle.report().components["transformer"]
-    assert (report.config["sparsity"], report.config["skip_first_steps"], report.config["min_tokens"]) == (0.75, "auto", 4096)
+    assert (report.config["sparsity"], report.config["skip_first_steps"], report.config["min_tokens"]) == (0.75, "auto", "auto")
     assert report.dense_reasons == {"first steps": report.calls // 2, "short sequence": report.calls // 2}
     assert report.calls > 0
 

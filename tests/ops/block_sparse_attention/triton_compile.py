@@ -6,11 +6,7 @@ python tests/ops/block_sparse_attention/triton_compile.py 90
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -19,6 +15,7 @@ from triton.compiler import compile as compile_kernel
 
 from ditattn.ops.block_sparse_attention.tiles import tiles_for
 from ditattn.ops.block_sparse_attention.triton import attend_kernel
+from triton_resources import resources
 
 MATRIX_INSTRUCTION = {9: "wgmma.mma_async", 10: "tcgen05.mma"}
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async.bulk.tensor", "cp.async.cg")
@@ -27,13 +24,14 @@ POINTERS = {
     "indices": "*i32",
     "counts": "*i32",
     "starts": "*i32",
+    "order": "*i64",
     "key_lengths": "*i64",
     "tail_dropped": "*u8",
     "tail_log_counts": "*fp32",
 }
 TAIL = ("tail_key", "tail_value", "tail_dropped", "tail_log_counts")
-# a causal call takes no tail
-OPTIONS: dict[str, tuple[str, ...]] = {"plain": (), "causal": ("causal", "lengths"), "tail": ("lengths", "tail")}
+# a causal call takes no tail and no order
+OPTIONS: dict[str, tuple[str, ...]] = {"plain": (), "causal": ("causal", "lengths"), "tail": ("lengths", "tail", "order")}
 
 
 def source(arch: int, head_dim: int, options: tuple[str, ...], dtype: str = "bf16") -> ASTSource:
@@ -51,6 +49,8 @@ def source(arch: int, head_dim: int, options: tuple[str, ...], dtype: str = "bf1
     }
     if "lengths" not in options:
         constants |= {"lse": None, "key_lengths": None}
+    if "order" not in options:
+        constants |= {"order": None}
     if "tail" not in options:
         constants |= dict.fromkeys(TAIL)
     if not tiles.descriptors:
@@ -72,17 +72,6 @@ def source(arch: int, head_dim: int, options: tuple[str, ...], dtype: str = "bf1
                 aligned[(number,)] = [["tt.divisibility", 16]]
     numbers = {name: number for number, name in enumerate(attend_kernel.arg_names)}
     return ASTSource(attend_kernel, signature, {(numbers[name],): value for name, value in constants.items()}, aligned)
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and local memory of a thread, as the disassembler of the triton package reports them."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report))
-    return {"registers": int(found["REG"]), "stack_bytes": int(found["STACK"]), "local_bytes": int(found["LOCAL"])}
 
 
 def row(arch: int, head_dim: int, options: str) -> dict[str, object]:

@@ -23,6 +23,12 @@ COMBINATIONS = [
 NAMES = [(name, device) for device in DEVICES for name in judge.possible(TABLE, judge.facts_of(Case("plain"), device, torch.bfloat16))]
 
 
+def _taken(name: str, device: str) -> list[torch.dtype]:
+    """Of fp32 and bf16, what an implementation takes."""
+    wanted = (torch.float32, torch.bfloat16)
+    return [dtype for dtype in wanted if name in judge.possible(TABLE, judge.facts_of(Case("plain"), device, dtype))]
+
+
 @pytest.mark.parametrize(("name", "case", "dtype", "device"), COMBINATIONS)
 def test_error_is_in_proportion_to_torch(name: str, case: Case, dtype: torch.dtype, device: str) -> None:
     problem = build(case, dtype, device)
@@ -38,7 +44,7 @@ def test_error_is_in_proportion_to_torch(name: str, case: Case, dtype: torch.dty
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 def test_nan_and_inf_propagate(name: str, device: str, which: str, poison: float) -> None:
     """Bad numbers never turn into plausible ones: what becomes NaN or infinite in exact arithmetic and in torch does so here."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in _taken(name, device):
         problem = build(Case("poisoned"), dtype, device)
         getattr(problem, which)[0, 150, 1, 5] = poison
         exact, torchs = judge.exact_result(problem)[0].isfinite(), judge.torch_result(problem).isfinite()
@@ -52,13 +58,13 @@ def test_nan_and_inf_propagate(name: str, device: str, which: str, poison: float
 @pytest.mark.parametrize(("name", "device"), NAMES)
 def test_autocast_changes_nothing(name: str, device: str) -> None:
     """The result has the query's dtype and accuracy, as the op's fake promises to compiled graphs."""
-    problem = build(Case("autocast"), torch.float32, device)
+    problem = build(Case("autocast"), _taken(name, device)[0], device)
 
     def run() -> torch.Tensor:
         return dense_attention(problem.query, problem.key, problem.value, implementation=name)
 
     expected = run()
-    with torch.autocast(device, dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.float16 if problem.query.dtype == torch.bfloat16 else torch.bfloat16):
         out = run()
     assert out.dtype == expected.dtype
     assert torch.equal(out, expected)
@@ -82,7 +88,7 @@ def test_fake_agrees_with_the_real_op(name: str, device: str) -> None:
 
 @pytest.mark.parametrize(("name", "device"), NAMES)
 def test_opcheck(name: str, device: str) -> None:
-    problem = build(Case("opcheck", query_length=40, key_length=30), torch.float32, device)
+    problem = build(Case("opcheck", query_length=40, key_length=30), _taken(name, device)[0], device)
     arguments = (problem.query, problem.key, problem.value, 0.1, False, None, None, name)
     torch.library.opcheck(torch.ops.ditattn.dense_attention.default, arguments)
 

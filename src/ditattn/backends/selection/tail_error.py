@@ -11,23 +11,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ditattn.ops.block_mean import block_mean
-from ditattn.ops.contract import without_autocast
-from ditattn.ops.pooled_tail import PooledTail
-from ditattn.plan.block_plan import BLOCK_SIZE, num_blocks
+from ditattn.ops.tail_estimate import QUERY_GROUPS
+from ditattn.plan.block_plan import BLOCK_SIZE
 from ditattn.plan.token_order import TokenOrder
 
-__all__ = ["Forced", "SubBlocks", "chunk", "estimate", "pick", "sub_blocks"]
+__all__ = ["Forced", "QueryGroups", "pick", "query_groups"]
 
-SUB_TOKENS = 16
-PER_BLOCK = BLOCK_SIZE // SUB_TOKENS
-# queries of a block are looked at in this many groups
-QUERY_GROUPS = 2
-# elements of fp32 at a time. More goes through a CPU's main memory at every step (2.4x slower at 64 MiB); accelerators want longer steps
-CHUNK = 4 * 2**20
-CHUNK_OF_ACCELERATORS = 32 * 2**20
+GROUP_TOKENS = BLOCK_SIZE // QUERY_GROUPS
 
 
 class Forced(NamedTuple):
@@ -56,160 +48,38 @@ class Forced(NamedTuple):
         return self._replace(rows=first.bool(), open_rows=first)
 
 
-class SubBlocks(NamedTuple):
-    """Means of 16 consecutive tokens of an order.
+class QueryGroups(NamedTuple):
+    """Means of the two halves of every query block.
 
     Attributes:
-        means: fp32 `[B, H, N * 8, D]`; zero where there is no token.
-        counts: fp32 `[B or 1, N * 8]`, real tokens behind each mean.
-        variances: of every element over those tokens, like `means`; None where nobody needs them.
+        means: fp32 `[B, H, M * 2, D]`; a half without a token repeats the other one.
+        counts: fp32 `[M * 2]`, tokens behind each mean; 0 for a repeated one.
     """
 
     means: Tensor
     counts: Tensor
-    variances: Tensor | None = None
 
-    def at(self, blocks: Tensor) -> SubBlocks:
-        """Those of some blocks, int64 `[R]`."""
-        means = self.means.unflatten(2, (-1, PER_BLOCK))[:, :, blocks].flatten(2, 3)
-        return SubBlocks(means, self.counts.unflatten(-1, (-1, PER_BLOCK))[:, blocks].flatten(1, 2))
+    def at(self, blocks: Tensor) -> Tensor:
+        """The means of some blocks, int64 `[R]`: `[B, H, R * 2, D]`."""
+        return self.means.unflatten(2, (-1, QUERY_GROUPS))[:, :, blocks].flatten(2, 3)
 
-    def of_blocks(self) -> tuple[Tensor, Tensor]:
-        """Means of the blocks, fp32 `[B, H, N, D]`, and their counts `[B or 1, N]`."""
-        counts = self.counts.unflatten(-1, (-1, PER_BLOCK))
-        total = counts.sum(-1)
-        shares = counts / total.clamp(min=1).unsqueeze(-1)
-        return (self.means.unflatten(2, (-1, PER_BLOCK)) * shares[:, None, :, :, None]).sum(3), total
-
-    def of_all(self, groups: int) -> Tensor:
-        """Mean of all tokens of each of G groups of heads, fp32 `[B, G, D]`; sub-blocks that are not finite are no part of it."""
+    def of_all(self, heads: int) -> Tensor:
+        """Mean of all tokens of each of G groups of heads, fp32 `[B, G, D]`; means that are not finite are no part of it."""
         finite = self.means.isfinite().all(-1)
-        counts = self.counts.unsqueeze(1) * finite
-        means = self.means.masked_fill(~finite.unsqueeze(-1), 0)
-        mean = (means * counts.unsqueeze(-1)).sum(2) / counts.sum(-1).clamp(min=1).unsqueeze(-1)
-        return mean.unflatten(1, (groups, -1)).mean(2)
+        weights = self.counts * finite
+        means = torch.where(finite.unsqueeze(-1), self.means, 0)
+        mean = (weights.unsqueeze(2) @ means).squeeze(2) / weights.sum(-1).clamp(min=1).unsqueeze(-1)
+        return mean.unflatten(1, (heads, -1)).mean(2)
 
 
-def chunk(device: torch.device) -> int:
-    """Elements of fp32 that selection works on at a time."""
-    return CHUNK if device.type == "cpu" else CHUNK_OF_ACCELERATORS
-
-
-def sub_blocks(x: Tensor, order: TokenOrder, key_lengths: Tensor | None = None, *, variances: bool = False) -> SubBlocks:
-    """Sub-block means of `[B, S, H, D]` in `order`; tokens from `key_lengths` `[B]` on, in that order, count for nothing."""
-    found = _sub_means(x, order, key_lengths)
-    if not variances:
-        return found
-    return found._replace(variances=(_mean_squares(x, order, key_lengths) - found.means.square()).clamp(min=0))
-
-
-def _mean_squares(x: Tensor, order: TokenOrder, key_lengths: Tensor | None) -> Tensor:
-    """Sub-block means of every element's square, a few heads at a time: fresh memory for all of them costs more than the means do."""
-    step = max(1, chunk(x.device) // (x.shape[0] * x.shape[1] * x.shape[3]))
-    room = torch.empty_like(x[:, :, :step], dtype=torch.float32, memory_format=torch.contiguous_format)
-    found = []
-    for start in range(0, x.shape[2], step):
-        part = x[:, :, start : start + step]
-        squares = room[:, :, : part.shape[2]].copy_(part).square_()
-        found.append(_sub_means(squares, order.of_heads(slice(start, start + step)), key_lengths).means)
-    return torch.cat(found, 1)
-
-
-def _sub_means(x: Tensor, order: TokenOrder, key_lengths: Tensor | None) -> SubBlocks:
-    length = x.shape[1]
-    total = num_blocks(length) * PER_BLOCK
-    starts = torch.arange(total, device=x.device) * SUB_TOKENS
-    stored = (length - starts).clamp(0, SUB_TOKENS).float()
-    if key_lengths is None:
-        means, counts = block_mean(x, SUB_TOKENS, order=order), stored.unsqueeze(0)
-    else:
-        counts = (key_lengths.unsqueeze(1) - starts).clamp(0, SUB_TOKENS).float()
-        place = torch.arange(length, device=x.device)
-        if order.inverse is not None:
-            place = order.inverse
-        real = (place < key_lengths.view(-1, *[1] * place.ndim)).view(x.shape[0], -1, length).transpose(1, 2)
-        # a mean over what is stored, put right to one over what is real
-        means = block_mean(x.masked_fill(~real.unsqueeze(-1), 0), SUB_TOKENS, order=order)
-        means = means * (stored / counts.clamp(min=1))[:, : means.shape[1], None, None]
-    return SubBlocks(pad(means, (0, 0, 0, 0, 0, total - means.shape[1])).transpose(1, 2), counts)
-
-
-def estimate(query: SubBlocks, key: SubBlocks, value: SubBlocks, tail: PooledTail, scale: float) -> Tensor:
-    """What it costs each query block to have a key block replaced by its mean: squared error of the output, fp32 `[B, H, M, N]`.
-
-    For query q, a block with sub-block means k_b, v_b of n_b tokens, the tail's key k and value v for its n tokens, the sum Z of all
-    weights, and the output o: || sum_b w_b (v_b - o) - w (v - o) ||^2 / Z^2, where w = n exp(scale q.k) and
-    w_b = n_b exp(scale q.k_b + scale^2 q^2.var_b / 2), which is what n_b tokens weigh on average whose keys have the sub-block's
-    variances var_b.
-
-    Args:
-        query: of H heads, their means pooled to `QUERY_GROUPS` groups a block.
-        key: of G heads, H a multiple of G, with its variances.
-        value: of G heads.
-        tail: what stands for the blocks.
-        scale: factor on the scores.
-    """
-    assert key.variances is not None
-    batch, heads = query.means.shape[:2]
-    queries = _grouped(query)
-    group = heads // key.means.shape[1]
-    key_means, value_means = tail.key.transpose(1, 2), tail.value.transpose(1, 2)
-    costs = []
-    with without_autocast(queries.device):
-        for b in range(batch):
-            row = min(b, key.counts.shape[0] - 1)
-            logs = key.counts[row].log(), tail.counts[row].log()
-            step = max(1, chunk(queries.device) // (queries.shape[2] * key.means.shape[2]))
-            for start in range(0, heads, step):
-                chosen = torch.arange(start, min(start + step, heads), device=queries.device)
-                theirs = chosen // group
-                parts = (
-                    key.means[b, theirs],
-                    key.variances[b, theirs],
-                    value.means[b, theirs],
-                    key_means[b, theirs],
-                    value_means[b, theirs],
-                )
-                costs.append(_costs(queries[b, chosen], *parts, *logs, scale))
-    return torch.cat(costs).unflatten(0, (batch, heads))
-
-
-def _grouped(query: SubBlocks) -> Tensor:
-    """`[B, H, M * QUERY_GROUPS, D]`; groups of a short last block that hold no token repeat the block's mean."""
-    size = PER_BLOCK // QUERY_GROUPS
-    means, counts = query.means.unflatten(2, (-1, size)), query.counts.unflatten(-1, (-1, size))
-    total = counts.sum(-1)
-    groups = (means * (counts / total.clamp(min=1).unsqueeze(-1))[:, None, :, :, None]).sum(3)
-    blocks = query.of_blocks()[0].repeat_interleave(QUERY_GROUPS, dim=2)
-    return torch.where((total > 0)[:, None, :, None], groups, blocks)
-
-
-def _costs(
-    q: Tensor, k: Tensor, k_var: Tensor, v: Tensor, k_mean: Tensor, v_mean: Tensor, log_sub: Tensor, log_block: Tensor, scale: float
-) -> Tensor:
-    """Heads side by side: q `[H, A, D]`, k, k_var and v `[H, N * 8, D]`, block means `[H, N, D]` -> `[H, M, N]`.
-
-    Keys are the rows here and queries the columns, so that the eight weights of a block stand in consecutive rows: sums over them run over
-    whole vectors, and products within a block need no copy.
-    """
-    heads, queries, _ = q.shape
-    # one product for both terms of the exponent
-    scaled = torch.cat([scale * q, scale * scale / 2 * q.square()], -1)
-    fine = torch.baddbmm(log_sub[None, :, None].expand(heads, -1, queries), torch.cat([k, k_var], -1), scaled.mT)
-    coarse = torch.baddbmm(log_block[None, :, None].expand(heads, -1, queries), k_mean, scale * q.mT)
-    top = torch.maximum(fine.amax(1, keepdim=True), coarse.amax(1, keepdim=True))
-    fine, coarse = fine.sub_(top).exp_(), coarse.sub_(top).exp_()
-    total = fine.sum(1, keepdim=True)
-    out = (v.mT @ fine) / total
-    # the values of a block around its mean: the error is sum_b w_b (v_b - v) + (sum_b w_b - w) (v - o)
-    around = v.unflatten(1, (-1, PER_BLOCK)) - v_mean.unsqueeze(2)
-    weights = fine.unflatten(1, (-1, PER_BLOCK))
-    excess = weights.sum(2) - coarse
-    to_out = (around * v_mean.unsqueeze(2)).sum(-1, keepdim=True) - (around.flatten(1, 2) @ out).unflatten(1, (-1, PER_BLOCK))
-    spread = (weights * ((around @ around.mT) @ weights + 2 * excess.unsqueeze(2) * to_out)).sum(2)
-    distance = (v_mean.square().sum(-1, keepdim=True) - 2 * (v_mean @ out) + out.square().sum(1, keepdim=True)).clamp(min=0)
-    cost = ((spread + excess.square() * distance) / total.square()).clamp(min=0)
-    return cost.unflatten(2, (-1, QUERY_GROUPS)).mean(3).mT
+def query_groups(query: Tensor, order: TokenOrder) -> QueryGroups:
+    """Of query `[B, S, H, D]` in `order`."""
+    length = query.shape[1]
+    means = block_mean(query, GROUP_TOKENS, order=order).transpose(1, 2)
+    if means.shape[2] % QUERY_GROUPS:
+        means = torch.cat([means, means[:, :, -1:]], dim=2)
+    starts = torch.arange(means.shape[2], device=query.device) * GROUP_TOKENS
+    return QueryGroups(means, (length - starts).clamp(0, GROUP_TOKENS).float())
 
 
 def pick(costs: Tensor, sparsity: float, forced: Forced, valid: Tensor, least: int) -> Tensor:

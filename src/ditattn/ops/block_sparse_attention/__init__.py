@@ -54,6 +54,8 @@ TABLE: tuple[Implementation, ...] = (
         honours=_MOST,
         packages=(TRITON,),
         probe="ditattn.ops.triton_targets:why_not_cuda",
+        orders_tokens=True,
+        orders_heads=True,
         fuses_tail=True,
     ),
     # the same kernel on CPU tensors in triton's interpreter: for checking, never for running
@@ -67,6 +69,8 @@ TABLE: tuple[Implementation, ...] = (
         packages=(TRITON,),
         probe="ditattn.ops.triton_targets:why_not_interpreted",
         automatic=False,
+        orders_tokens=True,
+        orders_heads=True,
         fuses_tail=True,
     ),
     # true masks per batch element and head first, then index lists, then masks with counts

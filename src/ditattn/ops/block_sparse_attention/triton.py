@@ -4,6 +4,9 @@ The softmax runs online in fp32 with exp2. Because the indices of a plan ascend,
 end of the sequence, a key length, or the diagonal), so the loop over the others carries no mask. Programs start longest rows first; among
 rows of about equal length the rows of one head stay together, so that they meet their keys in the L2 cache.
 
+In another order of the tokens, queries are read and results written where they lie, once each; keys and values, which rows read again and
+again, are first laid down in that order.
+
 This module imports triton; it is loaded when its row of the table is taken.
 """
 
@@ -23,8 +26,10 @@ from ditattn.ops.calls import SparseCall
 from ditattn.ops.table import kernel_head_dim
 from ditattn.plan.block_plan import BLOCK_SIZE
 
-__all__ = ["attend_kernel", "run", "start_order"]
+__all__ = ["attend_kernel", "gather_kernel", "ordered_keys", "run", "start_order"]
 
+# tokens that one program of the gather copies
+GATHERED_TOKENS = 64
 LOG2_E = math.log2(math.e)
 # the tensor memory accelerator wants addresses and strides in multiples of this
 DESCRIPTOR_ALIGNMENT_BYTES = 16
@@ -44,12 +49,39 @@ def run(call: SparseCall) -> tuple[Tensor, Tensor | None]:
             # the interpreter keeps bf16 as integers and would multiply those
             query, key, value = query.float(), key.float(), value.float()
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    if call.order is not None:
+        key, value = ordered_keys(key, value, call.order)
     out, lse = launch(replace(call, query=query, key=key, value=value), tiles)
     return out[..., :head_dim].to(dtype), lse
 
 
+def ordered_keys(key: Tensor, value: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value `[B, S, G, D]` in an order int64 `[S]` or `[G, S]`; in memory one head lies behind the other."""
+    batch, length, heads, dim = key.shape
+    key_out, value_out = (x.new_empty(batch, heads, length, dim) for x in (key, value))
+    with torch.cuda.device_of(key):
+        # heads run fastest: they lie side by side in memory
+        gather_kernel[(heads, triton.cdiv(length, GATHERED_TOKENS), batch)](
+            key,
+            value,
+            order.contiguous(),
+            key_out,
+            value_out,
+            *key.stride()[:3],
+            *value.stride()[:3],
+            length if order.ndim == 2 else 0,
+            length,
+            heads,
+            HEAD_DIM=dim,
+            PADDED_DIM=triton.next_power_of_2(dim),
+            TOKENS=GATHERED_TOKENS,
+            num_warps=4,
+        )
+    return key_out.transpose(1, 2), value_out.transpose(1, 2)
+
+
 def launch(call: SparseCall, tiles: Tiles) -> tuple[Tensor, Tensor | None]:
-    """`run` with given tiles, for tensors whose last axis is contiguous."""
+    """`run` with given tiles, for tensors whose last axis is contiguous, and keys and values that stand in the call's order."""
     query, key, value, plan = call.query, call.key, call.value, call.plan
     batch, length, heads, dim = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -69,6 +101,7 @@ def launch(call: SparseCall, tiles: Tiles) -> tuple[Tensor, Tensor | None]:
             plan.indices.contiguous(),
             plan.counts.contiguous(),
             start_order(plan.counts, batch, heads, call.causal),
+            None if call.order is None else call.order.contiguous(),
             # the kernel counts in elements: expanded lengths and columns of a table have other strides
             None if call.key_lengths is None else call.key_lengths.contiguous(),
             *_tail_arguments(call),
@@ -79,6 +112,7 @@ def launch(call: SparseCall, tiles: Tiles) -> tuple[Tensor, Tensor | None]:
             rows if plan.indices.shape[1] > 1 else 0,
             plan.indices.shape[3],
             1 if call.tail is not None and call.tail.counts.shape[0] > 1 else 0,
+            length if call.order is not None and call.order.ndim == 2 else 0,
             length,
             key.shape[1],
             heads,
@@ -147,6 +181,7 @@ def attend_kernel(
     indices,
     counts,
     starts,
+    order,
     key_lengths,
     tail_key,
     tail_value,
@@ -165,6 +200,7 @@ def attend_kernel(
     plan_rows_h,
     row_width,
     tail_rows_b,
+    order_stride,
     num_queries,
     num_keys,
     num_heads,
@@ -180,6 +216,8 @@ def attend_kernel(
 ):
     """One query block. Strides are in elements; `plan_rows_b` and `plan_rows_h` are 0 where batch or heads share the plan.
 
+    `order` says where the queries of a row, and its results, lie; with a stride of 0 it is that of all heads.
+
     Of a tail: means `[B, N, G, D]`, bytes `[plan's rows, N]` that are 1 where the block is dropped, log2 of the counts `[B or 1, N]`.
     """
     PARTS: tl.constexpr = BLOCK // STEP
@@ -193,9 +231,13 @@ def attend_kernel(
     rows = m * BLOCK + tl.arange(0, BLOCK)
     dims = tl.arange(0, PADDED_DIM)
     row_mask = (rows < num_queries)[:, None]
+    if order is not None:
+        tokens = tl.load(order + g.to(tl.int64) * order_stride + rows, mask=rows < num_queries, other=0)
+    else:
+        tokens = rows.to(tl.int64)
     dim_mask = (dims < HEAD_DIM)[None, :]
     query_base = query + b.to(tl.int64) * query_stride_b + h.to(tl.int64) * query_stride_h
-    q = tl.load(query_base + rows.to(tl.int64)[:, None] * query_stride_s + dims[None, :], mask=row_mask & dim_mask, other=0.0)
+    q = tl.load(query_base + tokens[:, None] * query_stride_s + dims[None, :], mask=row_mask & dim_mask, other=0.0)
     key_base = key + b.to(tl.int64) * key_stride_b + g.to(tl.int64) * key_stride_h
     value_base = value + b.to(tl.int64) * value_stride_b + g.to(tl.int64) * value_stride_h
 
@@ -248,7 +290,7 @@ def attend_kernel(
     blind = count <= 0
     if tail_key is not None:
         # found by compiling: with other numbers some architecture spills registers
-        MEANS: tl.constexpr = 32 if DESCRIPTORS else (64 if HEAD_DIM <= 32 else 16)
+        MEANS: tl.constexpr = (16 if HEAD_DIM == 64 else 32) if DESCRIPTORS else (64 if HEAD_DIM <= 32 else 16)
         num_means = tl.cdiv(num_keys, BLOCK)
         num_groups = num_heads // group
         mean_base = (b.to(tl.int64) * num_means * num_groups + g) * HEAD_DIM
@@ -266,11 +308,47 @@ def attend_kernel(
     total = tl.where(blind, 1.0, total)
     acc = acc / total[:, None]
     out_base = out + (b.to(tl.int64) * num_queries * num_heads + h) * HEAD_DIM
-    out_offsets = rows.to(tl.int64)[:, None] * (num_heads * HEAD_DIM) + dims[None, :]
+    out_offsets = tokens[:, None] * (num_heads * HEAD_DIM) + dims[None, :]
     tl.store(out_base + out_offsets, acc.to(out.dtype.element_ty), mask=row_mask & dim_mask)
     if lse is not None:
         natural = tl.where(blind, -float("inf"), (peak + tl.log2(total)) * 0.6931471805599453)
-        tl.store(lse + (b * num_heads + h).to(tl.int64) * num_queries + rows, natural, mask=rows < num_queries)
+        tl.store(lse + (b * num_heads + h).to(tl.int64) * num_queries + tokens, natural, mask=rows < num_queries)
+
+
+@triton.jit
+def gather_kernel(
+    key,
+    value,
+    order,
+    key_out,
+    value_out,
+    key_stride_b,
+    key_stride_s,
+    key_stride_h,
+    value_stride_b,
+    value_stride_s,
+    value_stride_h,
+    order_stride,
+    length,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Some tokens of one head, keys and values, into `[B, G, S, D]`."""
+    head = tl.program_id(0)
+    batch = tl.program_id(2)
+    rows = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    dims = tl.arange(0, PADDED_DIM)
+    mask = (rows < length)[:, None] & (dims < HEAD_DIM)[None, :]
+    tokens = tl.load(order + head.to(tl.int64) * order_stride + rows, mask=rows < length, other=0)
+    key_base = key + batch.to(tl.int64) * key_stride_b + head.to(tl.int64) * key_stride_h
+    value_base = value + batch.to(tl.int64) * value_stride_b + head.to(tl.int64) * value_stride_h
+    places = ((batch * num_heads + head).to(tl.int64) * length + rows)[:, None] * HEAD_DIM + dims[None, :]
+    k = tl.load(key_base + tokens[:, None] * key_stride_s + dims[None, :], mask=mask)
+    v = tl.load(value_base + tokens[:, None] * value_stride_s + dims[None, :], mask=mask)
+    tl.store(key_out + places, k, mask=mask)
+    tl.store(value_out + places, v, mask=mask)
 
 
 @triton.jit

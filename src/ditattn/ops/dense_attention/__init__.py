@@ -47,6 +47,7 @@ def _flash(device: str, dtypes: tuple[str, ...]) -> Implementation:
         devices=(device,),
         dtypes=dtypes,
         honours=_FLASH_HONOURS,
+        limits="ditattn.ops.dense_attention.pure_torch:limits_of_flash",
         automatic=False,
     )
 
@@ -60,6 +61,7 @@ TABLE: tuple[Implementation, ...] = (
         head_dims=KERNEL_HEAD_DIMS,
         honours=frozenset({"unequal_lengths"}),
         probe="ditattn.ops.dense_attention.pure_torch:why_not_cudnn",
+        limits="ditattn.ops.dense_attention.pure_torch:limits_of_cudnn",
     ),
     Implementation(
         "cpu",

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ditattn.ops.calls import DenseCall
+from ditattn.ops.table import CallFacts
 
 CUDNN_MAJORS = (9, 10)
 LOAD_BYTES = 16
@@ -47,6 +48,16 @@ def why_not_cudnn() -> str | None:
         run_cudnn(DenseCall(sample, sample, sample, 1.0))
     except RuntimeError as error:
         return f"cuDNN refused a small call: {str(error).splitlines()[0]}"
+    return None
+
+
+def limits_of_cudnn(facts: CallFacts) -> str | None:
+    return "does not take a single key" if facts.num_keys == 1 else None
+
+
+def limits_of_flash(facts: CallFacts) -> str | None:
+    if facts.device == "cuda" and {"causal", "unequal_lengths"} <= facts.needs:
+        return "on cuda it does not take causal calls with more keys than queries, or fewer"
     return None
 
 
