@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from xml.sax.saxutils import quoteattr
 
+import diffusers
 import pytest
 
 import ditattn
@@ -138,6 +139,9 @@ def test_a_test_that_does_not_show_what_is_kept_fails(tmp_path: Path, monkeypatc
         with pytest.raises(pytest.fail.Exception, match=RUN):
             shown.check(item, cells_of_it)
     monkeypatch.setenv(shown.MAKING, "1")
+    shown.check(one, {})
+    monkeypatch.delenv(shown.MAKING)
+    monkeypatch.setattr(diffusers, "__version__", "0.38.0")
     shown.check(one, {})
 
 

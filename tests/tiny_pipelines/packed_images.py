@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from tiny_pipelines.loop import looped_by
-from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, enlarge_weights, noise
+from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, enlarge_weights, noise, picture
 
 ROWS, COLUMNS = 30, 44
 # sums to the head size
@@ -38,8 +38,8 @@ def position_ids(rows: int = ROWS, columns: int = COLUMNS, image: int = 0, width
     return ids
 
 
-def flux2() -> TinyPipeline:
-    """Flux 2: one double-stream and one single-stream layer."""
+def flux2(reference: tuple[int, int] | None = None) -> TinyPipeline:
+    """Flux 2: one double-stream and one single-stream layer; perhaps a reference image of so many rows and columns of tokens."""
     from diffusers import AutoencoderKLFlux2, Flux2Pipeline, Flux2Transformer2DModel
 
     torch.manual_seed(0)
@@ -49,7 +49,8 @@ def flux2() -> TinyPipeline:
     blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",), "block_out_channels": (8,)}
     parts = {"scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": transformer, "text_encoder": None, "tokenizer": None}
     pipe = Flux2Pipeline(**parts, vae=AutoencoderKLFlux2(**blocks, latent_channels=4, norm_num_groups=2))
-    return TinyPipeline(pipe, {"prompt_embeds": noise(1, 10, 40), "height": 2 * ROWS, "width": 2 * COLUMNS})
+    images = {} if reference is None else {"image": picture(2 * reference[0], 2 * reference[1])}
+    return TinyPipeline(pipe, {"prompt_embeds": noise(1, 10, 40), "height": 2 * ROWS, "width": 2 * COLUMNS, **images})
 
 
 def flux3() -> TinyPipeline:

@@ -79,3 +79,18 @@ def test_without_the_cache_every_step_is_diffusers_own() -> None:
     with ditattn.install(tiny.pipe, "rain_fusion_attn", sparsity=0.6, skip_first_steps=0, min_tokens=0) as handle:
         assert torch.equal(tiny.run(2), native)
     assert handle.report().components["transformer"].calls == 0
+
+
+@pytest.mark.shows("register")
+def test_a_registered_name_runs_what_install_runs() -> None:
+    tiny, native = built()
+    settings = {"sparsity": 0.6, "skip_first_steps": 2, "min_tokens": 0}
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **settings):
+        expected = tiny.run(STEPS)
+    with ditattn.register(**settings) as registration:
+        tiny.pipe.transformer.set_attention_backend("rain_fusion_attn")
+        out = tiny.run(STEPS)
+        report = registration.report().components["QwenImage21Transformer2DModel"]
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
+    assert not torch.equal(out, native)
+    assert report.sparse == 4

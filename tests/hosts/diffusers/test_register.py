@@ -361,6 +361,7 @@ def test_a_registered_name_runs_what_install_runs(name: str) -> None:
         for denoiser in denoisers(tiny.pipe).values():
             denoiser.set_attention_backend("rain_fusion_attn")
         assert torch.equal(tiny.run(3), expected)
+    assert registration.report().components
     for component in registration.report().components.values():
         assert list(component.sparse_density_by_step) == [0, 1, 2]
         assert component.sparse_density_by_step[0] is None
