@@ -60,7 +60,7 @@ test-vllm-omni: $(READY) $(VLLM_OMNI_READY)
 	PYTHONPATH=$(VLLM_OMNI) $(BIN)/python $(TESTS) tests/omni
 
 # the released sglang on a machine without a GPU. Part of `make test`, since it adds little: 80 MB to download, 350 MB on the disk beside the
-# torch of .venv, and under a minute of tests in one process (importing sglang takes longer than most of them)
+# torch of .venv, and about two minutes of tests (importing sglang takes longer than most of them)
 test-sglang: $(SGLANG_READY)
 	$(SGLANG_BIN)/python -m pytest -q tests/hosts/sglang
 

@@ -33,11 +33,21 @@ def demand(condition: bool, what: str) -> None:
 
 def format_cast(input: Tensor, acl_format: int, customize_dtype: Any = None, input_dtype: Any = None) -> Tensor:
     """The same numbers in another storage format."""
-    demand(acl_format == FRACTAL_NZ and customize_dtype is not None, f"format {acl_format} of {customize_dtype}")
-    demand(input.dtype == torch.int8, f"{input.dtype} for FP4: view it as int8")
+    _check_cast(input, acl_format, customize_dtype)
     cast = input.clone()
     _cast[cast.data_ptr()] = cast
     return cast
+
+
+def _check_cast(input: Tensor, acl_format: int, customize_dtype: Any) -> None:
+    demand(acl_format == FRACTAL_NZ and customize_dtype is not None, f"format {acl_format} of {customize_dtype}")
+    demand(input.dtype == torch.int8, f"{input.dtype} for FP4: view it as int8")
+
+
+def cast_shape(input: Tensor, acl_format: int, customize_dtype: Any = None, input_dtype: Any = None) -> Tensor:
+    """What `format_cast` returns, without numbers."""
+    _check_cast(input, acl_format, customize_dtype)
+    return torch.empty_like(input)
 
 
 def _check_quantised(x: Tensor, round_mode: str) -> None:
@@ -155,29 +165,65 @@ def dual_level_quant_matmul(
 
     Scales of level 0 `[M, K / 512]` and `[K / 512, N]`, of level 1 `[M, K / 64, 2]` and `[N, K / 64, 2]`.
     """
+    demand(x2.data_ptr() in _cast, "an x2 that is not in FRACTAL_NZ")
+    _check_dual_level(x1, x2, x1_level0_scale, x2_level0_scale, x1_level1_scale, x2_level1_scale, bias)
+    a, b = _decoded(x1, x1_level1_scale), _decoded(x2, x2_level1_scale)
+    out = torch.zeros(len(x1), len(x2), dtype=torch.float64)
+    for group in range(x1_level0_scale.shape[1]):
+        columns = slice(512 * group, 512 * (group + 1))
+        out += (a[:, columns] @ b[:, columns].T) * x1_level0_scale[:, group : group + 1].double() * x2_level0_scale[group].double()
+    return _output(out, bias, output_dtype)
+
+
+def _check_dual_level(
+    x1: Tensor,
+    x2: Tensor,
+    x1_level0_scale: Tensor,
+    x2_level0_scale: Tensor,
+    x1_level1_scale: Tensor,
+    x2_level1_scale: Tensor,
+    bias: Tensor | None,
+) -> None:
     groups, pairs = -(-x1.shape[1] // 256), -(-x1.shape[1] // 32)
     operands = (x1, x2, x1_level0_scale, x2_level0_scale, x1_level1_scale, x2_level1_scale)
     demand(all(x.numel() and x.is_contiguous() for x in operands), "empty or strided operands")
-    demand(x2.data_ptr() in _cast, "an x2 that is not in FRACTAL_NZ")
+    # bytes of FP4 are uint8, and int8 once they are in another storage format
+    demand((x1.dtype, x2.dtype) == (torch.uint8, torch.int8), f"{x1.dtype} times {x2.dtype}")
+    demand(x2.shape[1] == x1.shape[1], f"rows of {x1.shape[1]} and {x2.shape[1]} bytes")
+    demand(x1_level1_scale.dtype == x2_level1_scale.dtype == torch.uint8, "level-1 scales that are not bytes of e8m0")
     demand(x1_level0_scale.dtype == x2_level0_scale.dtype == torch.float32, "level-0 scales that are not float32")
     demand(x1_level0_scale.shape == (len(x1), groups), f"a level-0 scale {list(x1_level0_scale.shape)} of x1")
     demand(x2_level0_scale.shape == (groups, len(x2)), f"a level-0 scale {list(x2_level0_scale.shape)} of x2")
     demand(x1_level1_scale.shape == (len(x1), pairs, 2), f"a level-1 scale {list(x1_level1_scale.shape)} of x1")
     demand(x2_level1_scale.shape == (len(x2), pairs, 2), f"a level-1 scale {list(x2_level1_scale.shape)} of x2")
     demand(bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()), "a bias that is not float32")
-    a, b = _decoded(x1, x1_level1_scale), _decoded(x2, x2_level1_scale)
-    out = torch.zeros(len(x1), len(x2), dtype=torch.float64)
-    for group in range(groups):
-        columns = slice(512 * group, 512 * (group + 1))
-        out += (a[:, columns] @ b[:, columns].T) * x1_level0_scale[:, group : group + 1].double() * x2_level0_scale[group].double()
-    return _output(out, bias, output_dtype)
+    demand(bias is None or bias.shape == (len(x2),), "a bias of another length")
+
+
+def dual_level_shape(
+    x1: Tensor,
+    x2: Tensor,
+    x1_level0_scale: Tensor,
+    x2_level0_scale: Tensor,
+    x1_level1_scale: Tensor,
+    x2_level1_scale: Tensor,
+    bias: Tensor | None = None,
+    output_dtype: Any = torch.bfloat16,
+) -> Tensor:
+    """What `dual_level_quant_matmul` returns, without numbers. That x2 is in FRACTAL_NZ shows in its type alone."""
+    _check_dual_level(x1, x2, x1_level0_scale, x2_level0_scale, x1_level1_scale, x2_level1_scale, bias)
+    return x1.new_empty(len(x1), len(x2), dtype=_output_dtype(output_dtype))
 
 
 def _output(out: Tensor, bias: Tensor | None, output_dtype: Any) -> Tensor:
+    return (out if bias is None else out + bias.double()).to(_output_dtype(output_dtype))
+
+
+def _output_dtype(given: Any) -> torch.dtype:
     # torch hands dtypes over as numbers
     dtypes = {5: torch.float16, 15: torch.bfloat16, torch.float16: torch.float16, torch.bfloat16: torch.bfloat16}
-    demand(output_dtype in dtypes, f"output {output_dtype}")
-    return (out if bias is None else out + bias.double()).to(dtypes[output_dtype])
+    demand(given in dtypes, f"output {given}")
+    return dtypes[given]
 
 
 KERNELS: dict[str, Callable[..., Any]] = {
@@ -187,3 +233,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "npu_dual_level_quant_matmul": dual_level_quant_matmul,
     "npu_format_cast": format_cast,
 }
+
+# of operators that torch_npu 2.13.0 has no shape function of its own for
+SHAPES: dict[str, Callable[..., Any]] = {"npu_format_cast": cast_shape, "npu_dual_level_quant_matmul": dual_level_shape}

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,13 +17,13 @@ PATIENCE_S = 1200
 
 
 class Ranks:
-    """`count` processes. Importing is paid once: they are forked from one that has imported everything."""
+    """`count` processes. Importing is paid once: they are forked from one that has imported what `preload` names."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, preload: Sequence[str] = ("ditattn", "tiny_pipelines.everything")) -> None:
         # names of the machine may lead to an interface that processes of a sandbox cannot use
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["ditattn", "tiny_pipelines.everything"])
+        context.set_forkserver_preload(list(preload))
         self._folder = tempfile.TemporaryDirectory()
         meeting = Path(self._folder.name) / "store"
         self._ends: list[Connection] = []

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ditattn.devices.cpu import multiplies_bfloat16
+
 pytest.importorskip("torchmetrics", reason="SSIM and MS-SSIM come from torchmetrics")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
@@ -106,7 +108,7 @@ def test_numbers_are_consistent_and_complete(made):
     assert record["clips"] == [{"prompt": 'a "red" <circle>', "seed": seed} for seed in (1, 2)]
     whole, sparse = record["settings"]
     assert (whole["name"], sparse["name"]) == ("rain_fusion_attn sparsity=0.0", "rain_fusion_attn sparsity=0.7")
-    assert float(whole["statistics"]["psnr"]["worst"]) > 80
+    assert float(whole["statistics"]["psnr"]["worst"]) > (60 if multiplies_bfloat16() else 80)
     assert all(len(clip["psnr_by_frame"]) == 4 for clip in sparse["clips"])
     for clip, dense in zip(sparse["clips"], record["reference"]["clips"], strict=True):
         assert clip["speed_up"] == pytest.approx(dense["total_ms"] / clip["total_ms"])
@@ -347,6 +349,47 @@ def test_a_dense_backend_beside_a_sparse_one_goes_without_its_keys(ditattn, wan_
     assert [one["name"] for one in settings] == ["fa", "rain_fusion_attn sparsity=0.0", "rain_fusion_attn sparsity=0.5"]
 
 
+def test_a_step_cache_alone_and_beside_a_backend(ditattn, wan_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    keys = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": [0, 1001]}
+    done = ditattn(
+        *("compare", "--model-path", wan_folder, "--prompt", "a", *CALL, "--num-inference-steps", 4, "--no-probe"),
+        *("--attention-backend", "rain_fusion_attn", "--attention-backend-config", "skip_first_steps=0,min_tokens=0,sparsity=0.5"),
+        *("--cache", "pyramid_attention_broadcast", "--cache-config", json.dumps(keys)),
+        *("--output-path", tmp_path, "--output-file-name", "x"),
+    )
+    assert done.status == 0, done.err
+    record = json.loads((tmp_path / "x.json").read_text())
+    alone, sparse, _ = record["settings"]
+    own = "rain_fusion_attn sparsity=0.5,skip_first_steps=0,min_tokens=0"
+    assert [one["name"] for one in record["settings"]] == [
+        *("torch_sdpa + pyramid_attention_broadcast", own, f"{own} + pyramid_attention_broadcast")
+    ]
+    assert (alone["step_cache"], sparse["step_cache"]) == ({"name": "pyramid_attention_broadcast", "keys": keys}, None)
+    # of the calls of every layer the cache leaves out the second and the fourth
+    assert [one["statistics"]["attention_calls"]["median"] for one in record["settings"]] == [0.5, 1.0, 0.5]
+    counts = [one["clips"][0]["attention"]["components"]["transformer"] for one in record["settings"]]
+    assert [(one["calls"], one["sparse"]) for one in counts] == [(2, 0), (4, 4), (2, 2)]
+    # each of them changes the clip, and both change it as neither does
+    assert len({one["statistics"]["psnr"]["worst"] for one in record["settings"]} - {"inf"}) == 3
+    assert "calls" in done.out.splitlines()[0]
+    assert 'data-metric="attention_calls"' in (tmp_path / "x.html").read_text()
+
+
+def test_caches_go_without_each_others_keys(ditattn, wan_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = ditattn(
+        *("compare", "--model-path", wan_folder, "--prompt", "a", *CALL, "--output-path", tmp_path, "--output-file-name", "x"),
+        *("--cache", "mag", "--cache", "taylorseer", "--no-probe"),
+        *("--cache-config", json.dumps({"cache_interval": 2, "cache_identifiers": [".*\\.attn1"], "mag_ratios": [1.0, 1.0]})),
+    )
+    assert done.status == 0, done.err
+    assert "mag has no cache_interval, cache_identifiers: it is compared without" in done.err
+    assert "taylorseer has no mag_ratios: it is compared without" in done.err
+    settings = json.loads((tmp_path / "x.json").read_text())["settings"]
+    assert [one["name"] for one in settings] == ["torch_sdpa + mag", "torch_sdpa + taylorseer"]
+
+
 WRONG = {
     "nothing to compare": ([], ["--attention-backend rain_fusion_attn"]),
     "unknown backend": (["--attention-backend", "rain"], ["no attention backend 'rain'"]),
@@ -365,6 +408,16 @@ WRONG = {
     ),
     "folder in the name": (["--attention-backend", "fa", "--output-file-name", "a/b"], ["plain name"]),
     "size": (["--attention-backend", "fa", "--height", "60"], ["height must be a multiple of 16"]),
+    "unknown cache": (["--cache", "second_block"], ["no step cache 'second_block'", "first_block"]),
+    "unknown key of a cache": (
+        ["--cache", "mag", "--cache", "faster", "--cache-config", "treshold=1"],
+        ["mag", "did you mean 'threshold'"],
+    ),
+    "keys of no cache": (
+        ["--attention-backend", "fa", "--cache-config", "threshold=1"],
+        ["--cache-config is for a step cache: name it with --cache"],
+    ),
+    "cache that finds no layer": (["--cache", "taylorseer"], ["found no layer", "cache_identifiers"]),
     "no such layer": (["--attention-backend", "rain_fusion_attn", "--attention-backend-config", "skip_layers=7"], ["skip_layers names 7"]),
 }
 

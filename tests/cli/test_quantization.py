@@ -95,6 +95,26 @@ def test_settings_are_every_combination_but_the_reference() -> None:
     assert [setting.with_keys().quantization for setting in settings[2:4]] == [None, mxfp4]
 
 
+def test_a_folder_that_diffusers_quantised(ditattn, call, wan_folder, tmp_path):
+    """It runs sparse as it is, and --quantization says that there is nothing left to do."""
+    pytest.importorskip("torchao")
+    from diffusers import PipelineQuantizationConfig, TorchAoConfig, WanPipeline
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    config = PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig())})
+    WanPipeline.from_pretrained(wan_folder, quantization_config=config).save_pretrained(tmp_path / "int8")
+    call = [*call, "--model-path", tmp_path / "int8", "--num-frames", 4]
+    sparse = ["--attention-backend", "rain_fusion_attn", "--attention-backend-config", "skip_first_steps=0,min_tokens=0,sparsity=0.5"]
+    done = ditattn("generate", *call, *sparse, "--strict")
+    assert done.status == 0, done.err
+    component = json.loads((tmp_path / "clip.json").read_text())["attention"]["components"]["transformer"]
+    assert (component["sparse"], component["dense"]) == (2, 0)
+    done = ditattn("generate", *call, "--quantization", "mxfp4")
+    assert done.status == 2
+    assert len(done.error_lines) == 1
+    assert "blocks.0.attn1.to_q: quantised already: its weight is of class Int8Tensor" in done.error_lines[0]
+
+
 WRONG = {
     "unknown": (["generate", "--quantization", "mxfp8"], "no quantisation 'mxfp8'; did you mean 'mxfp4'"),
     "no folder": (["generate", "--quantization", "./nowhere"], "no folder ./nowhere"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,6 +59,13 @@ def test_settings_of_one_backend_are_joined_from_slow_to_fast():
     b, a, _, d = plot.dots
     # one setting alone is no curve
     assert plot.curves == [(0, " ".join(f"{dot.x:.1f},{dot.y:.1f}" for dot in (a, b, d)))]
+
+
+def test_a_line_joins_only_what_has_the_same_cache_beside_it():
+    places = [("a", "", 1.2), ("a", "first_block", 1.5), ("b", "", 1.4), ("b", "first_block", 1.8), ("a", "sea", 1.3)]
+    plot = quality_plot([replace(point(name, 0, spread(x, x, x), spread(30, 30, 30)), beside=beside) for name, beside, x in places])
+    alone, cached = plot.dots[0:3:2], plot.dots[1:4:2]
+    assert plot.curves == [(0, " ".join(f"{dot.x:.1f},{dot.y:.1f}" for dot in pair)) for pair in (alone, cached)]
 
 
 def test_labels_lie_inside_and_hide_no_dot_and_no_other_label():
@@ -121,6 +129,7 @@ def test_a_key_that_all_labels_share_is_named_once():
     assert page._point_key([*rows, page.Row(3, "b", "threshold 0.9", "c1")]) is None
     assert page._point_key([page.Row(0, "a", "sparsity 0.5, min_tokens 0", "c0")]) is None
     assert page._point_key(rows[2:]) is None
+    assert page._point_key([page.Row(0, "a", "+ first_block", "c0")]) is None
 
 
 def test_differences_are_signed_and_odd_sizes_become_even():

@@ -11,11 +11,11 @@ import torch
 
 pytest.importorskip("torchmetrics", reason="SSIM comes from torchmetrics")
 
-from ditattn.backends.setting import Setting
+from ditattn.backends.setting import Setting, StepCache
 from ditattn.compare.measure import References, compare
 from ditattn.compare.record import comparison_record
 from ditattn.compare.run import WARM_UP_STEPS
-from ditattn.compare.setting import Clip, expand
+from ditattn.compare.setting import REFERENCE, Clip, expand, setting_names, with_step_caches
 from ditattn.compare.workload import Rendered, Workload
 from ditattn.runtime.probe import CellReading
 from ditattn.runtime.report import AttentionReport
@@ -58,6 +58,34 @@ def test_a_comparison_needs_no_pipeline() -> None:
     assert short[0] == ({}, steps)
     assert short[1:] == [({"sparsity": sparsity, "skip_first_steps": 0, "skip_last_steps": 0}, steps) for sparsity in (0.2, 0.8)]
     assert [changes for _, _, changes in workload.rendered[3:]] == [{}] * 6
+
+
+def test_a_cache_runs_alone_and_beside_every_setting_and_is_probed_once() -> None:
+    class Probed(Invented):
+        def probe(self, settings: Sequence[Setting], clip: Clip) -> list[list[CellReading]]:
+            self.probed = list(settings)
+            return super().probe([Setting.parse("rain_fusion_attn", {"sparsity": 0.0, **one.keys}) for one in settings], clip)
+
+    workload, sparse = Probed(), expand(["rain_fusion_attn"], [], {"sparsity": [0.2, 0.8]})
+    settings = with_step_caches([REFERENCE, *sparse], [StepCache("one", {"threshold": 0.1}), StepCache("two")])
+    found = compare(References(workload, None), settings, CLIPS, with_vmaf=False)
+    assert found.names == [
+        *("torch_sdpa + one", "torch_sdpa + two"),
+        *("rain_fusion_attn sparsity=0.2", "rain_fusion_attn sparsity=0.2 + one", "rain_fusion_attn sparsity=0.2 + two"),
+        *("rain_fusion_attn sparsity=0.8", "rain_fusion_attn sparsity=0.8 + one", "rain_fusion_attn sparsity=0.8 + two"),
+    ]
+    assert [one.keys.get("sparsity") for one in workload.probed] == [None, 0.2, 0.8]
+    assert [one[0].error for one in found.readings or []] == [0.0] * 2 + [0.2] * 3 + [0.8] * 3
+    caches = [setting["step_cache"] for setting in comparison_record(found, {})["settings"]]
+    assert caches[:3] == [{"name": "one", "keys": {"threshold": 0.1}}, {"name": "two", "keys": {}}, None]
+
+
+def test_names_say_in_which_keys_caches_of_a_name_differ() -> None:
+    caches = [StepCache("one", {"threshold": 0.1, "steps": 3}), StepCache("one", {"threshold": 0.2, "steps": 3})]
+    assert setting_names(with_step_caches([], caches)) == ["torch_sdpa + one threshold=0.1", "torch_sdpa + one threshold=0.2"]
+    beside = with_step_caches([Setting.parse("rain_fusion_attn", {"sparsity": 0.5, "min_tokens": 0})], caches[:1])
+    assert setting_names(beside)[1:] == ["rain_fusion_attn sparsity=0.5,min_tokens=0", "rain_fusion_attn sparsity=0.5,min_tokens=0 + one"]
+    assert with_step_caches([REFERENCE], []) == [REFERENCE]
 
 
 def test_tuning_needs_no_pipeline() -> None:

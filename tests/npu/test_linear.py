@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import ascend_linear_operators
 import ditattn
 from ditattn.ops.mx_linear import TABLE, ascend, mx_linear
 from ditattn.ops.mx_linear.call import LinearCall, LinearFacts, MXWeight
 from ditattn.ops.table import choose
 from linear_calls import CASES, LinearCase, build, check_linear
-from tiny_pipelines.wan import transformer
+from npu.fake_wan import A2, A5, Called, fake_wan
 
-A2, A5 = "Ascend910B2", "Ascend950PR_9579"
 TAKEN = [case for case in CASES if 0 not in case.leading]
 PROVIDERS = {False: ascend.PLAIN, True: ascend.DUAL_LEVEL}
 # as torch_npu 2.13.0 has them
@@ -93,25 +94,74 @@ def test_the_dual_level_product_has_no_shape_function_yet() -> None:
     assert not torch._C._dispatch_has_kernel_for_dispatch_key("npu::npu_dual_level_quant_matmul", "Meta")
 
 
-@pytest.mark.parametrize("method", ["mxfp4"])
-def test_a_quantised_wan_on_an_npu(method: str, soc: Callable[[str], None]) -> None:
+@pytest.fixture
+def _documented_shapes() -> Iterator[None]:
+    """Shape functions that the package lacks, written from the operators' documentation."""
+    missing = {
+        name: function
+        for name, function in ascend_linear_operators.SHAPES.items()
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"npu::{name}", "Meta")
+    }
+    library = torch.library.Library("npu", "IMPL")
+    for name, function in missing.items():
+        library.impl(name, function, "Meta")
+    yield
+    library._destroy()
+
+
+@pytest.fixture
+def _through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own operation is opaque to fake tensors; here its inside runs."""
+    module = sys.modules["ditattn.ops.mx_linear"]
+    monkeypatch.setattr(module, "_op", module._op._init_fn)
+
+
+CALLS = {
+    "mxfp4": (["npu.npu_dynamic_mx_quant", "npu.npu_quant_matmul"], []),
+    "mxfp4_dualscale": (["npu.npu_dynamic_dual_level_mx_quant", "npu.npu_dual_level_quant_matmul"], ["npu.npu_format_cast"]),
+}
+"""Operators of every call of a layer, and those that prepare its weight once."""
+
+
+@pytest.mark.usefixtures("_documented_shapes", "_through")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", CALLS)
+def test_a_quantised_wan_on_an_npu(method: str, dtype: torch.dtype, soc: Callable[[str], None]) -> None:
     """Fake tensors throughout: weights are rounded, and cast to FRACTAL_NZ where the dual-level product wants it, on the device."""
     soc(A5)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("npu"):
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            model = transformer()
-        finally:
-            torch.set_default_dtype(default)
-        x = torch.empty(2, 5, 64, dtype=torch.bfloat16)
-        with ditattn.quantize(model, method) as handle:
-            layer = model.blocks[0].attn1.to_q
-            out = layer(x)
-            served = handle.report().components["WanTransformer3DModel"].implementations
-    assert (out.shape, out.dtype, out.device.type) == ((2, 5, 64), torch.bfloat16, "npu")
-    assert served == ["ascend_mx" if method == "mxfp4" else "ascend_dual_level"]
-    assert layer.packed.dtype == (torch.uint8 if method == "mxfp4" else torch.int8)
+    of_calls, of_weights = CALLS[method]
+    with fake_wan(dtype) as (model, inputs):
+        with Called() as preparing:
+            handle = ditattn.quantize(model, method)
+        with torch.no_grad(), Called() as called:
+            out = model(**inputs, return_dict=False)[0]
+        report = handle.report().components["WanTransformer3DModel"]
+    assert (out.shape, out.dtype, out.device.type) == (inputs["hidden_states"].shape, dtype, "npu")
+    assert (report.layers, report.ran) == (20, 20)
+    assert report.implementations == ["ascend_mx" if method == "mxfp4" else "ascend_dual_level"]
+    assert preparing.names == of_weights * 20
+    assert [name for name in called.names if "quant" in name] == of_calls * 20
+
+
+WRONG = {
+    "weight in plain bytes": ("_fractal", lambda packed: packed, "torch.uint8 times torch.uint8"),
+    "level-1 scales not in pairs": ("_pairs", lambda scale: scale.unsqueeze(-1), "a level-1 scale .* of x2"),
+    "bias of the layer's dtype": ("_float32", lambda bias: bias, "a bias that is not float32"),
+}
+"""What would be handed over wrongly, by the function that prepares it, and what the operator says."""
+
+
+@pytest.mark.usefixtures("_documented_shapes", "_through")
+@pytest.mark.parametrize("case", WRONG)
+def test_the_documented_shapes_refuse_a_wrong_call(case: str, soc: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the test above would say nothing."""
+    soc(A5)
+    name, wrong, message = WRONG[case]
+    monkeypatch.setattr(ascend, name, wrong)
+    with fake_wan(torch.bfloat16) as (model, inputs):
+        ditattn.quantize(model, "mxfp4_dualscale")
+        with torch.no_grad(), pytest.raises(RuntimeError, match=f"the operator forbids: {message}"):
+            model(**inputs)
 
 
 def test_no_token_reaches_no_operator() -> None:

@@ -8,11 +8,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import diffusers.models.transformers.transformer_wan  # outside of any device context  # noqa: F401
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ditattn
 from ascend_calls import BLOCK_SPARSE
@@ -24,24 +22,8 @@ from ditattn.ops.calls import SparseCall
 from ditattn.packages import Package
 from ditattn.plan.token_order import TokenOrder, token_order
 from ditattn.runtime import stage
+from npu.fake_wan import A2, A5, GRID, Called, fake_wan
 from tiny_pipelines.pipeline import HEAD_SIZE
-from tiny_pipelines.wan import transformer
-
-GRID = (5, 16, 16)
-A2, A5 = "Ascend910B2", "Ascend950PR_9579"
-
-
-class Called(TorchDispatchMode):
-    """Names of the operators that ran, outside torch's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace not in ("aten", "prim", "prims"):
-            self.names.append(f"{func.namespace}.{func.overloadpacket.__name__}")
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -65,32 +47,19 @@ def _fake(order: TokenOrder) -> TokenOrder:
 
 
 @contextmanager
-def fake_wan(backend: str, dtype: torch.dtype, **config: Any) -> Iterator[Callable[[], list[str]]]:
+def served_wan(backend: str, dtype: torch.dtype, **config: Any) -> Iterator[Callable[[], list[str]]]:
     """A function that runs one forward in which the backend is past its dense steps, and names the operators."""
-    default = torch.get_default_dtype()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("npu"):
-        torch.set_default_dtype(dtype)
-        try:
-            model = transformer()
-        finally:
-            torch.set_default_dtype(default)
-        frames, rows, columns = GRID
-        inputs = {
-            "hidden_states": torch.randn(2, 16, frames, 2 * rows, 2 * columns, dtype=dtype),
-            "timestep": torch.ones(2, dtype=torch.int64),
-            "encoder_hidden_states": torch.randn(2, 8, model.config.text_dim, dtype=dtype),
-        }
-        with ditattn.install(model, backend, **config) as handle:
+    with fake_wan(dtype) as (model, inputs), ditattn.install(model, backend, **config) as handle:
 
-            def forward() -> list[str]:
-                with torch.no_grad(), ditattn.step(30, 40), Called() as called:
-                    out = model(**inputs, return_dict=False)[0]
-                assert out.device == torch.device("npu:0")
-                assert out.shape == inputs["hidden_states"].shape
-                return called.names
+        def forward() -> list[str]:
+            with torch.no_grad(), ditattn.step(30, 40), Called() as called:
+                out = model(**inputs, return_dict=False)[0]
+            assert out.device == torch.device("npu:0")
+            assert out.shape == inputs["hidden_states"].shape
+            return called.names
 
-            forward.report = handle.report
-            yield forward
+        forward.report = handle.report
+        yield forward
 
 
 @pytest.fixture
@@ -111,7 +80,7 @@ def only(monkeypatch: pytest.MonkeyPatch, soc: Callable[[str], None]) -> Callabl
 @pytest.mark.parametrize("backend", ["block_sparse_attn", "rain_fusion_attn"])
 def test_sparse_backends_reach_torch_npus_operator(backend: str, dtype: torch.dtype, only: Callable[..., None]) -> None:
     only()
-    with fake_wan(backend, dtype, sparsity=0.5, min_tokens=0) as forward:
+    with served_wan(backend, dtype, sparsity=0.5, min_tokens=0) as forward:
         names = forward()
     assert names.count("npu.npu_block_sparse_attention") == 2, "one call per layer"
 
@@ -120,7 +89,7 @@ def test_sparse_backends_reach_torch_npus_operator(backend: str, dtype: torch.dt
 def test_a5_runs_bf16_through_mindiesd_and_fp16_through_torch_npu(only: Callable[..., None]) -> None:
     only("mindiesd", name=A5)
     for dtype, expected in ((torch.bfloat16, "mindiesd.block_sparse_attention"), (torch.float16, "npu.npu_block_sparse_attention")):
-        with fake_wan("rain_fusion_attn", dtype, sparsity=0.5, min_tokens=0) as forward:
+        with served_wan("rain_fusion_attn", dtype, sparsity=0.5, min_tokens=0) as forward:
             assert forward().count(expected) == 2
 
 
@@ -135,7 +104,7 @@ def test_sparse_calls_without_an_operator_are_warned_of_once(
     monkeypatch.setattr(block_sparse_attention, "load", lambda row: lambda call: (torch.empty_like(call.query), None))
     with (
         caplog.at_level(logging.WARNING, "ditattn"),
-        fake_wan("rain_fusion_attn", torch.float32, sparsity=0.5, min_tokens=min_tokens) as run,
+        served_wan("rain_fusion_attn", torch.float32, sparsity=0.5, min_tokens=min_tokens) as run,
     ):
         run()
     messages = [message for record in caplog.records if "self-attention calls of this run" not in (message := record.getMessage())]
@@ -146,7 +115,7 @@ def test_sparse_calls_without_an_operator_are_warned_of_once(
 @pytest.mark.usefixtures("_through")
 def test_older_cann_takes_index_lists(only: Callable[..., None]) -> None:
     only("mindiesd", cann=(8, 5))
-    with fake_wan("rain_fusion_attn", torch.bfloat16, sparsity=0.5, min_tokens=0) as forward:
+    with served_wan("rain_fusion_attn", torch.bfloat16, sparsity=0.5, min_tokens=0) as forward:
         assert forward().count("mindiesd.rainfusionattention") == 2
 
 
@@ -156,14 +125,14 @@ def test_block_sparse_asks_the_estimator_of_the_package(package: str, only: Call
     """Not mindiesd's: in 3.1.0 its shape function divides where it must round, and fails for every call."""
     only(package)
     namespace = "npu" if package == "sgl_kernel_npu" else package
-    with fake_wan("block_sparse_attn", torch.bfloat16, sparsity=0.5, min_tokens=0) as forward:
+    with served_wan("block_sparse_attn", torch.bfloat16, sparsity=0.5, min_tokens=0) as forward:
         assert forward().count(f"{namespace}.sparse_block_estimate") == 2
 
 
 @pytest.mark.usefixtures("_through")
 def test_fa_reaches_the_fused_operator(only: Callable[..., None]) -> None:
     only()
-    with fake_wan("fa", torch.bfloat16) as forward:
+    with served_wan("fa", torch.bfloat16) as forward:
         assert forward().count("npu.npu_fused_infer_attention_score") == 2
 
 
@@ -171,14 +140,14 @@ def test_fa_reaches_the_fused_operator(only: Callable[..., None]) -> None:
 def test_laser_reaches_the_operator_of_mindiesd(only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     only("mindiesd")
     monkeypatch.setattr("ditattn.backends.laser_attn.MIN_LASER_TOKENS", 1)
-    with fake_wan("laser_attn", torch.bfloat16) as forward:
+    with served_wan("laser_attn", torch.bfloat16) as forward:
         assert forward().count("mindiesd.la") == 2
 
 
 @pytest.mark.usefixtures("_through")
 def test_torch_sdpa_reaches_torch_npus_fused_kernel(only: Callable[..., None]) -> None:
     only()
-    with fake_wan("torch_sdpa", torch.bfloat16) as forward:
+    with served_wan("torch_sdpa", torch.bfloat16) as forward:
         assert any(name.startswith("npu.npu_fusion_attention") for name in forward())
 
 
@@ -187,7 +156,7 @@ def test_every_backend_as_one_operation(backend: str, only: Callable[..., None])
     """As compiled graphs see it: nothing of ours but the opaque operation."""
     only("mindiesd")
     config = {"sparsity": 0.5, "min_tokens": 0} if backend.endswith(("sparse_attn", "fusion_attn")) else {}
-    with fake_wan(backend, torch.bfloat16, **config) as forward:
+    with served_wan(backend, torch.bfloat16, **config) as forward:
         ours = {name for name in forward() if name.startswith("ditattn.")}
     assert ours == {"ditattn.attend"}
 
@@ -208,7 +177,7 @@ def test_no_token_is_read_on_the_host(only: Callable[..., None]) -> None:
 def test_the_report_names_what_served_and_not_what_the_backend_would_rather_have(only: Callable[..., None]) -> None:
     """The tokens of this model are too few for Laser, whatever is installed."""
     only("mindiesd")
-    with fake_wan("laser_attn", torch.bfloat16) as forward:
+    with served_wan("laser_attn", torch.bfloat16) as forward:
         assert "mindiesd.la" not in forward()
         (component,) = forward.report().components.values()
     assert component.implementations == {"dense_attention": "torch"}

@@ -1,4 +1,4 @@
-"""What is asked of the attention of a pipeline, and of its linear layers: one value, parsed and checked once.
+"""What is asked of the attention of a pipeline, of its linear layers and of its steps: one value, parsed and checked once.
 
 It goes from the command line or a host down to the stage.
 """
@@ -17,7 +17,20 @@ from ditattn.backends.selector import unnamed_backend
 from ditattn.errors import ConfigError
 from ditattn.quantization.request import Quantization
 
-__all__ = ["Setting"]
+__all__ = ["Setting", "StepCache"]
+
+
+@dataclass(frozen=True)
+class StepCache:
+    """A step cache of the host, which skips layers in steps that change little. The host checks name and keys.
+
+    Attributes:
+        name: the host's for it, such as "first_block".
+        keys: of its configuration that were given.
+    """
+
+    name: str
+    keys: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class Setting:
         config: its configuration. A component with another backend runs with that one's defaults.
         components: names of backends by component.
         quantization: of the linear layers; None leaves them as they are. `install` does not look at it.
+        step_cache: beside the attention; None lets every step run in full. `install` does not look at it.
     """
 
     backend: str | None
@@ -38,6 +52,7 @@ class Setting:
     config: AttentionConfig
     components: Mapping[str, str] = field(default_factory=dict)
     quantization: Quantization | None = None
+    step_cache: StepCache | None = None
 
     @classmethod
     def parse(

@@ -14,8 +14,8 @@ import numpy as np
 import typer
 
 from ditattn.backends.registry import DEFAULT_BACKEND
-from ditattn.backends.setting import Setting
-from ditattn.cli.job import load, playing_rate, prepare
+from ditattn.backends.setting import Setting, StepCache
+from ditattn.cli.job import Job, load, playing_rate, prepare
 from ditattn.cli.output import DraftFiles, check_plain_name, default_name, numbered, write_media
 from ditattn.cli.progress import progress_bar
 from ditattn.cli.ranks import this_rank, together
@@ -25,7 +25,7 @@ from ditattn.cli.terminal import print_rich, say, set_up_messages
 from ditattn.compare.measure import Comparison, compare
 from ditattn.compare.page import render_page
 from ditattn.compare.record import comparison_record, plain
-from ditattn.compare.setting import REFERENCE, Clip, dropped_keys, expand
+from ditattn.compare.setting import REFERENCE, Clip, dropped_keys, expand, with_step_caches
 from ditattn.errors import ConfigError
 from ditattn.quantization.request import Quantization
 
@@ -38,6 +38,7 @@ COLUMNS = (
     ("ms_ssim", "MS-SSIM", 4, 1),
     ("vmaf", "VMAF", 1, 1),
     ("overall_density", "overall density", 3, 1),
+    ("attention_calls", "calls", 3, 1),
     ("attention_ms", "attention s", 2, 1000),
     ("total_ms", "all s", 2, 1000),
     ("speed_up", "speed-up", 2, 1),
@@ -51,12 +52,13 @@ def run(settings: CompareSettings, *, debug: bool = False) -> None:
         DitattnError, OSError: see the modules that check.
     """
     set_up_messages(debug)
-    if not settings.attention_backend and not settings.quantization:
+    if not settings.attention_backend and not settings.quantization and not settings.cache:
         raise ConfigError("what shall be compared? Name it: --attention-backend rain_fusion_attn (the reference is torch_sdpa)")
     name = _file_name(settings)
     check_metrics()
     attention = _parse_attention(settings)
     job = prepare(settings, [REFERENCE, *attention])
+    attention = with_step_caches(attention, _parse_caches(settings, job))
     with together(settings.num_processes, job.device):
         pipe, _ = load(job)
         clips = [Clip(prompt, seed) for prompt in settings.prompt for seed in settings.seed]
@@ -84,7 +86,7 @@ def _tell(settings: CompareSettings, name: str, comparison: Comparison, made_by:
 def _parse_attention(settings: CompareSettings) -> list[Setting]:
     """Every backend with the keys that it has; keys that no named backend has stay, to be refused with the rest."""
     configs, grid = settings.attention_backend_config, settings.grid
-    # quantisation alone leaves the attention as it is in the reference
+    # quantisation or a step cache alone leaves the attention as it is in the reference
     backends = settings.attention_backend or [DEFAULT_BACKEND]
     expanded = expand(backends, configs, grid, settings.component_attention_backends, _parse_quantizations(settings))
     for backend in dict.fromkeys(backends):
@@ -99,6 +101,23 @@ def _parse_quantizations(settings: CompareSettings) -> list[Quantization | None]
         raise ConfigError("--quantization-skip needs --quantization mxfp4")
     skip = settings.quantization_skip
     return [None if text.lower() == "none" else Quantization.from_text(text, skip) for text in settings.quantization] or [None]
+
+
+def _parse_caches(settings: CompareSettings, job: Job) -> list[StepCache]:
+    """The step caches that were asked for, checked as far as possible without weights."""
+    from ditattn.hosts.diffusers.step_cache import check_pipeline, expand_step_caches
+
+    if settings.cache_config and not settings.cache:
+        raise ConfigError("--cache-config is for a step cache: name it with --cache")
+    caches = expand_step_caches(settings.cache, settings.cache_config)
+    for name in dict.fromkeys(settings.cache):
+        own = [cache for cache in caches if cache.name == name]
+        keys = dict.fromkeys(key for config in settings.cache_config for key in config)
+        if dropped := [key for key in keys if not any(key in cache.keys for cache in own)]:
+            say(f"{name} has no {', '.join(dropped)}: it is compared without")
+        if job.model.pipeline_cls is not None:
+            check_pipeline(job.model.pipeline_cls, own[0])
+    return caches
 
 
 def _file_name(settings: CompareSettings) -> str:

@@ -7,12 +7,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import typer
 
-from ditattn.backends.setting import Setting
+from ditattn.backends.setting import Setting, StepCache
 from ditattn.cli.job import Job, load, pipeline_arguments, playing_rate, prepare
 from ditattn.cli.output import DraftFiles, check_file_name, check_folder, default_name, numbered, write_media
 from ditattn.cli.progress import progress_bar
@@ -25,9 +25,6 @@ from ditattn.errors import ConfigError
 from ditattn.quantization.report import QuantizationReport
 from ditattn.quantization.request import Quantization
 from ditattn.runtime.report import AttentionReport
-
-if TYPE_CHECKING:
-    from ditattn.hosts.diffusers.step_cache import StepCache
 
 __all__ = ["run"]
 

@@ -125,6 +125,9 @@ SKIPPED_LAYERS = Option(
     QUANTIZATION, "Linear layers that stay as they are: 'blocks.0.*', '*.ffn.*'. Repeat it for several patterns.", metavar="PATTERN"
 )
 
+CACHE_NAMES = "first_block, pyramid_attention_broadcast, faster, mag, taylorseer or sea"
+CACHE_KEYS = "those of diffusers' configuration class: k=v,k=v (threshold=0.1), JSON text, or a file."
+
 SEEDS = Option(SAMPLING, "Seed of the noise. Repeat it for several: every prompt is made with every seed.")
 
 
@@ -185,9 +188,10 @@ class CallSettings(KnownKeys):
     output_path: Annotated[UserPath, Option(OUTPUT, "Where results go; made if missing.", metavar="FOLDER")] = "outputs"
     output_file_name: Annotated[str | None, Option(OUTPUT, "Name of the result.")] = None
     device: Annotated[str | None, Option(MACHINE, "torch device, such as cuda:1.", "cuda or npu if there is one, else cpu")] = None
-    dtype: Annotated[str | None, Option(MACHINE, "Type of the weights: float32, bfloat16 or float16.", "bfloat16, on the CPU float32")] = (
-        None
-    )
+    dtype: Annotated[
+        str | None,
+        Option(MACHINE, "Type of the weights: float32, bfloat16 or float16.", "bfloat16, on a CPU without instructions for it float32"),
+    ] = None
     ulysses_degree: Annotated[
         Count,
         Option(
@@ -254,17 +258,14 @@ class GenerateSettings(CallSettings):
         str | None,
         Option(
             ATTENTION,
-            "Step cache of diffusers beside it, which skips layers in steps that change little: first_block, pyramid_attention_broadcast, "
-            "faster, mag, taylorseer or sea.",
+            f"Step cache of diffusers beside it, which skips layers in steps that change little: {CACHE_NAMES}.",
             default="none",
             metavar="NAME",
         ),
     ] = None
     cache_config: Annotated[
         Pairs,
-        Option(
-            ATTENTION, "Its keys, those of diffusers' configuration class: k=v,k=v (threshold=0.1), JSON text, or a file.", metavar="CONFIG"
-        ),
+        Option(ATTENTION, f"Its keys, {CACHE_KEYS}", metavar="CONFIG"),
     ] = Field(default_factory=dict)
     quantization: Annotated[
         str | None,
@@ -333,6 +334,19 @@ class CompareSettings(CallSettings):
             before="component_attention_backends",
         ),
     ] = Field(default_factory=dict)
+    cache: Annotated[
+        Texts,
+        Option(
+            ATTENTION,
+            f"Step cache of diffusers: {CACHE_NAMES}. Repeat it for several: each is compared alone, with {DEFAULT_BACKEND}, and beside "
+            "every setting, which is compared without it too.",
+            metavar="NAME",
+        ),
+    ] = Field(default_factory=list)
+    cache_config: Annotated[
+        ManyPairs,
+        Option(ATTENTION, f"Keys of the caches, {CACHE_KEYS} Repeat it for several: every cache runs with each of them.", metavar="CONFIG"),
+    ] = Field(default_factory=list)
     quantization: Annotated[
         Texts,
         Option(

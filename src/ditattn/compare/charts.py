@@ -35,8 +35,9 @@ class PlotPoint:
     Attributes:
         label: beside the dot.
         name: in full.
-        group: number of its backend; points of one group are joined.
+        group: number of its backend.
         speed, psnr: spreads over the clips.
+        beside: quantisation and step cache, in words; points of one group with the same ones are joined.
     """
 
     label: str
@@ -44,6 +45,7 @@ class PlotPoint:
     group: int
     speed: Mapping[str, Any]
     psnr: Mapping[str, Any]
+    beside: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,16 +154,18 @@ def quality_plot(points: Sequence[PlotPoint], size: tuple[int, int] = WIDE, targ
         [(x_of(value), f"{value:g}x") for value in ticks(x_low, x_high, width // 100)],
         [(y_of(value), f"{value:g}") for value in ticks(y_low, y_high)],
         dots,
-        _curves(dots),
+        _curves(points, dots),
         x_of(1.0),
         None if target_psnr is None else y_of(target_psnr),
     )
 
 
-def _curves(dots: Sequence[Dot]) -> list[tuple[int, str]]:
-    """A line through the settings of every backend that has several, from slow to fast."""
-    lines = {group: sorted((dot.x, dot.y) for dot in dots if dot.group == group) for group in dict.fromkeys(dot.group for dot in dots)}
-    return [(group, " ".join(f"{x:.1f},{y:.1f}" for x, y in line)) for group, line in lines.items() if len(line) > 1]
+def _curves(points: Sequence[PlotPoint], dots: Sequence[Dot]) -> list[tuple[int, str]]:
+    """A line through the settings of every backend that has several with the same things beside it, from slow to fast."""
+    lines: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for point, dot in zip(points, dots, strict=True):
+        lines.setdefault((point.group, point.beside), []).append((dot.x, dot.y))
+    return [(group, " ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(line))) for (group, _), line in lines.items() if len(line) > 1]
 
 
 def _place_labels(labels: Sequence[str], places: Sequence[tuple[float, float]], room: Box) -> list[tuple[float, float, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -135,7 +135,7 @@ def compare(
     readings = None
     if probe:
         progress.begin("probe: dropped softmax mass, on the calls of a dense run")
-        readings = references.workload.probe(settings, clips[0])
+        readings = _probe(references.workload, settings, clips[0])
         progress.advance()
     progress.begin("metrics", counts=False)
     scored = references.workload.ranks.is_first
@@ -176,6 +176,14 @@ def _runs(
         runs.setdefault((which, number), []).append(made)
         progress.advance()
     return runs
+
+
+def _probe(workload: Workload, settings: Sequence[Setting], clip: Clip) -> list[list[CellReading]]:
+    """The readings of each setting; settings with the same attention are tried once."""
+    attention = [replace(setting, quantization=None, step_cache=None) for setting in settings]
+    tried = [setting for number, setting in enumerate(attention) if setting not in attention[:number]]
+    readings = workload.probe(tried, clip)
+    return [readings[tried.index(setting)] for setting in attention]
 
 
 def _order(num_settings: int, num_clips: int, repeats: int) -> list[tuple[int, int]]:

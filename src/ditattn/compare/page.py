@@ -63,6 +63,7 @@ COLUMNS = {
     "work": (
         Column("overall_density", "computed", 3),
         Column("sparse_density", "sparse calls", 3, minor=True),
+        Column("attention_calls", "calls", 3),
         Column("peak_memory_mb", "memory, MiB", 0, minor=True),
     ),
     "time": (
@@ -183,6 +184,7 @@ def _reference(record: Mapping[str, Any]) -> dict[str, float]:
     memory = [clip["peak_memory_mb"] for clip in clips if clip["peak_memory_mb"] is not None]
     return {
         "overall_density": 1.0,
+        "attention_calls": 1.0,
         "attention_ms": median(clip["attention_ms"] for clip in clips),
         "total_ms": median(clip["total_ms"] for clip in clips),
         "speed_up": 1.0,
@@ -192,10 +194,10 @@ def _reference(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _point_key(rows: Sequence[Row]) -> str | None:
-    """The one key that all labels are values of: it need not be said at every point."""
+    """The one key that all labels are values of: it need not be said at every point. A quantisation or a cache is no key."""
     pairs = [row.label.split(" ") for row in rows if row.label != "default settings"]
     keys = {pair[0] for pair in pairs}
-    return keys.pop() if len(keys) == 1 and all(len(pair) == 2 for pair in pairs) else None
+    return keys.pop() if len(keys) == 1 and all(len(pair) == 2 and pair[0] != "+" for pair in pairs) else None
 
 
 def _plot(record: Mapping[str, Any], rows: Sequence[Row], size: tuple[int, int]) -> Plot:
@@ -206,7 +208,8 @@ def _plot(record: Mapping[str, Any], rows: Sequence[Row], size: tuple[int, int])
         # a backend alone is named by the legend
         label = "" if label == "default settings" else label
         statistics = setting["statistics"]
-        points.append(PlotPoint(label, setting["name"], int(row.colour[1:]), statistics["speed_up"], statistics["psnr"]))
+        beside = setting["name"].partition(" + ")[2]
+        points.append(PlotPoint(label, setting["name"], int(row.colour[1:]), statistics["speed_up"], statistics["psnr"], beside))
     return quality_plot(points, size, record["target_psnr"])
 
 

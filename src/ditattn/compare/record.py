@@ -21,8 +21,13 @@ METRICS: dict[str, tuple[str, bool, str]] = {
     "ms_ssim": ("", True, "SSIM in several scales, mean over the frames"),
     "vmaf": ("", True, "Netflix's video quality metric, 0 to 100, mean over the frames"),
     "flicker_ratio": ("x", False, "mean change from frame to frame over that of the reference"),
-    "overall_density": ("", False, "share of the query-key pairs of self-attention that was computed: all calls, a dense one counts as 1"),
+    "overall_density": (
+        "",
+        False,
+        "share of the query-key pairs of self-attention that was computed: all calls that ran, a dense one as 1",
+    ),
     "sparse_density": ("", False, "the same over the calls that ran sparse alone"),
+    "attention_calls": ("", False, "calls of self-attention that ran, over the reference's: a step cache leaves some out"),
     "attention_ms": ("ms", False, "time in self-attention, token order and block selection included"),
     "total_ms": ("ms", False, "time of the whole call"),
     "attention_speed_up": ("x", True, "time in attention of the reference over the setting's"),
@@ -55,13 +60,15 @@ def comparison_record(comparison: Comparison, about: Mapping[str, Any], target_p
 
 def _setting(comparison: Comparison, number: int) -> dict[str, Any]:
     setting, measured = comparison.settings[number], comparison.measured[number]
-    clips = [_clip(one, dense) for one, dense in zip(measured, comparison.reference, strict=True)]
+    caching = any(other.step_cache is not None for other in comparison.settings)
+    clips = [_clip(one, dense, caching) for one, dense in zip(measured, comparison.reference, strict=True)]
     return {
         "name": comparison.names[number],
         "backend": setting.backend,
         "config": setting.keys,
         "components": dict(setting.components),
         "quantization": None if setting.quantization is None else setting.quantization.name,
+        "step_cache": None if setting.step_cache is None else asdict(setting.step_cache),
         "statistics": {name: _spread([clip[name] for clip in clips], METRICS[name][1]) for name in METRICS},
         "clips": clips,
         "overall_density_by_step_and_layer": _mean_cells([one.runs[0].densities for one in measured]),
@@ -69,14 +76,16 @@ def _setting(comparison: Comparison, number: int) -> dict[str, Any]:
     }
 
 
-def _clip(one: MeasuredClip, dense: MeasuredClip) -> dict[str, Any]:
+def _clip(one: MeasuredClip, dense: MeasuredClip, caching: bool) -> dict[str, Any]:
+    """`caching`: some setting has a step cache. Without one all calls run, and a column of ones would say nothing."""
     assert one.scores is not None
-    scores = vars(one.scores)
+    scores, dense_calls = vars(one.scores), dense.runs[0].attention_calls
     return {
         **scores,
         "flicker_ratio": one.scores.flicker_ratio,
         "overall_density": one.runs[0].overall_density,
         "sparse_density": one.runs[0].sparse_density,
+        "attention_calls": one.runs[0].attention_calls / dense_calls if caching and dense_calls else None,
         **_costs(one),
         "speed_up": dense.total_ms / one.total_ms,
         "attention_speed_up": dense.attention_ms / one.attention_ms if one.attention_ms else None,

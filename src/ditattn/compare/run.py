@@ -57,6 +57,11 @@ class Run:
         return sum(found) / len(found) if found else None
 
     @property
+    def attention_calls(self) -> int:
+        """Calls of self-attention that ran; a step cache leaves some out."""
+        return sum(part["calls"] for part in self.attention["components"].values())
+
+    @property
     def sparse_density(self) -> float | None:
         """Mean density over the calls that ran sparse; None if none did."""
         parts = [part for part in self.attention["components"].values() if part["sparse_density"] is not None]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from ditattn.backends.registry import DEFAULT_BACKEND, load_backend
-from ditattn.backends.setting import Setting
+from ditattn.backends.setting import Setting, StepCache
 from ditattn.errors import ConfigError
 from ditattn.quantization.request import Quantization
 
-__all__ = ["REFERENCE", "REFERENCE_NAME", "Clip", "dropped_keys", "expand", "setting_label", "setting_names"]
+__all__ = ["REFERENCE", "REFERENCE_NAME", "Clip", "dropped_keys", "expand", "setting_label", "setting_names", "with_step_caches"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,14 @@ def expand(
     return settings
 
 
+def with_step_caches(settings: Sequence[Setting], caches: Sequence[StepCache]) -> list[Setting]:
+    """The caches alone, then every setting without and with each of them; the reference itself is none of them."""
+    if not caches:
+        return list(settings)
+    beside = [replace(setting, step_cache=cache) for setting in (REFERENCE, *settings) for cache in (None, *caches)]
+    return [setting for n, setting in enumerate(beside) if setting != REFERENCE and setting not in beside[:n]]
+
+
 def dropped_keys(backend: str, keys: Iterable[str], backends: Iterable[str]) -> list[str]:
     """Those of `keys` that another one of `backends` has and this one does not. What nobody has stays, to be refused."""
     own, others = _keys_of(backend), {key for other in backends for key in _keys_of(other)}
@@ -72,15 +80,31 @@ def _keys_of(backend: str) -> frozenset[str]:
 
 
 def setting_names(settings: Sequence[Setting]) -> list[str]:
-    """Names for tables and plots: the backend, the keys in which a setting differs from another one of that backend, the quantisation."""
-    return [_name(setting, [other for other in settings if other.backend == setting.backend]) for setting in settings]
+    """Names for tables and plots: the backend and the keys in which a setting differs from another one of that backend (all of them where
+    none does), the quantisation, the step cache and the keys in which it differs from others of its name."""
+    return [_name(setting, settings) for setting in settings]
 
 
-def _name(setting: Setting, same: Sequence[Setting]) -> str:
-    keys = [key for key in setting.keys if len(same) == 1 or any(other.keys.get(key) != setting.keys[key] for other in same)]
-    values = ",".join(f"{key}={setting.keys[key]}" for key in keys)
+def _name(setting: Setting, settings: Sequence[Setting]) -> str:
+    same = [other.keys for other in settings if other.backend == setting.backend]
+    keys = _differing(setting.keys, same) if any(other != setting.keys for other in same) else list(setting.keys)
     quantized = "" if setting.quantization is None else f" + {setting.quantization.name}"
-    return f"{setting.backend} {values}".strip() + quantized
+    return f"{setting.backend} {_values(setting.keys, keys)}".strip() + quantized + _cache_name(setting.step_cache, settings)
+
+
+def _cache_name(cache: StepCache | None, settings: Sequence[Setting]) -> str:
+    if cache is None:
+        return ""
+    same = [other.step_cache.keys for other in settings if other.step_cache is not None and other.step_cache.name == cache.name]
+    return f" + {cache.name} {_values(cache.keys, _differing(cache.keys, same))}".rstrip()
+
+
+def _differing(keys: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [key for key in keys if any(other.get(key) != keys[key] for other in others)]
+
+
+def _values(keys: Mapping[str, Any], shown: Iterable[str]) -> str:
+    return ",".join(f"{key}={keys[key]}" for key in shown)
 
 
 def setting_label(name: str) -> str:

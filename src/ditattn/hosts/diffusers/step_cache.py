@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import diffusers
 from torch import nn
 
+from ditattn.backends.setting import StepCache
 from ditattn.errors import ConfigError, UnknownKey, UnsupportedModel
 from ditattn.hosts.diffusers.install import denoisers
 from ditattn.models import unwrapped
 from ditattn.values import unknown_key
 
-__all__ = ["STEP_CACHES", "StepCache", "add_step_cache", "check_pipeline", "parse_step_cache"]
+__all__ = ["STEP_CACHES", "add_step_cache", "check_pipeline", "expand_step_caches", "parse_step_cache"]
 
 STEP_CACHES = {
     "first_block": "FirstBlockCacheConfig",
@@ -32,19 +34,6 @@ STEP_CACHES = {
 _NEEDS_BRANCHES = frozenset({"first_block", "taylorseer", "sea"})
 
 
-@dataclasses.dataclass(frozen=True)
-class StepCache:
-    """A cache and its keys, as `parse_step_cache` checked them."""
-
-    name: str
-    keys: Mapping[str, Any]
-
-    @property
-    def config_cls(self) -> Any:
-        """diffusers' class."""
-        return getattr(diffusers, STEP_CACHES[self.name])
-
-
 def parse_step_cache(name: str, keys: Mapping[str, Any]) -> StepCache:
     """A cache by name, with keys of diffusers' configuration of it.
 
@@ -52,18 +41,42 @@ def parse_step_cache(name: str, keys: Mapping[str, Any]) -> StepCache:
         ConfigError: no such cache, or this diffusers does not have it.
         UnknownKey: no such key, or one that takes a function, which is set here.
     """
-    if name not in STEP_CACHES:
-        raise ConfigError(f"no step cache {name!r}; there is {', '.join(STEP_CACHES)}")
-    config_cls = getattr(diffusers, STEP_CACHES[name], None)
-    if config_cls is None:
-        there = ", ".join(name for name, cls in STEP_CACHES.items() if hasattr(diffusers, cls))
-        raise ConfigError(f"diffusers {diffusers.__version__} has no {STEP_CACHES[name]}; of the step caches it has {there}")
-    known = [one.name for one in dataclasses.fields(config_cls) if not one.name.endswith("callback")]
+    known = _known_keys(name)
     for key in keys:
         if key not in known:
             raise UnknownKey(f"the step cache {name}: {unknown_key(key, known)}")
     # ranges are pairs, which a file or JSON text can only write as lists
     return StepCache(name, {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()})
+
+
+def expand_step_caches(names: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[StepCache]:
+    """Every cache with every configuration, without the keys that only another one of `names` has; repetitions are dropped.
+
+    Raises:
+        ConfigError, UnknownKey: as `parse_step_cache`.
+    """
+    known = {name: _known_keys(name) for name in names}
+    caches: list[StepCache] = []
+    for name, config in product(known, configs or [{}]):
+        others = {key for other in known if other != name for key in known[other]}
+        cache = parse_step_cache(name, {key: value for key, value in config.items() if key in known[name] or key not in others})
+        if cache not in caches:
+            caches.append(cache)
+    return caches
+
+
+def _known_keys(name: str) -> list[str]:
+    """Those of a cache that a user may set. Raises as `parse_step_cache`."""
+    if name not in STEP_CACHES:
+        raise ConfigError(f"no step cache {name!r}; there is {', '.join(STEP_CACHES)}")
+    if not hasattr(diffusers, STEP_CACHES[name]):
+        there = ", ".join(name for name, cls in STEP_CACHES.items() if hasattr(diffusers, cls))
+        raise ConfigError(f"diffusers {diffusers.__version__} has no {STEP_CACHES[name]}; of the step caches it has {there}")
+    return [one.name for one in dataclasses.fields(_config_cls(name)) if not one.name.endswith("callback")]
+
+
+def _config_cls(name: str) -> Any:
+    return getattr(diffusers, STEP_CACHES[name])
 
 
 def add_step_cache(pipe: Any, cache: StepCache, num_steps: int | None) -> Callable[[], None]:
@@ -109,7 +122,7 @@ def _names_branches(pipeline_cls: type) -> bool:
 
 
 def _wants(cache: StepCache, key: str) -> bool:
-    return any(one.name == key for one in dataclasses.fields(cache.config_cls))
+    return any(one.name == key for one in dataclasses.fields(_config_cls(cache.name)))
 
 
 def _keys(pipe: Any, cache: StepCache, num_steps: int | None) -> dict[str, Any]:
@@ -127,7 +140,7 @@ def _add_to(module: Any, where: str, cache: StepCache, keys: Mapping[str, Any]) 
         raise UnsupportedModel(f"{where} is a {type(module).__name__}, which diffusers gives no step caches (no enable_cache)")
     before = _hooks(module)
     try:
-        module.enable_cache(cache.config_cls(**keys))
+        module.enable_cache(_config_cls(cache.name)(**keys))
     except (ValueError, TypeError, IndexError) as error:
         if isinstance(error, IndexError):
             raise UnsupportedModel(f"the step cache {cache.name} needs two or more transformer blocks, and {where} has fewer") from error
@@ -136,7 +149,7 @@ def _add_to(module: Any, where: str, cache: StepCache, keys: Mapping[str, Any]) 
         module.disable_cache()
         raise UnsupportedModel(
             f"the step cache {cache.name} found no layer of {where} to work on; its keys that name layers: "
-            f"{', '.join(one.name for one in dataclasses.fields(cache.config_cls) if 'identifiers' in one.name) or 'none'}"
+            f"{', '.join(one.name for one in dataclasses.fields(_config_cls(cache.name)) if 'identifiers' in one.name) or 'none'}"
         )
     switch_off: Callable[[], None] = module.disable_cache
     return switch_off

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from ditattn.hosts.diffusers.call import OnStep, call_defaults, call_pipeline, n
 from ditattn.hosts.diffusers.install import denoisers, install_setting, serve
 from ditattn.hosts.diffusers.parallel import sequence_split
 from ditattn.hosts.diffusers.quantize import quantize_setting
+from ditattn.hosts.diffusers.step_cache import add_step_cache
 from ditattn.models import family_of, unwrapped
 from ditattn.runtime.probe import CellReading, SparseProbe
 from ditattn.runtime.stage import ServedModel
@@ -60,6 +61,7 @@ class PipelineWorkload(Workload):
         asked = setting.quantization
         with (
             nullcontext() if asked is None else quantize_setting(self.pipe, asked) as quantized,
+            self._step_cache(setting, arguments),
             install_setting(self.pipe, setting, strict=self.strict) as handle,
         ):
             frames, times = call_pipeline(self.pipe, arguments, seed=clip.seed, on_step=self.on_step)
@@ -67,6 +69,14 @@ class PipelineWorkload(Workload):
             densities = mean_densities(self.group.all_gather(handle.overall_densities()))
             orders = merged_orders(self.group.all_gather(handle.head_orders()), _ulysses_degree(self.pipe))
             return Rendered(frames, times.stages, times.steps, handle.report(), densities, orders, report)
+
+    def _step_cache(self, setting: Setting, arguments: Mapping[str, Any]) -> ExitStack:
+        """The setting's cache is on; closing switches it off, and with it goes what it kept."""
+        on = ExitStack()
+        if setting.step_cache is not None:
+            num_steps = arguments.get("num_inference_steps", call_defaults(type(self.pipe)).get("num_inference_steps"))
+            on.callback(add_step_cache(self.pipe, setting.step_cache, num_steps))
+        return on
 
     def probe(self, settings: Sequence[Setting], clip: Clip) -> list[list[CellReading]]:
         probe = SparseProbe([_sparse_models(self.pipe, setting) for setting in settings])

@@ -1,0 +1,72 @@
+"""Two processes exchange tokens for heads, as sglang does it: each serves the whole sequence of its heads, and both make what one makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from ditattn.hosts.sglang.serving import serving
+from hosts.sglang import ranked, reference
+from hosts.sglang.server import HEAD_SIZE, LATENTS, STEPS, TOKENS
+from hosts.sglang.tiny_wan import CALLS, LAYERS, denoised, reference_norms
+from ranks import Ranks
+
+Serve = Callable[..., Any]
+HEADS = 4
+SPARSE = [("rain_fusion_attn", None), ("block_sparse_attn", None), ("rain_fusion_attn", "permuted_sparse_attn")]
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    ranks = Ranks(2, preload=("ditattn", "hosts.sglang.ranked"))
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.parametrize("kind", ranked.KINDS)
+@pytest.mark.parametrize(("name", "backend"), SPARSE)
+def test_a_layer_of_two_ranks_is_one_of_one_process(two: Ranks, kind: str, name: str, backend: str | None) -> None:
+    asked = {"sparsity": 0.75, "skip_first_steps": 0, "min_tokens": 0}
+    qkv = list(torch.randn(3, 1, TOKENS, HEADS, HEAD_SIZE))
+    answers = two.run(ranked.layer, kind, name, {**asked, **({"backend": backend} if backend else {})}, qkv)
+    expected, density = reference.sparse(backend or name, asked, qkv, LATENTS, step=1, steps=STEPS)
+    assert density < 0.8
+    torch.testing.assert_close(torch.cat([out for out, _ in answers], dim=1), expected, atol=2e-6, rtol=1e-5)
+    for rank, (_, report) in enumerate(answers):
+        assert report is not None
+        assert (report.sparse, report.dense) == (1, 0)
+        assert report.split == f"rank {rank} of 2 (Ulysses 2)"
+    assert sum(report.sparse_density for _, report in answers) / 2 == pytest.approx(density)
+
+
+@pytest.mark.parametrize("share", ["tokens", "frames"])
+@pytest.mark.parametrize(("name", "backend"), SPARSE)
+def test_a_whole_wan_of_two_ranks_is_one_of_one_process(two: Ranks, serve: Serve, name: str, backend: str | None, share: str) -> None:
+    config = {"sparsity": 0.75, "skip_first_steps": 1, "min_tokens": 0, **({"backend": backend} if backend else {})}
+    with reference_norms():
+        expected = denoised(serve(name, **config))
+    alone = serving().last_report.components["transformer"]
+    answers = two.run(ranked.wan, name, config, LATENTS, share)
+    for out, report in answers:
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+        assert report is not None
+        assert (report.calls, report.dense_reasons) == (CALLS, {"first steps": 2 * LAYERS})
+        assert report.sparse == alone.sparse
+        assert report.token_grids == alone.token_grids
+    assert sum(report.sparse_density for _, report in answers) / 2 == pytest.approx(alone.sparse_density)
+
+
+def test_a_padded_sequence_is_dense_as_sglangs_and_counted(two: Ranks, serve: Serve) -> None:
+    """3 x 9 x 9 tokens: sglang's Wan adds one that nothing masks. Its own result is not that of one process, and no grid has so many."""
+    latents = (1, 4, 3, 18, 18)
+    with reference_norms():
+        alone = denoised(serve("torch_sdpa"), latents)
+    expected = two.run(ranked.wan, "torch_sdpa", {}, latents, "tokens")[0][0]
+    assert (expected - alone).abs().max() > 1e-4, "sglang leaves out its padding: such calls can run sparse"
+    for out, report in two.run(ranked.wan, "rain_fusion_attn", {"skip_first_steps": 0, "min_tokens": 0}, latents, "tokens"):
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+        assert report is not None
+        assert (report.sparse, report.dense_reasons) == (0, {"token count does not match the grid": CALLS})
