@@ -39,12 +39,14 @@ def degrees_of(name: str) -> dict[str, Any]:
     return {"ulysses_degree": 2, "ulysses_anything": name.startswith("qwen image")}
 
 
+@pytest.mark.shows("Ulysses")
 @pytest.mark.parametrize("name", split_pipelines.FAMILIES)
 @pytest.mark.parametrize(("backend", "sparsity"), [("torch_sdpa", 0), *itertools.product(SPARSE_BACKENDS, (0, 0.75))])
 def test_ulysses_is_one_process(two: Ranks, name: str, backend: str, sparsity: float) -> None:
     check_ulysses(two, name, backend, sparsity)
 
 
+@pytest.mark.shows("Ulysses")
 @pytest.mark.parametrize(("name", "backend"), each_with_one(split_pipelines.FURTHER, SPARSE_BACKENDS))
 def test_ulysses_is_one_process_for_several_grids_and_further_families(two: Ranks, name: str, backend: str) -> None:
     check_ulysses(two, name, backend, 0.75)
@@ -55,6 +57,7 @@ def test_dense_ulysses_is_one_process_for_several_grids_and_further_families(two
     check_ulysses(two, name, "torch_sdpa", 0)
 
 
+@pytest.mark.shows("Ulysses")
 @pytest.mark.parametrize("name", split_pipelines.PLANNED)
 @pytest.mark.parametrize(("backend", "sparsity"), [("torch_sdpa", 0), *itertools.product(SPARSE_BACKENDS, (0.75,))])
 def test_ulysses_is_one_process_by_our_own_plans(two: Ranks, name: str, backend: str, sparsity: float) -> None:
@@ -77,6 +80,7 @@ def check_ulysses(two: Ranks, name: str, backend: str, sparsity: float) -> None:
             assert report.sparse == 0
 
 
+@pytest.mark.shows("ring")
 @pytest.mark.parametrize(("name", "backend"), each_with_one(split_pipelines.RING, ("torch_sdpa", *SPARSE_BACKENDS)))
 def test_ring_with_every_block_is_one_process(two: Ranks, name: str, backend: str) -> None:
     for found in two.run(split_pipelines.compare_ring, name, backend, everything(backend), ring_of(name)):
@@ -84,6 +88,7 @@ def test_ring_with_every_block_is_one_process(two: Ranks, name: str, backend: st
         assert (found["report"].sparse == 0) == (backend == "torch_sdpa")
 
 
+@pytest.mark.shows("ring")
 @pytest.mark.parametrize(("name", "backend"), each_with_one(split_pipelines.RING, SPARSE_BACKENDS))
 def test_ring_is_exact_over_its_own_plan(two: Ranks, name: str, backend: str) -> None:
     config = {**split_pipelines.SPARSE, **({"tail": False} if backend == "permuted_sparse_attn" else {})}
@@ -177,6 +182,7 @@ def check_readings(whole: list[Any], split: list[Any], mass: float) -> None:
         assert cell.error == pytest.approx(expected.error, rel=0.3)
 
 
+@pytest.mark.shows("CFG")
 @pytest.mark.parametrize("name", split_pipelines.GUIDED)
 @pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn", "permuted_sparse_attn"])
 def test_ranks_that_share_the_branches_of_guidance_are_one_process(two: Ranks, name: str, backend: str) -> None:
@@ -202,6 +208,7 @@ def test_a_step_without_two_branches_is_refused(two: Ranks) -> None:
         assert error < BOUND
 
 
+@pytest.mark.shows("tensor")
 @pytest.mark.parametrize("name", split_pipelines.WEIGHTS)
 @pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn", "permuted_sparse_attn"])
 def test_tensor_parallel_is_one_process(two: Ranks, name: str, backend: str) -> None:

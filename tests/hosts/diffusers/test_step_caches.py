@@ -202,6 +202,7 @@ def plain(build: Callable[[], TinyPipeline], num_steps: int) -> torch.Tensor:
     return build().run(num_steps)
 
 
+@pytest.mark.shows("step caches")
 @every_pair
 @both_orders
 def test_steps_and_layers_are_those_that_ran(build: Callable[[], TinyPipeline], cache: Cache, later: bool) -> None:
