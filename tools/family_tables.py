@@ -4,7 +4,7 @@
     python tools/family_tables.py results.xml           # keeps what the tests of JUnit files showed, and writes the tables
     python tools/family_tables.py                       # writes the tables of what is kept
 
-What is kept is `tests/hosts/diffusers/compatibility.json`; why it is so: docs/decisions/0030-ticks-held-by-tests.md.
+What is kept is `tests/hosts/diffusers/compatibility.json`; why it is so: docs/decisions/0032-ticks-held-by-tests.md.
 """
 
 from __future__ import annotations
