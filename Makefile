@@ -33,7 +33,7 @@ MANYLINUX := manylinux_2_28_$(shell uname -m)
 PROCESSES ?= auto
 TESTS := -m pytest -q -n $(PROCESSES) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-all test-npu test-sglang test-vllm-omni test-isa test-versions test-wheel wheel wheels sdist check-dist check static docs format clean
+.PHONY: demo test test-all compatibility test-npu test-sglang test-vllm-omni test-isa test-versions test-wheel wheel wheels sdist check-dist check static docs format clean
 
 # a clip from the package's own small model: densely, with the recommended sparse backend at three sparsities, with another one beside it
 demo: $(READY)
@@ -63,6 +63,11 @@ test-vllm-omni: $(READY) $(VLLM_OMNI_READY)
 # torch of .venv, and about two minutes of tests (importing sglang takes longer than most of them)
 test-sglang: $(SGLANG_READY)
 	$(SGLANG_BIN)/python -m pytest -q tests/hosts/sglang
+
+# the tables of families in docs/compatibility.md, anew from what the tests show
+compatibility: $(READY)
+	DITATTN_COMPATIBILITY_ANEW=1 $(BIN)/python $(TESTS) -m "shows and not long" --junit-xml=.pytest_cache/shows.xml tests/hosts/diffusers
+	$(BIN)/python tools/family_tables.py .pytest_cache/shows.xml
 
 # the contract of every op on the CPU kernels of older processors
 test-isa: $(READY)

@@ -53,11 +53,20 @@ def test_what_was_kept_is_added_and_fades() -> None:
     residual, out = draw(2, 200, 3, 32, seed=1), draw(2, 200, 3, 32, seed=2)
     kept, where = Residuals(), ForwardId(1, "cond", 0)
     kept.keep(residual, 4, 24, where, "facts")
-    added = [kept.added(out, step, where, "facts") - out for step in (5, 8)]
+    added = [kept.added(out.clone(), step, where, "facts") - out for step in (5, 8)]
     shares = [float((each * residual).sum() / residual.square().sum()) for each in added]
     assert 0.85 < shares[0] < 0.95
     assert shares[1] == pytest.approx(shares[0] ** 4, rel=1e-2)
     assert float((added[0] - shares[0] * residual).abs().max()) < float(residual.abs().max()) / 127
+
+
+def test_it_makes_no_difference_how_many_tokens_go_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, kept, where = draw(2, 200, 3, 32, seed=2), Residuals(), ForwardId(1, "cond", 0)
+    kept.keep(draw(2, 200, 3, 32, seed=1), 4, 24, where, "facts")
+    whole = kept.added(out.clone(), 5, where, "facts")
+    monkeypatch.setattr("ditattn.backends.residuals.CHUNK", 2 * 3 * 32 * 7)
+    assert torch.equal(kept.added(out.clone(), 5, where, "facts"), whole)
+    assert not torch.equal(whole, out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -72,11 +81,11 @@ def test_a_batch_that_loses_a_branch_gets_nothing() -> None:
     kept, where = Residuals(), ForwardId()
     kept.keep(draw(2, 200, 3, 32, seed=1), 4, 24, where, "facts")
     alone = draw(1, 200, 3, 32, seed=2)
-    assert torch.equal(kept.added(alone, 5, where, "facts"), alone)
+    assert torch.equal(kept.added(alone.clone(), 5, where, "facts"), alone)
     kept.keep(draw(1, 200, 3, 32, seed=3), 6, 24, where, "facts")
     assert kept.added(alone, 7, where, "facts").shape == alone.shape
     both = draw(2, 200, 3, 32, seed=4)
-    assert torch.equal(kept.added(both, 7, where, "facts"), both)
+    assert torch.equal(kept.added(both.clone(), 7, where, "facts"), both)
 
 
 def test_a_second_residual_tells_how_fast_the_first_one_faded() -> None:
@@ -105,9 +114,9 @@ def test_a_second_residual_tells_how_fast_the_first_one_faded() -> None:
 def test_another_branch_run_grid_or_an_earlier_step_gets_nothing(step: int, where: ForwardId, facts: str) -> None:
     kept, out = Residuals(), draw(1, 200, 2, 32)
     kept.keep(draw(1, 200, 2, 32, seed=1), 4, 24, ForwardId(1, "cond", 0), "facts")
-    assert torch.equal(kept.added(out, step, where, facts), out)
+    assert torch.equal(kept.added(out.clone(), step, where, facts), out)
     kept.forget()
-    assert torch.equal(kept.added(out, 5, ForwardId(1, "cond", 0), "facts"), out)
+    assert torch.equal(kept.added(out.clone(), 5, ForwardId(1, "cond", 0), "facts"), out)
 
 
 class Run:

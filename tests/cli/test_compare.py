@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ditattn.devices.cpu import multiplies_bfloat16
+
 pytest.importorskip("torchmetrics", reason="SSIM and MS-SSIM come from torchmetrics")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
@@ -106,7 +108,7 @@ def test_numbers_are_consistent_and_complete(made):
     assert record["clips"] == [{"prompt": 'a "red" <circle>', "seed": seed} for seed in (1, 2)]
     whole, sparse = record["settings"]
     assert (whole["name"], sparse["name"]) == ("rain_fusion_attn sparsity=0.0", "rain_fusion_attn sparsity=0.7")
-    assert float(whole["statistics"]["psnr"]["worst"]) > 80
+    assert float(whole["statistics"]["psnr"]["worst"]) > (60 if multiplies_bfloat16() else 80)
     assert all(len(clip["psnr_by_frame"]) == 4 for clip in sparse["clips"])
     for clip, dense in zip(sparse["clips"], record["reference"]["clips"], strict=True):
         assert clip["speed_up"] == pytest.approx(dense["total_ms"] / clip["total_ms"])

@@ -9,10 +9,13 @@ from typing import Any
 import imageio_ffmpeg
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ditattn.cli import record as run_record
+from ditattn.cli.device import choose_dtype
 from ditattn.cli.record import KERNEL_PACKAGES
+from ditattn.devices.cpu import multiplies_bfloat16
 
 SPARSE = ["--attention-backend", "rain_fusion_attn", "--attention-backend-config", "sparsity=0.5,skip_first_steps=50%,min_tokens=0"]
 
@@ -52,7 +55,7 @@ def test_video_sidecar_perf_dump_and_summary_tell_the_same(ditattn, small, tmp_p
     assert (effective["height"], effective["num_frames"], effective["fps"], effective["seed"]) == (64, 5, 5, 7)
     assert effective["attention_backend_config"]["transformer"]["token_order"] == "tile"
     assert sidecar["output"]["file"] == str(only(tmp_path / "out", "*.mp4"))
-    assert (sidecar["seed"], sidecar["device"]["type"], sidecar["dtype"]) == (7, "cpu", "float32")
+    assert (sidecar["seed"], sidecar["device"]["type"], sidecar["dtype"]) == (7, "cpu", "bfloat16" if multiplies_bfloat16() else "float32")
     assert {"ditattn", "torch", "diffusers", "transformers", "python"} == set(sidecar["versions"]) - set(KERNEL_PACKAGES)
     assert {"load", "encode", "denoise", "decode", "write"} == set(sidecar["times_ms"])
 
@@ -206,6 +209,24 @@ def test_versions_hold_the_packages_with_kernels_that_are_here(monkeypatch):
     monkeypatch.setattr(run_record, "version", version)
     assert run_record.versions()["torch_npu"] == "1.0"
     assert "mindiesd" not in run_record.versions()
+
+
+@pytest.mark.parametrize(
+    ("flags", "capability", "dtype"),
+    [
+        ("fma avx2", "AVX2", torch.float32),
+        ("avx2 avx512f", "AVX512", torch.float32),
+        ("avx512f avx512_bf16", "AVX512", torch.bfloat16),
+        ("avx512f amx_bf16", "AVX512", torch.bfloat16),
+        # torch is kept from what the CPU has
+        ("avx512f amx_bf16", "AVX2", torch.float32),
+    ],
+)
+def test_the_dtype_of_a_cpu_is_what_it_multiplies(monkeypatch, flags, capability, dtype):
+    monkeypatch.setattr("ditattn.devices.cpu.cpuinfo", lambda: {"flags": flags})
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    assert choose_dtype(None, torch.device("cpu")) is dtype
+    assert choose_dtype("float32", torch.device("cpu")) is torch.float32
 
 
 def test_a_dtype_that_this_cpu_multiplies_slowly_is_warned_of_once(ditattn, small, monkeypatch):

@@ -141,6 +141,26 @@ static int mean(int dim, int dtype, int tokens, int orders) {
   return ditattn_block_mean(&a) != DITATTN_OK;
 }
 
+static int summary(int dim, int dtype, int tokens, int orders) {
+  const int heads = 6, blocks = (tokens + 127) / 128;
+  auto k = tensor((size_t)tokens * heads * dim, dtype), v = tensor((size_t)tokens * heads * dim, dtype);
+  std::vector<float> query(heads * dim, 0.1f), fine[3], coarse[2];
+  for (auto& x : fine) x.resize((size_t)heads * blocks * 8 * dim);
+  for (auto& x : coarse) x.resize((size_t)heads * blocks * dim);
+  const std::vector<int32_t> lengths{tokens > 3 ? tokens - 2 : tokens};
+  const std::vector<int64_t> order = shuffled(tokens, orders);
+  DitattnKeySummary a;
+  memset(&a, 0, sizeof a);
+  a.struct_bytes = sizeof a;
+  a.key = of(k, tokens, heads, dim), a.value = of(v, tokens, heads, dim), a.mean_query = query.data();
+  a.means = fine[0].data(), a.variances = fine[1].data(), a.value_means = fine[2].data();
+  a.tail_key = coarse[0].data(), a.tail_value = coarse[1].data();
+  if (orders) a.order = order.data(), a.order_stride = orders > 1 ? tokens : 0;
+  if (tokens % 2) a.key_lengths = lengths.data();
+  a.batch = 1, a.length = tokens, a.heads = heads, a.head_dim = dim, a.dtype = dtype, a.num_threads = 2, a.scale = 0.1f, a.least_square = 1e-6f;
+  return ditattn_key_summary(&a) != DITATTN_OK;
+}
+
 int main(int argc, char**) {
   compare = argc > 1;
   if (ditattn_init()) return 2;
@@ -158,6 +178,7 @@ int main(int argc, char**) {
       runs++, bad += attend(dim, dtype, tokens, tokens, sparse, false, orders, sparse == 2);
     for (int keys : {127 * 128 + 5, 129 * 128}) runs++, bad += attend(32, dtype, 66, keys, true, false, 0, true);
     for (int dim : {1, 5, 31, 128}) for (int tokens : {1, 127, 128, 300}) for (int orders : {0, 1, 3}) runs++, bad += mean(dim, dtype, tokens, orders);
+    for (int dim : {1, 5, 31, 128}) for (int tokens : {1, 17, 128, 301}) for (int orders : {0, 1, 6}) runs++, bad += summary(dim, dtype, tokens, orders);
   }
   printf("%d runs, %d compared, %d bad\n", runs, compared, bad);
   return bad != 0;

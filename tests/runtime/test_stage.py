@@ -90,11 +90,13 @@ def first(*counts: int) -> Tensor:
 # masks
 
 
-@pytest.mark.parametrize("form", ["two axes", "four axes", "one for all"])
+@pytest.mark.parametrize("form", ["two axes", "four axes", "one for all", "expanded"])
 def test_padding_at_the_end_runs_sparse_and_hides_the_padded_keys(form: str) -> None:
     q, k, v = qkv(2)
     mask = first(LENGTH - 15, LENGTH - 15) if form == "one for all" else first(LENGTH, LENGTH - 15)
-    given = {"two axes": mask, "four axes": mask[:, None, None], "one for all": mask[:1, None, None]}[form]
+    forms = {"two axes": mask, "four axes": mask[:, None, None], "one for all": mask[:1, None, None]}
+    # over heads and queries, as a model may do before it calls
+    given = {**forms, "expanded": mask[:, None, None].expand(-1, 2, LENGTH, -1)}[form]
     # nothing is dropped at 1 % of 7 blocks, so that the sparse kernel must agree with dense attention
     stage = stage_of(served(sparsity=0.01))
     with forward_of(stage):

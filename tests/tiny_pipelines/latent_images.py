@@ -462,6 +462,6 @@ def lumina_next() -> TinyPipeline:
 
     def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
         named = {"encoder_hidden_states": text, "encoder_mask": first(9, of=12), "image_rotary_emb": rotations}
-        return {"hidden_states": latents, "timestep": timestep / 1000, **named, "cross_attention_kwargs": {}}
+        return {"hidden_states": latents, "timestep": 1 - timestep / 1000, **named, "cross_attention_kwargs": {}}
 
     return looped_by(transformer, arguments_of, (1, 4, 2 * ROWS, 2 * COLUMNS), noise(1, 12, 24))

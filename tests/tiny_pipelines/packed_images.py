@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from tiny_pipelines.loop import looped_by
-from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, enlarge_weights, noise
+from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, enlarge_weights, noise, picture
 
 ROWS, COLUMNS = 30, 44
 # sums to the head size
@@ -38,8 +38,8 @@ def position_ids(rows: int = ROWS, columns: int = COLUMNS, image: int = 0, width
     return ids
 
 
-def flux2() -> TinyPipeline:
-    """Flux 2: one double-stream and one single-stream layer."""
+def flux2(reference: tuple[int, int] | None = None) -> TinyPipeline:
+    """Flux 2: one double-stream and one single-stream layer; perhaps a reference image of so many rows and columns of tokens."""
     from diffusers import AutoencoderKLFlux2, Flux2Pipeline, Flux2Transformer2DModel
 
     torch.manual_seed(0)
@@ -49,7 +49,8 @@ def flux2() -> TinyPipeline:
     blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",), "block_out_channels": (8,)}
     parts = {"scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": transformer, "text_encoder": None, "tokenizer": None}
     pipe = Flux2Pipeline(**parts, vae=AutoencoderKLFlux2(**blocks, latent_channels=4, norm_num_groups=2))
-    return TinyPipeline(pipe, {"prompt_embeds": noise(1, 10, 40), "height": 2 * ROWS, "width": 2 * COLUMNS})
+    images = {} if reference is None else {"image": picture(2 * reference[0], 2 * reference[1])}
+    return TinyPipeline(pipe, {"prompt_embeds": noise(1, 10, 40), "height": 2 * ROWS, "width": 2 * COLUMNS, **images})
 
 
 def flux3() -> TinyPipeline:
@@ -249,41 +250,34 @@ def nucleusmoe_image() -> TinyPipeline:
 
 
 def ideogram4() -> TinyPipeline:
-    """Ideogram 4: 12 text tokens of which the last 9 are real, then the image."""
-    from diffusers import Ideogram4Transformer2DModel
+    """Ideogram 4: 12 text tokens of which the last 9 are real, then the image; a second transformer sees the image alone."""
+    from diffusers import AutoencoderKLFlux2, Ideogram4Pipeline, Ideogram4Transformer2DModel
+
+    class Encoded(Ideogram4Pipeline):
+        """Its text encoder is a large one even when tiny."""
+
+        def encode_prompt(self, prompt: str, grid_h: int, grid_w: int, max_sequence_length: int, device: Any) -> tuple[Tensor, ...]:
+            text = noise(1, max_sequence_length + grid_h * grid_w, 24, seed=sum(map(ord, prompt)))
+            text[:, :3], text[:, max_sequence_length:] = 0, 0
+            return text, *self._prepare_ids([max_sequence_length - 3], grid_h, grid_w, max_sequence_length, device)
 
     torch.manual_seed(0)
-    transformer = Ideogram4Transformer2DModel(
-        in_channels=16,
-        num_layers=LAYERS,
-        attention_head_dim=HEAD_SIZE,
-        num_attention_heads=HEADS,
-        intermediate_size=48,
-        adaln_dim=16,
-        llm_features_dim=24,
-        mrope_section=(6, 5, 5),
+    sizes = {"num_layers": LAYERS, "attention_head_dim": HEAD_SIZE, "num_attention_heads": HEADS, "intermediate_size": 48}
+    of_text = {"adaln_dim": 16, "llm_features_dim": 24, "mrope_section": (6, 5, 5)}
+    transformers = [Ideogram4Transformer2DModel(in_channels=16, **sizes, **of_text) for _ in range(2)]
+    for transformer in transformers:
+        enlarge_weights(transformer)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",), "block_out_channels": (8,)}
+    pipe = Encoded(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLFlux2(**blocks, latent_channels=4, norm_num_groups=2),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformers[0],
+        unconditional_transformer=transformers[1],
     )
-    enlarge_weights(transformer)
-    places = torch.arange(12 + ROWS * COLUMNS)
-    image = (places >= 12).unsqueeze(0)
-    ids = torch.zeros(1, len(places), 3, dtype=torch.long)
-    ids[0, 3:12] = torch.arange(9).unsqueeze(1)
-    ids[0, 12:, 1:] = torch.cartesian_prod(torch.arange(ROWS), torch.arange(COLUMNS))
-    ids[0, 12:] += 65536
-    segments = (places >= 3).long().unsqueeze(0) * 2 - 1
-    roles = image.long() * 2 + ((places >= 3) & (places < 12)).long() * 3
-
-    def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
-        return {
-            "hidden_states": torch.cat([latents.new_zeros(1, 12, 16), latents], 1),
-            "timestep": 1 - timestep / 1000,
-            "encoder_hidden_states": torch.cat([text, text.new_zeros(1, ROWS * COLUMNS, 24)], 1),
-            "position_ids": ids,
-            "segment_ids": segments,
-            "indicator": roles,
-        }
-
-    return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 12, 24), image_last=True)
+    guidance = {"guidance_scale": 2.0, "guidance_schedule": None}
+    return TinyPipeline(pipe, {"prompt": "a cat", "height": 2 * ROWS, "width": 2 * COLUMNS, "max_sequence_length": 12, **guidance})
 
 
 def qwen_image21(use_cache: bool = True) -> TinyPipeline:

@@ -58,8 +58,8 @@ def kandinsky5() -> TinyPipeline:
     return looped(without_zeros(transformer), (1, 5, 28, 40, 4), inputs, predict=_without_tuple)
 
 
-def ltx2() -> TinyPipeline:
-    """LTX 2: video and audio, which stays noise here; text in cross-attention."""
+def ltx2(keyframe: bool = False) -> TinyPipeline:
+    """LTX 2: video and audio, which stays noise here; text in cross-attention; perhaps a keyframe behind the video."""
     from diffusers import LTX2VideoTransformer3DModel
 
     torch.manual_seed(0)
@@ -87,7 +87,22 @@ def ltx2() -> TinyPipeline:
         "width": 20,
         "audio_num_frames": 26,
     }
-    return looped(transformer, (1, 5 * 14 * 20, 6), inputs)
+    if not keyframe:
+        return looped(transformer, (1, 5 * 14 * 20, 6), inputs)
+    starts = torch.cat([_places(0.0, 1.0, 2.0, 3.0, 4.0), _places(3.0)]).T
+    inputs |= {"reference": noise(1, 14 * 20, 6, seed=5), "video_coords": torch.stack([starts, starts + 1], -1)[None]}
+    return looped(transformer, (1, 5 * 14 * 20, 6), inputs, predict=_before_keyframe)
+
+
+def _places(*times: float) -> Tensor:
+    """Time, row and column of frames of 14 x 20 tokens, `(S, 3)`."""
+    return torch.cartesian_prod(torch.tensor(times), torch.arange(14.0), torch.arange(20.0))
+
+
+def _before_keyframe(transformer: Any, latents: Tensor, timestep: Tensor, inputs: dict[str, Any]) -> Tensor:
+    tokens = torch.cat([latents, inputs.pop("reference")], 1)
+    rows: Tensor = transformer(hidden_states=tokens, timestep=timestep, **inputs, return_dict=False)[0]
+    return rows[:, : latents.shape[1]]
 
 
 def mochi() -> TinyPipeline:
@@ -256,8 +271,8 @@ def kandinsky6() -> TinyPipeline:
     return looped(with_louder_values(without_zeros(transformer)), (1, 5, 28, 40, 4), inputs)
 
 
-def minimax_h3() -> TinyPipeline:
-    """MiniMax H3: 12 text, 70 reference and 26 audio tokens before the video, 12 blocks."""
+def minimax_h3(keyframe: bool = False) -> TinyPipeline:
+    """MiniMax H3: 12 text, 70 reference and 26 audio tokens before the video, 12 blocks; or a keyframe of 14 x 20 as reference."""
     from diffusers import MiniMaxH3Transformer3DModel
 
     torch.manual_seed(0)
@@ -276,10 +291,12 @@ def minimax_h3() -> TinyPipeline:
         time_embed_dim=16,
         rope_freq_dim=4,
     )
-    text, reference, audio, video = 12, 70, 26, 5 * 14 * 20
+    text, reference, audio, video = 12, 280 if keyframe else 70, 26, 5 * 14 * 20
     tags = torch.tensor([1] * text + [0] * reference + [2] * audio + [0] * video)
     times, rows, columns = torch.arange(5.0) * 4 + text, torch.linspace(-1, 1, 14), torch.linspace(-1, 1, 20)
     positions = torch.cat([noise(text + reference + audio, 3), torch.cartesian_prod(times, rows, columns)])
+    if keyframe:
+        positions[text : text + reference] = torch.cartesian_prod(times[1:2], rows, columns)
     inputs = {
         "prompt_embeds": noise(1, text, 24),
         "negative_prompt_embeds": noise(1, text, 24, seed=2),

@@ -7,7 +7,7 @@ import logging
 import torch
 
 from ditattn.devices import DEVICES, find_device
-from ditattn.devices.cpu import slow_dtype
+from ditattn.devices.cpu import multiplies_bfloat16, slow_dtype
 from ditattn.errors import BackendUnavailable, ConfigError
 
 __all__ = ["choose_device", "choose_dtype", "why_no_device"]
@@ -55,13 +55,13 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The named dtype; without a name bfloat16, on the CPU float32. Warns where this CPU has no instructions for the named one.
+    """The named dtype; without a name bfloat16, or float32 on a CPU without instructions for it. Warns where the named one is slow.
 
     Raises:
         ConfigError: no such dtype.
     """
     if name is None:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        return torch.float32 if device.type == "cpu" and not multiplies_bfloat16() else torch.bfloat16
     if name not in DTYPES:
         raise ConfigError(f"--dtype {name} is none of float32, bfloat16, float16")
     dtype = DTYPES[name]

@@ -188,9 +188,10 @@ class CallSettings(KnownKeys):
     output_path: Annotated[UserPath, Option(OUTPUT, "Where results go; made if missing.", metavar="FOLDER")] = "outputs"
     output_file_name: Annotated[str | None, Option(OUTPUT, "Name of the result.")] = None
     device: Annotated[str | None, Option(MACHINE, "torch device, such as cuda:1.", "cuda or npu if there is one, else cpu")] = None
-    dtype: Annotated[str | None, Option(MACHINE, "Type of the weights: float32, bfloat16 or float16.", "bfloat16, on the CPU float32")] = (
-        None
-    )
+    dtype: Annotated[
+        str | None,
+        Option(MACHINE, "Type of the weights: float32, bfloat16 or float16.", "bfloat16, on a CPU without instructions for it float32"),
+    ] = None
     ulysses_degree: Annotated[
         Count,
         Option(

@@ -13,11 +13,13 @@ import torch
 
 from ditattn.devices.base import Device
 
-__all__ = ["Cpu", "cpuinfo", "slow_dtype"]
+__all__ = ["Cpu", "cpuinfo", "multiplies_bfloat16", "slow_dtype"]
 
 # products that take this many times as long as in fp32 are worth a warning
 SLOW_FACTOR = 10.0
 PRODUCT_SIZE = 512
+# of /proc/cpuinfo
+BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 
 class Cpu(Device):
@@ -39,6 +41,13 @@ def cpuinfo() -> dict[str, str]:
         return {}
     first = path.read_text(encoding="utf-8").split("\n\n")[0]
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def multiplies_bfloat16() -> bool:
+    """True if this CPU has instructions that multiply bfloat16, and torch may use them."""
+    flags = cpuinfo().get("flags", "").split()
+    # ATEN_CPU_CAPABILITY keeps torch from them
+    return not BFLOAT16_FLAGS.isdisjoint(flags) and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def slow_dtype(dtype: torch.dtype, rate: Callable[[torch.dtype], float] | None = None) -> str | None:

@@ -26,7 +26,9 @@ __all__ = [
     "one_stream",
     "patch_triple",
     "prefix_and_rest",
+    "rising",
     "text_length",
+    "timestep",
     "video_and_suffix",
     "video_only",
 ]
@@ -161,6 +163,21 @@ def no_key_mask(config: Any, arguments: Mapping[str, Any]) -> None:
     """Most models mask keys, if any, by what arrives at their attention."""
 
 
+def timestep(arguments: Mapping[str, Any]) -> Any:
+    """The time of most models, which is 0 where the picture is done."""
+    return arguments.get("timestep")
+
+
+def rising(name: str) -> Callable[[Mapping[str, Any]], Any]:
+    """The time of models whose argument `name` rises to 1 where the picture is done."""
+
+    def time(arguments: Mapping[str, Any]) -> Any:
+        risen = arguments.get(name)
+        return None if risen is None else 1 - risen
+
+    return time
+
+
 def attention_head_dim(config: Any) -> int:
     """Under the name that most of diffusers' transformers give it."""
     return int(config.attention_head_dim)
@@ -187,6 +204,8 @@ class ModelFamily:
         text_is_keys_only: queries are the image's alone, keys are those of all tokens.
         head_size: model configuration -> D of its self-attention.
         num_heads: model configuration -> heads of its self-attention; asked only where ranks share them.
+        time: forward's named arguments -> a number or tensor that falls from step to step, in the scheduler's timesteps or as a share of
+            its training steps; None where they hold none.
         frame_rate: pipeline configuration -> frames per second that its videos are meant to be played at.
         size_multiple: heights and widths must be a multiple of it, whatever VAE and patch ask for.
         pixels_per_token: height and width of what a token stands for, where it does not follow from VAE and patch.
@@ -224,6 +243,7 @@ class ModelFamily:
     text_is_keys_only: bool = False
     head_size: Callable[[Any], int] = attention_head_dim
     num_heads: Callable[[Any], int] = num_attention_heads
+    time: Callable[[Mapping[str, Any]], Any] = timestep
     frame_rate: Callable[[Any], int] = default_frame_rate
     size_multiple: int = 1
     pixels_per_token: int | None = None

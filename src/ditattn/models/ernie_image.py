@@ -25,5 +25,5 @@ ERNIE_IMAGE = ModelFamily(
     layout=layout,
     self_attention=r"layers\.\d+\.self_attention",
     head_size=head_size,
-    notes="text after the image, protected; its key-padding mask is honoured by every kernel",
+    notes="text after the image, protected; its key-padding mask is honoured by every kernel but `fa`'s",
 )

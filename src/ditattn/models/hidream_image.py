@@ -32,6 +32,7 @@ HIDREAM_IMAGE = ModelFamily(
     name="HiDream",
     transformer_classes=("HiDreamImageTransformer2DModel",),
     layout=layout,
+    time=lambda arguments: arguments.get("timesteps"),
     self_attention=r"(double_stream_blocks|single_stream_blocks)\.\d+\.block\.attn1",
     dispatches=False,
     notes="text after the image, protected, and the padding of images that are not square as well; SDPA calls are redirected",

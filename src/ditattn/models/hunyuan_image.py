@@ -27,5 +27,5 @@ HUNYUAN_IMAGE = ModelFamily(
     layout=layout,
     self_attention=r"(transformer_blocks|single_transformer_blocks)\.\d+\.attn",
     linear_layers=SINGLE_STREAM_LINEAR_LAYERS,
-    notes="text after the image, protected; its key-padding mask is honoured by every kernel",
+    notes="text after the image, protected; its key-padding mask is honoured by every kernel but `fa`'s",
 )

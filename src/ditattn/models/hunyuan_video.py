@@ -51,5 +51,5 @@ HUNYUAN_VIDEO = ModelFamily(
     split_plan=split_plan,
     never_split=never_split,
     masks_stay_whole=True,
-    notes="text after video, protected; its key-padding mask is honoured by every kernel",
+    notes="text after video, protected; its key-padding mask is honoured by every kernel but `fa`'s",
 )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ditattn.models.base import ModelFamily, TokenLayout
+from ditattn.models.base import ModelFamily, TokenLayout, rising
 from ditattn.models.position_ids import grids_of_positions
 
 __all__ = ["IDEOGRAM4"]
@@ -65,7 +65,8 @@ IDEOGRAM4 = ModelFamily(
     name="Ideogram 4",
     transformer_classes=("Ideogram4Transformer2DModel",),
     layout=layout,
+    time=rising("timestep"),
     self_attention=r"layers\.\d+\.attention",
     key_mask=key_mask,
-    notes="text before the image, protected; the transformer of the pass without text keeps its own attention",
+    notes="text before the image, protected; the `unconditional_transformer` sees the image alone and is served too",
 )

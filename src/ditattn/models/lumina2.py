@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ditattn.models.base import ModelFamily, TokenLayout, image_layout
+from ditattn.models.base import ModelFamily, TokenLayout, image_layout, rising
 
 __all__ = ["LUMINA2"]
 
@@ -42,6 +42,7 @@ LUMINA2 = ModelFamily(
     name="Lumina Image 2",
     transformer_classes=("Lumina2Transformer2DModel",),
     layout=layout,
+    time=rising("timestep"),
     self_attention=r"(noise_refiner|layers)\.\d+\.attn",
     image_only=r"noise_refiner\.\d+\.attn",
     head_size=head_size,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditattn.models.base import ModelFamily, TokenLayout, image_layout
+from ditattn.models.base import ModelFamily, TokenLayout, image_layout, rising
 
 __all__ = ["LUMINA_NEXT"]
 
@@ -32,6 +32,7 @@ LUMINA_NEXT = ModelFamily(
     name="Lumina-Next",
     transformer_classes=("LuminaNextDiT2DModel",),
     layout=layout,
+    time=rising("timestep"),
     self_attention=r"layers\.\d+\.attn1",
     key_mask=key_mask,
     head_size=head_size,

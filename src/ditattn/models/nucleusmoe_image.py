@@ -32,5 +32,5 @@ NUCLEUSMOE_IMAGE = ModelFamily(
     layout=layout,
     self_attention=r"transformer_blocks\.\d+\.attn",
     text_is_keys_only=True,
-    notes="keys of the text after those of the image, protected; its key-padding mask is honoured by every kernel",
+    notes="keys of the text after those of the image, protected; its key-padding mask is honoured by every kernel but `fa`'s",
 )

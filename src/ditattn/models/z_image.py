@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditattn.models.base import ModelFamily, TokenLayout
+from ditattn.models.base import ModelFamily, TokenLayout, rising
 
 __all__ = ["Z_IMAGE"]
 
@@ -43,6 +43,7 @@ Z_IMAGE = ModelFamily(
     name="Z-Image",
     transformer_classes=("ZImageTransformer2DModel",),
     layout=layout,
+    time=rising("t"),
     self_attention=r"(noise_refiner|layers)\.\d+\.attention",
     image_only=r"noise_refiner\.\d+\.attention",
     head_size=head_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from ditattn.ops.pooled_tail import PooledTail
 from ditattn.ops.table import kernel_head_dim
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan
 
-__all__ = ["attention", "block_mean"]
+__all__ = ["attention", "block_mean", "key_summary"]
 
 # the kernel divides log n by the scale, and the quotient must be finite
 SMALLEST_TAIL_SCALE = 1e-30
@@ -105,13 +106,51 @@ def block_mean(x: Tensor, block_size: int, order: Tensor | None = None) -> Tenso
     return out
 
 
+def key_summary(
+    mean_query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    order: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float,
+    least_square: float,
+    made: Sequence[Tensor],
+) -> None:
+    """Writes means, variances and value means `[B, G, N * 8, D]`, and the tail's keys and values `[B, N, G, D]`, all fp32, into `made`."""
+    library = _library()
+    key, value, mean_query = _dense_rows(key), _dense_rows(value), mean_query.contiguous()
+    batch, length, heads, dim = key.shape
+    order = _permutation(order, length, heads)
+    lengths = None if key_lengths is None else key_lengths.clamp(0, length).to(torch.int32).contiguous()
+    address, stride = _head_rows(order)
+    places = dict(zip(("means", "variances", "value_means", "tail_key", "tail_value"), (x.data_ptr() for x in made), strict=True))
+    structure = cpu_library.KeySummary(
+        key=_tensor(key),
+        value=_tensor(value),
+        mean_query=mean_query.data_ptr(),
+        order=address,
+        key_lengths=None if lengths is None else lengths.data_ptr(),
+        batch=batch,
+        length=length,
+        heads=heads,
+        head_dim=dim,
+        dtype=_DTYPES[key.dtype],
+        num_threads=torch.get_num_threads(),
+        scale=scale,
+        least_square=least_square,
+        order_stride=stride,
+        **places,
+    )
+    _run(library.functions.ditattn_key_summary, structure)
+
+
 def _library() -> Library:
     library = cpu_library.selection().library
     assert library is not None, "the table's probe lets no call through without a library"
     return library
 
 
-def _run(function: object, structure: cpu_library.Attention | cpu_library.BlockMean) -> None:
+def _run(function: object, structure: cpu_library.Attention | cpu_library.BlockMean | cpu_library.KeySummary) -> None:
     structure.struct_bytes = ctypes.sizeof(structure)
     structure.host = ctypes.pointer(cpu_library.host())
     cpu_library.raise_for(function(ctypes.byref(structure)))  # type: ignore[operator]

@@ -21,6 +21,7 @@ __all__ = [
     "Attention",
     "BlockMean",
     "Host",
+    "KeySummary",
     "Library",
     "Selection",
     "Tensor4",
@@ -80,6 +81,23 @@ class BlockMean(ctypes.Structure):
         ("host", POINTER(Host)),
         ("order_stride", c_int64),
         ("order_group", c_int64),
+    )
+
+
+class KeySummary(ctypes.Structure):
+    """`DitattnKeySummary` of csrc/cpu/abi.h."""
+
+    _fields_ = (
+        ("struct_bytes", c_int64),
+        *((name, Tensor4) for name in ("key", "value")),
+        *(
+            (name, c_void_p)
+            for name in ("mean_query", "means", "variances", "value_means", "tail_key", "tail_value", "order", "key_lengths")
+        ),
+        *((name, c_int32) for name in ("batch", "length", "heads", "head_dim", "dtype", "num_threads")),
+        *((name, c_float) for name in ("scale", "least_square")),
+        ("host", POINTER(Host)),
+        ("order_stride", c_int64),
     )
 
 
@@ -153,6 +171,7 @@ def _load(variant: str) -> Library | str:
         functions = ctypes.PyDLL(str(_path(variant)))
         functions.ditattn_attention.argtypes = [POINTER(Attention)]
         functions.ditattn_block_mean.argtypes = [POINTER(BlockMean)]
+        functions.ditattn_key_summary.argtypes = [POINTER(KeySummary)]
         functions.ditattn_check_plan.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_int64]
         functions.ditattn_check_order.argtypes = [c_void_p, c_int64, c_int64]
         if functions.ditattn_init():

@@ -70,10 +70,10 @@ class MaskReader:
         """(padding, None) if `mask` pads the end of the keys, (None, None) if it hides nothing, else (None, reason).
 
         Args:
-            mask: `[B, T]` or `[B, 1, 1, T]`, B may be 1; other shapes and dtypes than bool are no key padding.
+            mask: `[B, T]`, or `[B, 1, 1, T]`, also after `expand`, B may be 1; other shapes and dtypes than bool are no key padding.
             key: `[B, T, H, D]`.
         """
-        mask4 = broadcastable(mask)
+        mask4 = _unexpanded(mask)
         if mask4.dtype != torch.bool or mask4.ndim != 4 or mask4.shape[1:3] != (1, 1) or mask4.shape[3] != key.shape[1]:
             return None, OTHER_MASK
         if mask not in self._found:
@@ -90,7 +90,7 @@ class MaskReader:
             metadata: of the call in the model's order.
         """
         if mask not in self._moved:
-            keep = broadcastable(mask)[:, 0, 0].expand(key.shape[0], -1)
+            keep = _unexpanded(mask)[:, 0, 0].expand(key.shape[0], -1)
             self._moved[mask] = _video_first(keep, metadata)
         found: VideoFirst | None = self._moved[mask]
         return found
@@ -128,6 +128,13 @@ def _video_first(keep: Tensor, metadata: SparseAttentionMetadata) -> VideoFirst 
 def broadcastable(mask: Tensor) -> Tensor:
     """A `[B, T]` key mask as `[B, 1, 1, T]`; others as they are."""
     return mask[:, None, None] if mask.ndim == 2 else mask
+
+
+def _unexpanded(mask: Tensor) -> Tensor:
+    """The same, and a mask that is expanded over heads and queries as the `[B, 1, 1, T]` that it was."""
+    mask = broadcastable(mask)
+    is_expanded = mask.ndim == 4 and all(mask.stride(axis) == 0 or mask.shape[axis] == 1 for axis in (1, 2))
+    return mask[:, :1, :1] if is_expanded else mask
 
 
 def _read(keep: Tensor, batch: int) -> Reading:

@@ -234,7 +234,7 @@ class DenoisingStage:
         if len(others) < len(getattr(_local, "stack", [])):
             # KeyboardInterrupt ended a forward without a word, since torch calls no hook then: another run begins
             self._end_run()
-        step = self.clock.read(cache_context, branch, arguments.get("timestep"), driver)
+        step = self.clock.read(cache_context, branch, model.family.time(arguments), driver)
         model.log.note_step(step.index, step.num_steps, step.source)
         if self._forwards.goes_back(step.index):
             self._forget_plans()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
 
 import tiny_pipelines
+from shown import check, shown, watching
 from tiny_pipelines import TinyPipeline
 
 
@@ -23,3 +25,17 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def wan() -> TinyPipeline:
     return tiny_pipelines.wan()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """A test marked `shows` tells JUnit which cells of docs/compatibility.md it holds."""
+    if item.get_closest_marker("shows") is None:
+        return (yield)
+    with watching() as reports:
+        result = yield
+    cells = shown(item, reports)
+    listed = [[column, cls, word] for (column, cls), word in cells.items()]
+    item.user_properties.append(("shows", json.dumps({"test": item.nodeid, "cells": listed})))
+    check(item, cells)
+    return result

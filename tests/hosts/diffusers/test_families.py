@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from packaging import version
 from torch import Tensor, nn
 
 import ditattn
-import tiny_pipelines
+from ditattn.errors import UnsupportedCall
 from ditattn.hosts.diffusers.install import denoisers, self_attention_modules
 from ditattn.models import MODELS, TokenLayout, family_of, known_class
-from ditattn.runtime.stage import DenoisingStage, Forward, running
-from tiny_pipelines import TinyPipeline, latent_images, packed_images
+from ditattn.runtime.stage import DenoisingStage, Forward, ServedModel, running
+from family_cases import CASES, DIFFUSERS, IMAGES, QUICK, VIDEOS
+from tiny_pipelines import TinyPipeline
 from tiny_pipelines.footprint import dispatcher_footprint, footprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,124 +29,26 @@ NUM_STEPS, NUM_LAYERS = 3, 2
 # fp32, latents of order 1. The native kernel on the same numbers is bit-identical; another exact one sums in another order, and guidance 6
 # over three steps makes ten times as much of the difference. Dropping blocks moves these latents by 5e-3 and more.
 OTHER_KERNEL_BOUND = 1e-4
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a run of three steps is expected to look like.
-
-    Attributes:
-        build: makes the pipeline.
-        source: where the step comes from.
-        forwards: forwards per step: 2 where the two CFG branches run one after the other.
-        steps: steps of every denoiser.
-        text: which of the tokens before and of those behind the video move with `prompt_embeds` (with `prompt`).
-        densest: no density of a run with sparsity 0.6 reaches it; more than a handful of protected tokens ask for more.
-        since: the first diffusers that has the pipeline, of those that the package is meant to work with.
-    """
-
-    build: Callable[[], TinyPipeline]
-    source: str
-    forwards: int
-    steps: dict[str, list[int]] = field(default_factory=lambda: {"transformer": [0, 1, 2]})
-    text: tuple[slice, slice] = (slice(None), slice(None))
-    densest: float = 0.85
-    since: str = "0.38"
-
-
-DIFFUSERS = version.parse(diffusers.__version__)
-NONE = slice(0, 0)
-# from 0.41 on Wan's pipeline says the step; before, its scheduler does
-WAN_SOURCE = "cache_context" if version.parse("0.41") <= DIFFUSERS else "scheduler"
-
-CASES = {
-    "wan": Case(tiny_pipelines.wan, WAN_SOURCE, 2),
-    "wan image to video": Case(tiny_pipelines.wan_image_to_video, "scheduler", 2),
-    "wan, two transformers": Case(tiny_pipelines.wan_two_transformers, WAN_SOURCE, 2, {"transformer": [0], "transformer_2": [1, 2]}),
-    "wan, timestep per token": Case(tiny_pipelines.wan_with_token_timesteps, "scheduler", 2),
-    "hunyuan video": Case(tiny_pipelines.hunyuan_video, "scheduler", 1),
-    "flux": Case(tiny_pipelines.flux, "scheduler", 2),
-    # its suffix is an image
-    "flux kontext": Case(tiny_pipelines.flux_kontext, "scheduler", 2, text=(slice(None), NONE)),
-    "qwen image": Case(tiny_pipelines.qwen_image, "scheduler", 2),
-    "ltx video": Case(tiny_pipelines.ltx_video, "scheduler", 1),
-    "cogvideox, DPM": Case(lambda: tiny_pipelines.cogvideox("CogVideoXDPMScheduler"), "schedule", 1),
-    "cogvideox, DDIM": Case(lambda: tiny_pipelines.cogvideox("CogVideoXDDIMScheduler"), "schedule", 1),
-}
-
-VIDEOS = {
-    "lucy edit": Case(tiny_pipelines.lucy_edit, "scheduler", 2),
-    "wan vace": Case(tiny_pipelines.wan_vace, "scheduler", 2),
-    "wan animate": Case(tiny_pipelines.wan_animate, "scheduler", 2),
-    "skyreels v2": Case(tiny_pipelines.skyreels_v2, "scheduler", 2),
-    "skyreels v2, diffusion forcing": Case(tiny_pipelines.skyreels_v2_diffusion_forcing, "scheduler", 2),
-    "chronoedit": Case(tiny_pipelines.chronoedit, "scheduler", 2),
-    "anyflow": Case(tiny_pipelines.anyflow, "scheduler", 1, since="0.42"),
-    # unused image tokens and padding stand behind three glyph and nine text tokens
-    "hunyuan video 1.5": Case(tiny_pipelines.hunyuan_video15, "scheduler", 2, text=(NONE, slice(12)), densest=0.96, since="0.42"),
-    "framepack": Case(tiny_pipelines.hunyuan_video_framepack, "scheduler", 1, text=(NONE, slice(6, None)), densest=0.9),
-    "ltx 2": Case(tiny_pipelines.ltx2, "scheduler", 1, since="0.42"),
-    "cosmos": Case(tiny_pipelines.cosmos, "scheduler", 2),
-    "kandinsky 5": Case(tiny_pipelines.kandinsky5, "scheduler", 2, since="0.42"),
-    # two calls per layer, one for each sample
-    "mochi": Case(tiny_pipelines.mochi, "scheduler", 2),
-    # six image tokens before the text; in the decoder's layer the encoder's video behind the decoder's
-    "motif video": Case(tiny_pipelines.motif_video, "scheduler", 2, text=(NONE, slice(6, None)), densest=0.99, since="0.42"),
-    "helios": Case(tiny_pipelines.helios, "scheduler", 2, text=(NONE, NONE), since="0.42"),
-    "allegro": Case(tiny_pipelines.allegro, "scheduler", 2),
-    # the second encoder's text stays the same
-    "easyanimate": Case(tiny_pipelines.easyanimate, "scheduler", 2, text=(slice(12), NONE)),
-    "consisid": Case(tiny_pipelines.consisid, "scheduler", 2),
-    "kandinsky 6": Case(tiny_pipelines.kandinsky6, "scheduler", 2, since="0.42"),
-    # behind the text, a reference and audio
-    "minimax h3": Case(tiny_pipelines.minimax_h3, "scheduler", 2, text=(slice(12), NONE), since="0.42"),
-}
-
-IMAGES = {
-    "flux 2": Case(packed_images.flux2, "scheduler", 1),
-    # images stand behind the image
-    "flux 3": Case(packed_images.flux3, "scheduler", 1, text=(slice(None), NONE), since="0.42"),
-    "chroma": Case(packed_images.chroma, "scheduler", 2),
-    "bria": Case(packed_images.bria, "scheduler", 1),
-    "bria fibo": Case(packed_images.bria_fibo, "scheduler", 1),
-    "longcat image": Case(packed_images.longcat_image, "scheduler", 1, text=(slice(None), NONE)),
-    "ovis image": Case(packed_images.ovis_image, "scheduler", 2),
-    "stable diffusion 3": Case(latent_images.stable_diffusion_3, "scheduler", 1),
-    "hunyuan image": Case(latent_images.hunyuan_image, "scheduler", 1),
-    # eight learned tokens stand before the text
-    "aura flow": Case(latent_images.aura_flow, "scheduler", 1, text=(slice(8, None), slice(None))),
-    "cogview 4": Case(latent_images.cogview4, "scheduler", 2),
-    "cogview 3 plus": Case(latent_images.cogview3_plus, "scheduler", 1),
-    "krea 2": Case(packed_images.krea2, "scheduler", 2, since="0.42"),
-    "z image": Case(latent_images.z_image, "scheduler", 1, text=(slice(None), slice(-32, None))),
-    "lumina 2": Case(latent_images.lumina2, "scheduler", 2),
-    "hidream": Case(latent_images.hidream_image, "scheduler", 1, text=(slice(None), slice(-22, None))),
-    "ernie image": Case(latent_images.ernie_image, "scheduler", 1, since="0.42"),
-    "glm image": Case(latent_images.glm_image, "scheduler", 1),
-    "joyimage edit": Case(latent_images.joyimage_edit, "scheduler", 1, text=(slice(None), slice(-10, None)), since="0.42"),
-    "joyimage edit plus": Case(latent_images.joyimage_edit_plus, "scheduler", 1, text=(slice(None), slice(-12, None)), since="0.42"),
-    "pixart": Case(latent_images.pixart, "scheduler", 1),
-    "prx": Case(latent_images.prx, "scheduler", 1),
-    "hunyuan dit": Case(latent_images.hunyuan_dit, "scheduler", 1),
-    "lumina next": Case(latent_images.lumina_next, "scheduler", 1),
-    # three tokens of padding before the text
-    "ideogram 4": Case(packed_images.ideogram4, "scheduler", 1, text=(slice(3, None), slice(None)), since="0.42"),
-    "nucleusmoe image": Case(packed_images.nucleusmoe_image, "scheduler", 1, since="0.42"),
-}
-CASES |= VIDEOS | IMAGES
-# text masked before the image, layers of the image alone, blocks of two kinds, square masks, a call per sample, a suffix that varies,
-# a packed sequence, text that is keys only
-QUICK = {"chroma", "stable diffusion 3", "wan vace", "hunyuan video 1.5", "mochi", "motif video", "minimax h3", "prx"}
+# keys are padded at the end, of which FlashAttention takes no count; other masks make a call torch's own with every dense backend
+PADDED = {"hunyuan video", "hunyuan video 1.5", "motif video", "hunyuan image", "ernie image", "nucleusmoe image"}
 
 
 def families(*left_out: str) -> pytest.MarkDecorator:
     """Parametrises a test by the families' names; of those that came later, most are slow."""
-    slow = (VIDEOS.keys() | IMAGES.keys()) - QUICK
-    names = [name for name in CASES if name not in left_out]
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names])
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=slow(name)) for name in CASES if name not in left_out])
+
+
+def slow(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if name in (VIDEOS.keys() | IMAGES.keys()) - QUICK else []
 
 
 every_family = families()
+WITH_DENSE_BACKENDS = [
+    pytest.param(name, backend, marks=slow(name), id=f"{backend}-{name}")
+    for name in CASES
+    for backend in ("torch_sdpa", "fa", "laser_attn")
+    if backend != "fa" or name not in PADDED
+]
 
 
 @cache
@@ -166,6 +67,33 @@ def test_every_family_is_run_here() -> None:
     run = {known_class(denoiser) for case in CASES.values() for denoiser in denoisers(case.build().pipe).values()}
     # test_qwen_image21.py: its first step makes no calls that come here
     assert run | {"QwenImage21Transformer2DModel"} == {name for family in MODELS for name in family.transformer_classes}
+
+
+@pytest.mark.shows("backend")
+@pytest.mark.parametrize(("name", "backend"), WITH_DENSE_BACKENDS)
+def test_a_dense_backend_is_native(name: str, backend: str) -> None:
+    if backend == "fa":
+        _same_masks()
+    tiny, native = built(name)
+    with ditattn.install(tiny.pipe, backend) as handle:
+        torch.testing.assert_close(tiny.run(NUM_STEPS), native, rtol=0, atol=OTHER_KERNEL_BOUND)
+    for component, steps in CASES[name].steps.items():
+        assert handle.report().components[component].calls == len(steps) * CASES[name].forwards * NUM_LAYERS
+
+
+@pytest.mark.shows("fa", says="no: padded")
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow(name)) for name in CASES if name in PADDED])
+def test_flash_attention_refuses_padding(name: str) -> None:
+    _same_masks()
+    tiny, native = built(name)
+    with ditattn.install(tiny.pipe, "fa"), pytest.raises(UnsupportedCall, match="does not honour key_lengths"):
+        tiny.run(1)
+    assert torch.equal(tiny.run(NUM_STEPS), native)
+
+
+def _same_masks() -> None:
+    if version.parse("0.42") > DIFFUSERS:
+        pytest.skip("an older diffusers masks other families")
 
 
 @every_family
@@ -197,6 +125,8 @@ def test_keeping_every_block_through_the_sparse_kernel_is_native(name: str, back
         assert component.sparse_density == 1.0 or (without_padding and component.sparse_density > 0.7)
 
 
+@pytest.mark.shows("backend")
+@pytest.mark.shows("references")
 @every_family
 @pytest.mark.parametrize("backend", SPARSE_BACKENDS)
 def test_lower_density_runs_in_the_right_steps_and_layers(name: str, backend: str) -> None:
@@ -219,6 +149,25 @@ def test_lower_density_runs_in_the_right_steps_and_layers(name: str, backend: st
         assert ran.sparse_density is None or 0.36 <= ran.sparse_density < case.densest
         assert {step: density is not None for step, density in ran.sparse_density_by_step.items()} == {step: step > 0 for step in steps}
         assert list(ran.sparse_density_by_layer) == list(range(NUM_LAYERS))
+
+
+@every_family
+def test_the_time_falls_from_step_to_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What steps are told by where no scheduler is at hand."""
+    tiny, _ = built(name)
+    times: dict[str, list[float]] = {}
+    enter = DenoisingStage.enter
+
+    def note(stage: DenoisingStage, model: ServedModel, arguments: dict[str, Any], *rest: Any, **named: Any) -> Forward:
+        times.setdefault(model.name, []).append(float(torch.as_tensor(model.family.time(arguments)).max()))
+        return enter(stage, model, arguments, *rest, **named)
+
+    monkeypatch.setattr(DenoisingStage, "enter", note)
+    with ditattn.install(tiny.pipe, "torch_sdpa"):
+        tiny.run(NUM_STEPS)
+    for component, steps in CASES[name].steps.items():
+        assert times[component] == sorted(times[component], reverse=True)
+        assert len(set(times[component])) == len(steps)
 
 
 @every_family
@@ -271,7 +220,7 @@ def test_text_stands_where_the_layout_says(name: str, monkeypatch: pytest.Monkey
     with ditattn.install(tiny.pipe, "torch_sdpa"):
         for arguments in ({}, changed):
             tiny.run(1, **arguments)
-    half, any_moved = len(keys) // 2, False
+    half, any_moved, any_expected = len(keys) // 2, False, False
     for (before, layout), (after, _) in zip(keys[:half], keys[half:], strict=True):
         moved = (before != after).any(-1).any(-1).any(0)
         expected = torch.zeros(len(moved), dtype=torch.bool)
@@ -281,9 +230,9 @@ def test_text_stands_where_the_layout_says(name: str, monkeypatch: pytest.Monkey
         # of the two CFG branches, or of the two halves of a batch, one has the changed prompt
         if moved.any():
             assert torch.equal(moved, expected)
-        any_moved = any_moved or bool(moved.any())
+        any_moved, any_expected = any_moved or bool(moved.any()), any_expected or bool(expected.any())
     # text in cross-attention moves nothing
-    assert any_moved == bool(expected.any())
+    assert any_moved == any_expected
 
 
 def _moved(embeddings: Any) -> Any:

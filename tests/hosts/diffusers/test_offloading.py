@@ -22,6 +22,7 @@ SPARSE = {"sparsity": 0.6, "skip_first_steps": 0, "min_tokens": 0}
 CPU = torch.device("cpu")
 
 
+@pytest.mark.shows("offloading")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sequential_offloading(name: str) -> None:
     """What `enable_sequential_cpu_offload` does, which asks for an accelerator itself: every weight is on meta until its module runs."""

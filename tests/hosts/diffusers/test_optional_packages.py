@@ -63,6 +63,7 @@ def test_an_adapter_loaded_fused_and_unloaded_while_served(name: str) -> None:
     close(tiny.run(2), expected["plain"])
 
 
+@pytest.mark.shows("LoRA")
 @every_family
 def test_an_adapter_runs_sparse_whenever_it_was_loaded(name: str) -> None:
     found = []
@@ -126,6 +127,7 @@ def nf4_of_bitsandbytes(module: nn.Module) -> None:
 QUANTISERS = {"torchao": int8_of_torchao, "gguf": q8_of_gguf, "bitsandbytes": nf4_of_bitsandbytes}
 
 
+@pytest.mark.shows("quantised weights")
 @pytest.mark.parametrize("package", QUANTISERS)
 @every_family
 @before_or_after

@@ -47,6 +47,7 @@ def degrees_of(name: str) -> dict[str, Any]:
     return {"ulysses_degree": 2, "ulysses_anything": name.startswith("qwen image")}
 
 
+@pytest.mark.shows("Ulysses")
 @pytest.mark.parametrize(
     ("name", "backend", "sparsity"),
     [
@@ -59,6 +60,7 @@ def test_ulysses_is_one_process(two: Ranks, name: str, backend: str, sparsity: f
     check_ulysses(two, name, backend, sparsity)
 
 
+@pytest.mark.shows("Ulysses")
 @pytest.mark.parametrize(("name", "backend"), each_with_one(split_pipelines.FURTHER, SPARSE_BACKENDS))
 def test_ulysses_is_one_process_for_several_grids_and_further_families(two: Ranks, name: str, backend: str) -> None:
     check_ulysses(two, name, backend, 0.75)
@@ -69,6 +71,7 @@ def test_dense_ulysses_is_one_process_for_several_grids_and_further_families(two
     check_ulysses(two, name, "torch_sdpa", 0)
 
 
+@pytest.mark.shows("Ulysses")
 @pytest.mark.parametrize(
     ("name", "backend", "sparsity"),
     [*dense(split_pipelines.PLANNED, 0), *each_with_one(split_pipelines.PLANNED, SPARSE_BACKENDS, 0.75)],
@@ -93,6 +96,7 @@ def check_ulysses(two: Ranks, name: str, backend: str, sparsity: float) -> None:
             assert report.sparse == 0
 
 
+@pytest.mark.shows("ring")
 @pytest.mark.parametrize(("name", "backend"), each_with_one(split_pipelines.RING, ("torch_sdpa", *SPARSE_BACKENDS)))
 def test_ring_with_every_block_is_one_process(two: Ranks, name: str, backend: str) -> None:
     for found in two.run(split_pipelines.compare_ring, name, backend, everything(backend), ring_of(name)):
@@ -100,6 +104,7 @@ def test_ring_with_every_block_is_one_process(two: Ranks, name: str, backend: st
         assert (found["report"].sparse == 0) == (backend == "torch_sdpa")
 
 
+@pytest.mark.shows("ring")
 @pytest.mark.parametrize(("name", "backend"), each_with_one(split_pipelines.RING, SPARSE_BACKENDS))
 def test_ring_is_exact_over_its_own_plan(two: Ranks, name: str, backend: str) -> None:
     config = {**split_pipelines.SPARSE, **({"tail": False} if backend == "permuted_sparse_attn" else {})}
@@ -193,6 +198,7 @@ def check_readings(whole: list[Any], split: list[Any], mass: float) -> None:
         assert cell.error == pytest.approx(expected.error, rel=0.3)
 
 
+@pytest.mark.shows("CFG")
 @pytest.mark.parametrize(
     ("name", "backend"),
     [*dense(split_pipelines.GUIDED), *each_with_one(split_pipelines.GUIDED, ("rain_fusion_attn", "permuted_sparse_attn"))],
@@ -220,6 +226,7 @@ def test_a_step_without_two_branches_is_refused(two: Ranks) -> None:
         assert error < BOUND
 
 
+@pytest.mark.shows("tensor")
 @pytest.mark.parametrize(
     ("name", "backend"),
     [*dense(split_pipelines.WEIGHTS), *each_with_one(split_pipelines.WEIGHTS, ("rain_fusion_attn", "permuted_sparse_attn"))],

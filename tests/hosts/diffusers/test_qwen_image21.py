@@ -29,6 +29,15 @@ def built() -> tuple[TinyPipeline, Tensor]:
     return tiny, tiny.run(STEPS)
 
 
+@pytest.mark.shows("backend")
+@pytest.mark.parametrize("backend", ["torch_sdpa", "fa", "laser_attn"])
+def test_a_dense_backend_is_native(backend: str) -> None:
+    tiny, native = built()
+    with ditattn.install(tiny.pipe, backend) as handle:
+        torch.testing.assert_close(tiny.run(STEPS), native, rtol=0, atol=1e-4)
+    assert handle.report().components["transformer"].calls == 6
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sparsity_zero_is_native(backend: str) -> None:
     tiny, native = built()
@@ -47,6 +56,8 @@ def test_keeping_every_block_is_native(backend: str) -> None:
     assert (report.sparse, report.dense, report.sparse_density) == (6, 0, 1.0)
 
 
+@pytest.mark.shows("backend")
+@pytest.mark.shows("references")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lower_density_runs_in_the_right_steps_and_layers_and_leaves_no_trace(backend: str) -> None:
     tiny, native = built()
@@ -68,3 +79,18 @@ def test_without_the_cache_every_step_is_diffusers_own() -> None:
     with ditattn.install(tiny.pipe, "rain_fusion_attn", sparsity=0.6, skip_first_steps=0, min_tokens=0) as handle:
         assert torch.equal(tiny.run(2), native)
     assert handle.report().components["transformer"].calls == 0
+
+
+@pytest.mark.shows("register")
+def test_a_registered_name_runs_what_install_runs() -> None:
+    tiny, native = built()
+    settings = {"sparsity": 0.6, "skip_first_steps": 2, "min_tokens": 0}
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **settings):
+        expected = tiny.run(STEPS)
+    with ditattn.register(**settings) as registration:
+        tiny.pipe.transformer.set_attention_backend("rain_fusion_attn")
+        out = tiny.run(STEPS)
+        report = registration.report().components["QwenImage21Transformer2DModel"]
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
+    assert not torch.equal(out, native)
+    assert report.sparse == 4

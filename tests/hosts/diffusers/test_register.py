@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
+from packaging import version
 
 import ditattn
 import tiny_pipelines
+from ditattn import models
 from ditattn.errors import DenseInStrictMode, UnknownKey, UnsupportedModel
+from ditattn.hosts.diffusers.install import denoisers
+from family_cases import CASES, DIFFUSERS, IMAGES, QUICK, VIDEOS
 from tiny_pipelines import TinyPipeline
 from tiny_pipelines.footprint import dispatcher_footprint, footprint
 from tiny_pipelines.wan import transformer
@@ -223,3 +228,155 @@ def test_remove_puts_back_what_modules_had_chosen_before(earlier: str | None) ->
     tiny.pipe.transformer = twin
     # the copy did not live when the names were registered: it gets the default
     torch.testing.assert_close(tiny.run(1), native, rtol=0, atol=1e-4)
+
+
+# models that nobody described, and models that are not reached
+
+
+def as_if_unlisted(monkeypatch: pytest.MonkeyPatch) -> TinyPipeline:
+    monkeypatch.setattr(models, "MODELS", ())
+    return tiny_pipelines.wan()
+
+
+def test_an_unlisted_denoiser_is_served_by_rule_as_by_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = as_if_unlisted(monkeypatch)
+    native = tiny.run(3)
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE) as handle:
+        expected = tiny.run(3)
+    installed = handle.report().components["transformer"]
+    assert (installed.sparse, installed.dense_reasons["first steps"]) == (8, 4)
+    before = footprint(tiny.pipe)
+    with ditattn.register(**SPARSE) as registration:
+        tiny.pipe.transformer.set_attention_backend("rain_fusion_attn")
+        out = tiny.run(3)
+    report = registration.report().components["WanTransformer3DModel"]
+    assert report.model == installed.model
+    assert "unlisted: by rule: its tokens are a grid of" in report.model
+    assert torch.equal(out, expected)
+    assert (report.sparse, report.dense_reasons["first steps"]) == (8, 4)
+    assert list(report.sparse_density_by_layer) == [0, 1]
+    assert footprint(tiny.pipe) == before
+    assert torch.equal(tiny.run(3), native)
+
+
+def test_each_layer_of_an_unlisted_denoiser_runs_what_was_chosen_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = as_if_unlisted(monkeypatch)
+    with ditattn.register(**SPARSE) as registration:
+        for block, name in zip(tiny.pipe.transformer.blocks, ("rain_fusion_attn", "block_sparse_attn"), strict=True):
+            block.attn1.set_attention_backend(name)
+        tiny.run(2)
+    rows = {report.backend: report for report in registration.report().components.values()}
+    assert {name: list(row.sparse_density_by_layer) for name, row in rows.items()} == {"rain_fusion_attn": [0], "block_sparse_attn": [1]}
+    assert all(row.sparse == 2 and "in raster order, as dry runs showed" in row.model for row in rows.values())
+
+
+def test_strict_refuses_an_unlisted_denoiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = as_if_unlisted(monkeypatch)
+    with ditattn.register(strict=True, **SPARSE):
+        tiny.pipe.transformer.set_attention_backend("rain_fusion_attn")
+        with pytest.raises(
+            UnsupportedModel, match="WanTransformer3DModel is not a known model family: without strict it is served by rule"
+        ):
+            tiny.run(1)
+
+
+def test_what_is_not_served_says_why_and_runs_as_before(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    tiny = as_if_unlisted(monkeypatch)
+    monkeypatch.setattr(models, "NOT_SERVED", {"WanTransformer3DModel": "its tokens are letters"})
+    native = tiny.run(1)
+    with caplog.at_level(logging.WARNING, logger="ditattn"), ditattn.register(**SPARSE) as registration:
+        tiny.pipe.transformer.set_attention_backend("rain_fusion_attn")
+        torch.testing.assert_close(tiny.run(1), native, rtol=0, atol=1e-5)
+    said = "WanTransformer3DModel is not served: its tokens are letters, so its attention runs densely, by torch's SDPA"
+    assert said in registration.report().not_served["WanTransformer3DModel"]
+    assert caplog.text.count(said) == 1
+    assert registration.report().components == {}
+    with ditattn.register(strict=True, **SPARSE):
+        tiny.pipe.transformer.set_attention_backend("rain_fusion_attn")
+        with pytest.raises(UnsupportedModel, match="its tokens are letters"):
+            tiny.run(1)
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["known", "unlisted"])
+def test_a_model_that_calls_sdpa_itself_is_told_to_be_out_of_reach(
+    listed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny = tiny_pipelines.cogvideox()
+    if not listed:
+        monkeypatch.setattr(models, "MODELS", ())
+    native = tiny.run(1)
+    with caplog.at_level(logging.WARNING, logger="ditattn"), ditattn.register(**SPARSE) as registration:
+        assert torch.equal(tiny.run(1), native)
+        assert not registration.report().not_served, "nobody asked"
+        tiny.pipe.transformer.set_attention_backend("rain_fusion_attn")
+        assert torch.equal(tiny.run(2), tiny.run(2))
+    said = "which set_attention_backend does not reach, so its attention stays as it was; ditattn.install serves it"
+    assert said in registration.report().not_served["CogVideoXTransformer3DModel"]
+    assert caplog.text.count(said) == 1
+
+
+# every family
+
+SLOW = (VIDEOS.keys() | IMAGES.keys()) - QUICK
+# their processors call torch's SDPA themselves
+UNREACHED = {
+    "cogvideox, DPM",
+    "cogvideox, DDIM",
+    "cosmos",
+    "mochi",
+    "allegro",
+    "easyanimate",
+    "consisid",
+    "stable diffusion 3",
+    "aura flow",
+    "cogview 4",
+    "cogview 3 plus",
+    "lumina 2",
+    "hidream",
+    "pixart",
+    "hunyuan dit",
+    "lumina next",
+}
+# each of the two counts the steps of its own
+OWN_COUNTS = {"wan, two transformers"}
+
+
+def of_families(names: Iterable[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in names])
+
+
+def built(name: str) -> TinyPipeline:
+    if version.parse(CASES[name].since) > DIFFUSERS:
+        pytest.skip(f"diffusers {DIFFUSERS} does not have it: since {CASES[name].since}")
+    return CASES[name].build()
+
+
+@pytest.mark.shows("register")
+@of_families(name for name in CASES if name not in UNREACHED | OWN_COUNTS)
+def test_a_registered_name_runs_what_install_runs(name: str) -> None:
+    tiny = built(name)
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE):
+        expected = tiny.run(3)
+    with ditattn.register(**SPARSE) as registration:
+        for denoiser in denoisers(tiny.pipe).values():
+            denoiser.set_attention_backend("rain_fusion_attn")
+        assert torch.equal(tiny.run(3), expected)
+    assert registration.report().components
+    for component in registration.report().components.values():
+        assert list(component.sparse_density_by_step) == [0, 1, 2]
+        assert component.sparse_density_by_step[0] is None
+
+
+@pytest.mark.shows("register", says="no: calls SDPA")
+@of_families(sorted(UNREACHED))
+def test_a_family_that_calls_sdpa_itself_is_out_of_reach(name: str) -> None:
+    tiny = built(name)
+    with ditattn.install(tiny.pipe, "torch_sdpa") as handle:
+        assert torch.isfinite(tiny.run(1)).all()
+    (cls,) = {component.model for component in handle.report().components.values()}
+    with ditattn.register(**SPARSE) as registration:
+        for denoiser in denoisers(tiny.pipe).values():
+            denoiser.set_attention_backend("rain_fusion_attn")
+        tiny.run(1)
+    assert "which set_attention_backend does not reach" in registration.report().not_served[cls]
+    assert registration.report().components == {}

@@ -6,14 +6,16 @@ import itertools
 from collections.abc import Callable
 from functools import cache
 
+import diffusers
 import pytest
 import torch
+from packaging import version
 from torch import Tensor
 
 import ditattn
 import tiny_pipelines
 from ditattn.runtime.stage import DenoisingStage
-from tiny_pipelines import TinyPipeline
+from tiny_pipelines import TinyPipeline, packed_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,26 +28,35 @@ CASES: dict[str, tuple[Callable[[], TinyPipeline], str, int]] = {
     "qwen image edit, one reference": (tiny_pipelines.qwen_image_edit, "1x32x32 + 1x32x32", 2),
     "qwen image edit, two references": (tiny_pipelines.qwen_image_edit_plus, "1x24x40 + 1x32x32 + 1x16x64", 2),
     "qwen image layered": (tiny_pipelines.qwen_image_layered, "1x40x40 + 1x40x40 + 1x40x40", 2),
+    "flux 2": (lambda: packed_images.flux2((32, 32)), "1x30x44 + 1x32x32", 1),
     "ltx, text only": (tiny_pipelines.ltx_condition, "5x16x16", 1),
     "ltx, condition on frame 0": (lambda: tiny_pipelines.ltx_condition((0, 1)), "5x16x16", 1),
     "ltx, condition in the middle": (lambda: tiny_pipelines.ltx_condition((4, 1)), "5x16x16 + 1x16x16", 1),
     "ltx, three conditions": (lambda: tiny_pipelines.ltx_condition((0, 1), (2, 1), (6, 3)), "5x16x16 + 1x16x16 + 2x16x16", 1),
 }
 cases = pytest.mark.parametrize("name", CASES)
+# their packed tokens are not all of one tensor
+BESIDE: dict[str, tuple[Callable[[], TinyPipeline], str, int]] = {
+    "ltx 2, keyframe": (lambda: tiny_pipelines.ltx2(keyframe=True), "5x14x20 + 1x14x20", 1),
+    "minimax h3, keyframe": (lambda: tiny_pipelines.minimax_h3(keyframe=True), "5x14x20 + 1x14x20", 2),
+}
+newest = pytest.mark.skipif(version.parse(diffusers.__version__) < version.parse("0.42"), reason="an older diffusers does not have them")
+all_cases = pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=newest) for name in BESIDE)])
 
 
 @cache
 def built(name: str) -> tuple[TinyPipeline, Tensor]:
     """A pipeline, which each test leaves as it was, and its native latents."""
-    tiny = CASES[name][0]()
+    tiny = {**CASES, **BESIDE}[name][0]()
     return tiny, tiny.run(NUM_STEPS)
 
 
-@cases
+@pytest.mark.shows("references")
+@all_cases
 @backends
 def test_density_is_near_what_was_asked(name: str, backend: str) -> None:
     tiny, native = built(name)
-    _, grids, forwards = CASES[name]
+    _, grids, forwards = {**CASES, **BESIDE}[name]
     # the tiny clips have so few frames that their first ones alone would be half of all keys
     settings = {"sparsity": 0.75, "skip_first_steps": 1, "min_tokens": 0, "first_frame_sink": False}
     with ditattn.install(tiny.pipe, backend, strict=True, **settings) as handle:
@@ -60,7 +71,7 @@ def test_density_is_near_what_was_asked(name: str, backend: str) -> None:
     assert torch.equal(tiny.run(NUM_STEPS), native), "undone"
 
 
-@cases
+@all_cases
 @backends
 def test_sparsity_zero_is_native(name: str, backend: str) -> None:
     tiny, native = built(name)
@@ -70,7 +81,7 @@ def test_sparsity_zero_is_native(name: str, backend: str) -> None:
     assert list(handle.report().components["transformer"].dense_reasons) == ["sparsity 0"]
 
 
-@cases
+@all_cases
 @backends
 def test_keeping_every_block_through_the_sparse_kernel_is_native(name: str, backend: str) -> None:
     tiny, native = built(name)

@@ -222,6 +222,7 @@ def plain(build: Callable[[], TinyPipeline], num_steps: int) -> torch.Tensor:
     return build().run(num_steps)
 
 
+@pytest.mark.shows("step caches")
 @every_pair_and("first", ["cache", "install"])
 def test_steps_and_layers_are_those_that_ran(build: Callable[[], TinyPipeline], cache: Cache, first: str) -> None:
     """With a dense backend the cache decides what it decides natively; the result is the same, and so is every count."""

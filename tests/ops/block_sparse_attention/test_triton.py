@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,21 +16,11 @@ from ditattn.ops.block_sparse_attention.tiles import SHARED_MEMORY_BYTES, Tiles,
 from ditattn.ops.block_sparse_attention.tiles import TABLE as TILES
 from ditattn.ops.table import CallFacts
 from ditattn.packages import TRITON
+from fresh_python import child
 from sparse_calls import draw
 
 needs_triton = pytest.mark.skipif(TRITON.missing(), reason=TRITON.sentence())
 HERE = Path(__file__).parent
-
-
-def child(code_or_arguments: list[str], interpreted: bool, timeout_s: int = 900) -> subprocess.CompletedProcess[str]:
-    """A fresh Python: the interpreter has to be chosen before triton is imported."""
-    # where the tests run on a source tree that is not installed, so does the child
-    path = os.pathsep.join([str(HERE.parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    if interpreted:
-        environment["TRITON_INTERPRET"] = "1"
-    return subprocess.run([sys.executable, *code_or_arguments], env=environment, capture_output=True, text=True, timeout=timeout_s)
 
 
 # what is chosen of a suite, and fewer tests than pass in the first and in the second type. The log-sum-exp test judges outputs too, so

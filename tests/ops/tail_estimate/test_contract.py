@@ -191,6 +191,19 @@ def test_a_mean_query_that_says_nothing_gives_plain_means(name: str, device: str
 
 
 @every_implementation
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_of_zero_and_below(name: str, device: str, scale: float) -> None:
+    q, k, v = drawn(device, 1, 300, 2, 2, 2)
+    mean = mean_of(q, 2)
+    found = key_summary(mean, k, v, raster(300, device), None, scale, implementation=name)
+    expected = key_summary(-mean, k, v, raster(300, device), None, -scale, implementation=name)
+    torch.testing.assert_close(found.tail.key, expected.tail.key)
+    assert found.tail.key.isfinite().all()
+    if scale == 0:
+        torch.testing.assert_close(found.tail.key, plain(found).tail.key, rtol=1e-4, atol=1e-5)
+
+
+@every_implementation
 def test_a_block_of_equal_tokens_costs_nothing(name: str, device: str) -> None:
     """Its mean is each of its tokens; a block of unlike values with large scores costs most."""
     q, k, v = drawn(device, 1, 512, 1, 1, 1)

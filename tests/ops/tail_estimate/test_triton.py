@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ditattn.ops.block_sparse_attention.tiles import SHARED_MEMORY_BYTES
 from ditattn.packages import TRITON
+from fresh_python import child
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(TRITON.missing(), reason=TRITON.sentence())
 
 
-def child(*arguments: str, interpreted: bool) -> subprocess.CompletedProcess[str]:
-    """A fresh Python: the interpreter has to be chosen before triton is imported."""
-    path = os.pathsep.join([str(HERE.parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
-    environment |= {"TRITON_INTERPRET": "1"} if interpreted else {}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=900)
-
-
 @pytest.mark.slow
 def test_contract_in_the_interpreter() -> None:
     suite = str(HERE / "test_contract.py")
-    done = child("-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", suite, "-k", "triton", interpreted=True)
+    done = child(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", suite, "-k", "triton"], interpreted=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert int(done.stdout.rsplit(" passed", 1)[0].split()[-1]) > 20
     assert "skipped" not in done.stdout.splitlines()[-1]
@@ -39,7 +29,7 @@ def test_contract_in_the_interpreter() -> None:
     "arch", [pytest.param(arch, marks=[] if arch == 90 else pytest.mark.long) for arch in sorted(SHARED_MEMORY_BYTES) if arch != 89]
 )
 def test_every_kernel_compiles_and_fits(arch: int) -> None:
-    done = child(str(HERE / "triton_compile.py"), str(arch), interpreted=False)
+    done = child([str(HERE / "triton_compile.py"), str(arch)], interpreted=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     rows = json.loads(done.stdout)
     assert len(rows) == 3 * 4

@@ -46,3 +46,17 @@ struct DitattnBlockMean {
   const DitattnHost* host;
   int64_t order_stride, order_group;          // as above, and how many heads share each order
 };
+
+struct DitattnKeySummary {
+  int64_t struct_bytes;
+  DitattnTensor key, value;
+  const float* mean_query;                    // [B, G, D]
+  float *means, *variances, *value_means;     // [B, G, blocks * 8, D]
+  float *tail_key, *tail_value;               // [B, blocks, G, D]
+  const int64_t* order;                       // as above
+  const int32_t* key_lengths;                 // [B], or null
+  int32_t batch, length, heads, head_dim, dtype, num_threads;
+  float scale, least_square;                  // the squared length of a mean query counts as this much at least
+  const DitattnHost* host;
+  int64_t order_stride;                       // as above
+};

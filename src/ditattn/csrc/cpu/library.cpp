@@ -3,6 +3,7 @@
 #include "block_mean.h"
 #include "checks.h"
 #include "f32.h"
+#include "key_summary.h"
 #if defined(__AVX512BF16__)
 #include "bf16.h"
 #endif
@@ -57,6 +58,13 @@ EXPORT int ditattn_block_mean(DitattnBlockMean* a) {
       a->num_threads < 1 || a->dtype < DITATTN_F32 || a->dtype > DITATTN_F16)
     return DITATTN_BAD_ARGUMENT;
   return guarded([&] { return block_mean(*a); });
+}
+
+EXPORT int ditattn_key_summary(DitattnKeySummary* a) {
+  if (a->struct_bytes != (int64_t)sizeof *a || a->batch < 1 || a->length < 1 || a->heads < 1 || a->head_dim < 1 || a->head_dim > WIDEST ||
+      a->num_threads < 1 || a->dtype < DITATTN_F32 || a->dtype > DITATTN_F16 || !std::isfinite(a->scale) || a->scale == 0)
+    return DITATTN_BAD_ARGUMENT;
+  return guarded([&] { return key_summary(*a); });
 }
 
 // DITATTN_OK, or DITATTN_BAD_ARGUMENT where a kernel must not follow the plan.

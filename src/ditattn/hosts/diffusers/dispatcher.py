@@ -17,7 +17,7 @@ from torch import Tensor
 from ditattn.hosts.diffusers.parallel import attend_in_parallel
 from ditattn.runtime.stage import attend
 
-__all__ = ["add_private_backend", "add_public_backend", "dispatched_attention"]
+__all__ = ["add_private_backend", "add_public_backend", "dispatched_attention", "process_wide_backend"]
 
 _serial = itertools.count(1)
 
@@ -69,6 +69,11 @@ def add_private_backend(name: str) -> tuple[Any, Callable[[], None]]:
     """An entry for one installation: only processors that hold the returned member reach it. Returns the member and its removal."""
     member = _new_member(f"ditattn_{name}_{next(_serial)}")
     return member, _add_function(member, dispatched_attention)
+
+
+def process_wide_backend() -> str:
+    """What diffusers runs where a processor has chosen nothing."""
+    return str(attention_dispatch._AttentionBackendRegistry._active_backend.value)
 
 
 def add_public_backend(name: str) -> Callable[[], None]:

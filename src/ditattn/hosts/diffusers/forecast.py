@@ -16,7 +16,7 @@ from ditattn.backends.base import check_head_size
 from ditattn.backends.registry import usable_backends
 from ditattn.errors import ModelNotLoaded, UnsupportedHeadSize
 from ditattn.hosts.diffusers.geometry import default_tokens
-from ditattn.hosts.diffusers.install import self_attention_modules
+from ditattn.hosts.diffusers.install import names_denoiser, self_attention_modules
 from ditattn.hosts.diffusers.load import config_of, pipeline_class, read_index
 from ditattn.hosts.diffusers.pipelines import pipelines_by_transformer
 from ditattn.models import MODELS, ModelFamily, family_of, known_class, why_not_served
@@ -127,7 +127,7 @@ def _is_part(part: Any) -> bool:
 
 
 def _is_denoiser(name: str, part: Any) -> bool:
-    return name.startswith("transformer") and _is_part(part)
+    return names_denoiser(name) and _is_part(part)
 
 
 def _of_class(name: str) -> list[Forecast]:

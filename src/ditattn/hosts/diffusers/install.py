@@ -30,7 +30,7 @@ from ditattn.runtime.report import AttentionReport
 from ditattn.runtime.stage import DenoisingStage, Probe, ServedModel
 from ditattn.runtime.step import StepClock
 
-__all__ = ["Installation", "denoisers", "install", "install_setting", "self_attention_modules"]
+__all__ = ["Installation", "denoisers", "family_or_reason", "install", "install_setting", "names_denoiser", "self_attention_modules"]
 
 logger = logging.getLogger("ditattn")
 
@@ -148,7 +148,12 @@ def denoisers(target: Any) -> dict[str, nn.Module]:
     if isinstance(target, nn.Module):
         return {type(unwrapped(target)).__name__: target}
     parts = _components(target)
-    return {name: part for name, part in parts.items() if name.startswith("transformer") and isinstance(part, nn.Module)}
+    return {name: part for name, part in parts.items() if names_denoiser(name) and isinstance(part, nn.Module)}
+
+
+def names_denoiser(component: str) -> bool:
+    """What diffusers' pipelines call their denoisers; an `unconditional_transformer` makes the pass without text."""
+    return component.startswith(("transformer", "unconditional_transformer"))
 
 
 def self_attention_modules(module: nn.Module, family: ModelFamily) -> dict[str, nn.Module]:
@@ -188,10 +193,9 @@ def _install_one(
     setting: Setting,
 ) -> None:
     module = unwrapped(module)
-    family = family_of(module)
-    if family is None:
-        family = _by_rule(stage, name, module)
-    if family is None:
+    family = family_or_reason(name, module, stage.strict)
+    if isinstance(family, str):
+        _leave_alone(stage, name, family)
         return
     if is_listening(module):
         raise UnsupportedModel(f"{name} is served by another installation: remove() that one first")
@@ -254,20 +258,34 @@ def _described(module: nn.Module) -> str:
     return own if known in (own, None) else f"{own}, served as {known}"
 
 
-def _by_rule(stage: DenoisingStage, name: str, module: nn.Module) -> ModelFamily | None:
-    """What serves a denoiser of no family; None where it is left alone."""
+def family_or_reason(name: str, module: nn.Module, strict: bool, otherwise: str = "stays as it was") -> ModelFamily | str:
+    """The family of a denoiser, by rule where nobody described it; else why it is not served.
+
+    Args:
+        name: of the component.
+        module: the denoiser.
+        strict: of no family is an error.
+        otherwise: what its attention does where it is not served.
+
+    Raises:
+        UnsupportedModel: strict, and it is of no family.
+    """
+    family = family_of(module)
+    if family is not None:
+        return family
     cls, reason = type(module).__name__, why_not_served(module)
     known = f"(`ditattn models` lists the {sum(len(family.transformer_classes) for family in MODELS)} classes that are known)"
     if reason is not None:
-        _leave_alone(stage, name, f"{cls} is not served: {reason}, so its attention stays as it was {known}")
-        return None
-    if stage.strict:
+        reason = f"{cls} is not served: {reason}, so its attention {otherwise} {known}"
+        if strict:
+            raise UnsupportedModel(f"{name}: {reason}")
+        return reason
+    if strict:
         raise UnsupportedModel(f"{name}: {cls} is not a known model family: without strict it is served by rule {known}")
     try:
         return family_by_rule(module, LayoutByRule(module, partial(why_no_dry_run, module)))
     except ValueError as error:
-        _leave_alone(stage, name, f"{cls} is not a known model family, and {error}, so its attention stays as it was {known}")
-        return None
+        return f"{cls} is not a known model family, and {error}, so its attention {otherwise} {known}"
 
 
 def _why_not_served(part: nn.Module, family: ModelFamily) -> str | None:

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ditattn.errors import ConfigError, UnsupportedModel
 from ditattn.hosts.diffusers.guidance_parallel import BRANCHES, share_branches
+from ditattn.hosts.diffusers.install import denoisers
 from ditattn.models import family_of, unwrapped
 from ditattn.models.base import SplitAxis
 
@@ -80,7 +81,7 @@ def split_denoisers(pipe: Any, *, cfg_parallel: bool = False, **degrees: Any) ->
         UnsupportedModel: diffusers has no plan to split one of them.
         ConfigError: degrees that diffusers does not take together.
     """
-    parts = {name: part for name, part in pipe.components.items() if name.startswith("transformer") and isinstance(part, nn.Module)}
+    parts = denoisers(pipe)
     splits_tokens = degrees.get("ring_degree", 1) * degrees.get("ulysses_degree", 1) > 1
     for name, part in parts.items():
         if splits_tokens and _plan(part) is None:

@@ -41,6 +41,13 @@ TABLE: tuple[Implementation, ...] = (
         probe="ditattn.ops.triton_targets:why_not_interpreted",
         automatic=False,
     ),
+    Implementation(
+        "cpu",
+        "ditattn.ops.tail_estimate.cpu:estimator",
+        devices=("cpu",),
+        head_dims=KERNEL_HEAD_DIMS,
+        probe="ditattn.ops.cpu_library:problem",
+    ),
     Implementation("torch", "ditattn.ops.tail_estimate.pure_torch:estimator", dtypes=WIDE_FLOATS),
 )
 
@@ -69,6 +76,9 @@ def key_summary(
         scale: factor on the scores.
         implementation: a name from `TABLE`, or several in order of preference; None takes the first possible one.
     """
+    if scale == 0:
+        # all tokens weigh alike, as they do for a mean query of zeros; implementations divide by the scale
+        mean_query, scale = torch.zeros_like(mean_query), 1.0
     names = _named(key, implementation)
     made = Summarized(*_summary_op(mean_query, key, value, order.forward, order.inverse, key_lengths, scale, names))
     fine, coarse = (_counts(key, size, key_lengths) for size in (SUB_TOKENS, BLOCK_SIZE))

@@ -1,0 +1,32 @@
+"""Prints what tests are collected that hold cells of docs/compatibility.md: JSON {test id: [its columns, is it skipped]}."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+
+class Collected:
+    """Of all tests marked `shows`."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, tuple[list[str], bool]] = {}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            columns = [marker.args[0] for marker in item.iter_markers("shows")]
+            if columns:
+                conditions = [condition for marker in item.iter_markers("skipif") for condition in marker.args]
+                self.found[item.nodeid] = columns, any(conditions) or item.get_closest_marker("skip") is not None
+
+
+if __name__ == "__main__":
+    collected = Collected()
+    code = pytest.main(["--collect-only", "-qq", "--no-summary", str(Path(__file__).parent / "hosts" / "diffusers")], plugins=[collected])
+    if code:
+        sys.exit(code)
+    # what pytest prints comes first
+    print(json.dumps(collected.found))
