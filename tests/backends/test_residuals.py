@@ -69,6 +69,18 @@ def test_it_makes_no_difference_how_many_tokens_go_at_a_time(monkeypatch: pytest
     assert not torch.equal(whole, out)
 
 
+def test_they_are_kept_and_added_where_gradients_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ditattn.backends.residuals.CHUNK", 2 * 3 * 32 * 7)
+    plain, recorded, where = Residuals(), Residuals(), ForwardId()
+    residual, out = draw(2, 200, 3, 32, seed=1), draw(2, 200, 3, 32, seed=2)
+    for step in (4, 7):
+        plain.keep(residual, step, 24, where, "facts")
+        recorded.keep(residual.clone().requires_grad_() * 1, step, 24, where, "facts")
+    added = recorded.added(out.clone().requires_grad_() * 1, 8, where, "facts")
+    assert added.requires_grad
+    assert torch.equal(added, plain.added(out.clone(), 8, where, "facts"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_output_keeps_its_dtype(dtype: torch.dtype) -> None:
     kept, where = Residuals(), ForwardId()

@@ -116,6 +116,8 @@ class Residuals:
 
     def keep(self, residual: Tensor, step: int, num_steps: int, forward_id: ForwardId, facts: Hashable) -> None:
         """Remember the residual `[B, S, H, D]` of a step; one that was there tells how fast this layer's residuals fade."""
+        # parts are written in place, which autograd does not follow
+        residual = residual.detach()
         known = self._find(residual.shape, step, forward_id, facts)
         levels = torch.empty(residual.shape, dtype=torch.int8, device=residual.device)
         scale = torch.empty(*residual.shape[:3], 1, dtype=torch.float32, device=residual.device)
@@ -135,7 +137,7 @@ class Residuals:
         if known is None:
             return out
         left = known.decay ** (step - known.step)
-        for part, levels, scale in _parts(out, known.levels, known.scale):
+        for part, levels, scale in _parts(out.detach(), known.levels, known.scale):
             part.copy_(torch.addcmul(part.float(), levels, scale * left))
         return out
 

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import DEVICES
 from ditattn.backends.selection.tail_error import query_groups
+from ditattn.errors import UnsupportedCall
 from ditattn.ops.pooled_tail import PooledTail
 from ditattn.ops.table import CallFacts, explain
 from ditattn.ops.tail_estimate import PER_BLOCK, QUERY_GROUPS, SUB_TOKENS, TABLE, KeySummary, key_summary, pure_torch, tail_cost
@@ -124,6 +125,16 @@ def test_padded_keys_count_for_nothing(name: str, device: str) -> None:
 
 
 @every_implementation
+def test_key_lengths_beyond_the_keys_hide_nothing(name: str, device: str) -> None:
+    q, k, v = drawn(device, 2, 300, 2, 2, 2)
+    lengths = torch.tensor([305, 300], device=device)
+    found = key_summary(mean_of(q, 2), k, v, raster(300, device), lengths, SCALE, implementation=name)
+    whole = key_summary(mean_of(q, 2), k, v, raster(300, device), None, SCALE, implementation=name)
+    for ours, theirs in zip((*found[:3], found.tail.key), (*whole[:3], whole.tail.key), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@every_implementation
 def test_every_head_has_its_own_order(name: str, device: str) -> None:
     grid = (5, 8, 16)
     q, k, v = drawn(device, 1, 640, 2, 2, 2)
@@ -139,6 +150,25 @@ def test_every_head_has_its_own_order(name: str, device: str) -> None:
                 torch.testing.assert_close(ours[:, part], theirs, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(found.tail.key[:, :, part], alone.tail.key, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(found.tail.value[:, :, part], alone.tail.value, rtol=1e-4, atol=1e-4)
+
+
+@every_implementation
+@pytest.mark.parametrize("shape", [(1, 300), (3, 300), (299,), (2, 301)])
+def test_orders_of_other_tokens_or_heads_are_refused(name: str, device: str, shape: tuple[int, ...]) -> None:
+    q, k, v = drawn(device, 1, 300, 2, 2, 2)
+    index = torch.arange(shape[-1], device=device).expand(shape).contiguous()
+    with pytest.raises(UnsupportedCall, match="token order"):
+        key_summary(mean_of(q, 2), k, v, TokenOrder(index, index, (0, 0), (0, 300), shape[-1]), None, SCALE, implementation=name)
+
+
+@every_implementation
+def test_autocast_changes_nothing(name: str, device: str) -> None:
+    q, k, v = drawn(device, 1, 300, 2, 2, 2)
+    plainly = key_summary(mean_of(q, 2), k, v, raster(300, device), None, SCALE, implementation=name)
+    with torch.autocast(device, torch.bfloat16):
+        found = key_summary(mean_of(q, 2), k, v, raster(300, device), None, SCALE, implementation=name)
+    for ours, theirs in zip((*found[:3], found.tail.key), (*plainly[:3], plainly.tail.key), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @every_implementation

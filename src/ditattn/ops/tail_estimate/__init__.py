@@ -75,7 +75,13 @@ def key_summary(
         key_lengths: `[B]`; tokens from there on, in that order, count for nothing.
         scale: factor on the scores.
         implementation: a name from `TABLE`, or several in order of preference; None takes the first possible one.
+
+    Raises:
+        UnsupportedCall: the order is for another length, device or number of key heads, or no implementation takes the call.
     """
+    order.check_length(key.shape[1])
+    order.check_key_heads(key.shape[2])
+    order.check_device(key.device)
     if scale == 0:
         # all tokens weigh alike, as they do for a mean query of zeros; implementations divide by the scale
         mean_query, scale = torch.zeros_like(mean_query), 1.0

@@ -29,11 +29,11 @@ def chunk(device: torch.device) -> int:
 
 def summary(mean_query: Tensor, key: Tensor, value: Tensor, order: TokenOrder, key_lengths: Tensor | None, scale: float) -> Summarized:
     """As `ops.tail_estimate.key_summary`."""
-    means = _sub_means(key, order, key_lengths)
-    variances = (_mean_squares(key, order, key_lengths) - means.square()).clamp(min=0)
-    return Summarized(
-        means, variances, _sub_means(value, order, key_lengths), *_weighted_tail(mean_query, key, value, order, key_lengths, scale)
-    )
+    with without_autocast(key.device):
+        means = _sub_means(key, order, key_lengths)
+        variances = (_mean_squares(key, order, key_lengths) - means.square()).clamp(min=0)
+        value_means = _sub_means(value, order, key_lengths)
+        return Summarized(means, variances, value_means, *_weighted_tail(mean_query, key, value, order, key_lengths, scale))
 
 
 def _mean_squares(x: Tensor, order: TokenOrder, key_lengths: Tensor | None) -> Tensor:
@@ -57,7 +57,7 @@ def _sub_means(x: Tensor, order: TokenOrder, key_lengths: Tensor | None) -> Tens
     else:
         starts = torch.arange(total, device=x.device) * SUB_TOKENS
         stored = (length - starts).clamp(0, SUB_TOKENS).float()
-        counts = (key_lengths.unsqueeze(1) - starts).clamp(0, SUB_TOKENS).float()
+        counts = (key_lengths.clamp(max=length).unsqueeze(1) - starts).clamp(0, SUB_TOKENS).float()
         place = torch.arange(length, device=x.device)
         if order.inverse is not None:
             place = order.inverse
