@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ditattn.errors import ConfigError, UnknownKey
 
-__all__ = ["KnownKeys", "parse_config", "parse_value", "unknown_key"]
+__all__ = ["KnownKeys", "parse_config", "parse_value", "sentences", "unknown_key"]
 
 SettingsT = TypeVar("SettingsT", bound="KnownKeys")
 
@@ -40,7 +41,7 @@ class KnownKeys(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            raise ConfigError("; ".join(_sentences(error.errors()))) from None
+            raise ConfigError("; ".join(sentences(error, cls))) from None
 
 
 def parse_config(text: str) -> dict[str, Any]:
@@ -123,13 +124,18 @@ def unknown_key(key: str, known: list[str]) -> str:
     return f"unknown key '{key}'; did you mean '{nearest}'? Known keys: {', '.join(known)}"
 
 
-def _sentences(items: Sequence[Any]) -> Iterator[str]:
-    """One for each value that is wrong: what it should be, by all types that the key may have."""
+def sentences(error: ValidationError, cls: type[BaseModel]) -> Iterator[str]:
+    """One for each value that is wrong: what it should be, by all types that the key of `cls` may have."""
     wanted: dict[tuple[str, str], list[str]] = {}
-    for item in items:
-        # after the key, numbers are places in a list; words name the types that were tried
-        key = ".".join(str(part) for place, part in enumerate(item["loc"]) if place == 0 or isinstance(part, int))
-        wanted.setdefault((key, repr(item["input"])), []).append(item["msg"].removeprefix("Value error, "))
+    for item in error.errors():
+        wanted.setdefault((_path(item["loc"], cls), repr(item["input"])), []).append(item["msg"].removeprefix("Value error, "))
     for (key, value), messages in wanted.items():
-        others = [message.removeprefix("Input should be ") for message in messages[1:]]
-        yield f"{key}: {' or '.join([messages[0], *others])} (got {value})"
+        others = dict.fromkeys(message.removeprefix("Input should be ") for message in messages[1:])
+        yield f"{key}: {'; or '.join([messages[0], *others])} (got {value})"
+
+
+def _path(loc: tuple[int | str, ...], cls: type[BaseModel]) -> str:
+    """Key, names and places of a value. Behind a key of several types stands the one that was tried, which is no part of it."""
+    field = cls.model_fields.get(str(loc[0])) if loc else None
+    several = field is not None and get_origin(field.annotation) in (Union, UnionType)
+    return ".".join(str(part) for place, part in enumerate(loc) if not (several and place == 1 and isinstance(part, str)))

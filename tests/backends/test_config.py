@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import Field
 
 from ditattn.backends.config import (
     BlockSparseAttentionConfig,
@@ -18,7 +19,7 @@ from ditattn.backends.config import (
 )
 from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionConfig
 from ditattn.errors import ConfigError, UnknownKey
-from ditattn.values import parse_config
+from ditattn.values import KnownKeys, parse_config
 
 VALUES = {"sparsity": 0.5, "skip_first_steps": "20%", "skip_layers": "0-1,38", "first_frame_sink": False, "min_tokens": 0}
 
@@ -46,9 +47,9 @@ def test_how_short_is_short_depends_on_the_device() -> None:
     config = RainFusionAttentionConfig()
     assert (config.least_tokens("cpu"), config.least_tokens("cuda"), config.least_tokens("npu")) == (4096, 16384, 4096)
     assert RainFusionAttentionConfig(min_tokens=700).least_tokens("cuda") == 700
-    with pytest.raises(ConfigError, match=r"^min_tokens: Input should be a valid integer.* or 'auto' \(got 'some'\)$"):
+    with pytest.raises(ConfigError, match=r"^min_tokens: Input should be a valid integer.*; or 'auto' \(got 'some'\)$"):
         RainFusionAttentionConfig.from_mapping({"min_tokens": "some"})
-    with pytest.raises(ConfigError, match=r"^min_tokens: Input should be greater than or equal to 0 or 'auto' \(got -1\)$"):
+    with pytest.raises(ConfigError, match=r"^min_tokens: Input should be greater than or equal to 0; or 'auto' \(got -1\)$"):
         RainFusionAttentionConfig.from_mapping({"min_tokens": -1})
 
 
@@ -168,3 +169,15 @@ def test_layers(text: str, expected: set[int]) -> None:
 def test_layers_may_be_a_list_or_a_number() -> None:
     assert RainFusionAttentionConfig.from_mapping({"skip_layers": [0, 3]}).skip_layers == "0,3"
     assert RainFusionAttentionConfig.from_mapping({"skip_layers": 5}).skip_layers == "5"
+
+
+class _Nested(KnownKeys):
+    by_name: dict[str, str] = Field(default_factory=dict)
+    number: int | None = None
+
+
+def test_a_wrong_value_within_a_mapping_is_named_by_its_path() -> None:
+    with pytest.raises(ConfigError, match=r"^by_name\.transformer: Input should be a valid string \(got 3\)$"):
+        _Nested.from_mapping({"by_name": {"transformer": 3}})
+    with pytest.raises(ConfigError, match=r"^number: Input should be a valid integer, .* \(got 'x'\)$"):
+        _Nested.from_mapping({"number": "x"})

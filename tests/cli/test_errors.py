@@ -53,7 +53,11 @@ WRONG = {
     "unknown step cache": (["--cache", "tea"], ["no step cache 'tea'", "first_block"]),
     "unknown key of a step cache": (["--cache", "first_block", "--cache-config", "treshold=1"], ["'treshold'", "did you mean 'threshold'"]),
     "keys of no step cache": (["--cache-config", "threshold=1"], ["--cache-config is for a step cache: name it with --cache"]),
-    "step cache without its ratios": (["--cache", "mag"], ["diffusers does not add the step cache mag", "`mag_ratios` must be provided"]),
+    "step cache without its ratios": (["--cache", "mag"], ["the step cache mag needs mag_ratios", "calibrate=true prints them"]),
+    "value of a step cache": (
+        ["--cache", "first_block", "--cache-config", "threshold=abc"],
+        ["the step cache first_block: threshold: Input should be a valid number", "(got 'abc')"],
+    ),
     "step cache for more blocks": (["--cache", "first_block"], ["first_block needs two or more transformer blocks"]),
     "step cache that finds no layer": (["--cache", "taylorseer"], ["taylorseer found no layer", "cache_identifiers"]),
     "height": (["--height", "60"], ["height must be a multiple of 16, not 60", "48 or 64"]),

@@ -52,8 +52,12 @@ def run(settings: CompareSettings, *, debug: bool = False) -> None:
         DitattnError, OSError: see the modules that check.
     """
     set_up_messages(debug)
+    if settings.cache_config and not settings.cache:
+        raise ConfigError("--cache-config is for a step cache: name it with --cache")
     if not settings.attention_backend and not settings.quantization and not settings.cache:
-        raise ConfigError("what shall be compared? Name it: --attention-backend rain_fusion_attn (the reference is torch_sdpa)")
+        raise ConfigError(
+            "what shall be compared? Name it: --attention-backend rain_fusion_attn (the reference is torch_sdpa), --quantization or --cache"
+        )
     name = _file_name(settings)
     check_metrics()
     attention = _parse_attention(settings)
@@ -107,10 +111,10 @@ def _parse_caches(settings: CompareSettings, job: Job) -> list[StepCache]:
     """The step caches that were asked for, checked as far as possible without weights."""
     from ditattn.hosts.diffusers.step_cache import check_pipeline, expand_step_caches
 
-    if settings.cache_config and not settings.cache:
-        raise ConfigError("--cache-config is for a step cache: name it with --cache")
-    caches = expand_step_caches(settings.cache, settings.cache_config)
-    for name in dict.fromkeys(settings.cache):
+    # every setting runs without a cache too, so "none" adds nothing
+    names = [name for name in dict.fromkeys(settings.cache) if name.lower() != "none"]
+    caches = expand_step_caches(names, settings.cache_config)
+    for name in names:
         own = [cache for cache in caches if cache.name == name]
         keys = dict.fromkeys(key for config in settings.cache_config for key in config)
         if dropped := [key for key in keys if not any(key in cache.keys for cache in own)]:

@@ -77,7 +77,7 @@ def _parse_cache(settings: GenerateSettings, job: Job) -> StepCache | None:
     """The step cache that was asked for, checked as far as possible without weights."""
     from ditattn.hosts.diffusers.step_cache import check_pipeline, parse_step_cache
 
-    if settings.cache is None:
+    if settings.cache is None or settings.cache.lower() == "none":
         if settings.cache_config:
             raise ConfigError("--cache-config is for a step cache: name it with --cache")
         return None

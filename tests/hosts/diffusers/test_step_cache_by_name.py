@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers
 import pytest
 import torch
@@ -64,4 +66,21 @@ def test_names_and_keys_are_checked() -> None:
     with pytest.raises(UnknownKey, match="unknown key 'current_timestep_callback'"):
         parse_step_cache("faster", {"current_timestep_callback": 1})
     there = [name for name, cls in STEP_CACHES.items() if hasattr(diffusers, cls)]
-    assert all(parse_step_cache(name, {}).name == name for name in there)
+    asked = {"mag": {"calibrate": True}}
+    assert all(parse_step_cache(name, asked.get(name, {})).name == name for name in there)
+    with pytest.raises(ConfigError, match="mag needs mag_ratios, which depend on model and steps: a run with calibrate=true prints them"):
+        parse_step_cache("mag", {"threshold": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "text"),
+    [
+        ("first_block", {"threshold": "abc"}, r"first_block: threshold: Input should be a valid number.*\(got 'abc'\)"),
+        ("pyramid_attention_broadcast", {"spatial_attention_timestep_skip_range": [1, 2, 3]}, "spatial_attention_timestep_skip_range"),
+        ("taylorseer", {"cache_identifiers": 3}, "cache_identifiers: Input should be a valid list"),
+        ("mag", {"calibrate": True, "max_skip_steps": "many"}, "max_skip_steps: Input should be a valid integer"),
+    ],
+)
+def test_values_of_other_types_are_refused_before_anything_runs(name: str, keys: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        parse_step_cache(name, keys)

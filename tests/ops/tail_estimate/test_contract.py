@@ -279,3 +279,15 @@ def test_shapes_without_values() -> None:
         fake = key_summary(mean_of(q, 2), k, v, order, None, SCALE)
         assert [x.shape for x in (*fake[:4], fake.tail.key)] == [x.shape for x in (*real[:4], real.tail.key)]
         assert tail_cost(query_groups(q, order).means, fake, SCALE).shape == costs.shape == (2, 4, 3, 3)
+
+
+def test_values_and_lengths_that_do_not_fit_are_refused() -> None:
+    q, k, v = drawn("cpu", 1, 300, 2, 2, 2)
+    for value, lengths, text in (
+        (v.half(), None, "value must be torch.float32"),
+        (v[:, 1:], None, r"value must be .* \[1, 300, 2, 32\]"),
+        (v, torch.tensor([100.5]), "key_lengths must be int32 or int64"),
+        (v, torch.tensor([100, 200]), r"key_lengths must be .* \[1\]"),
+    ):
+        with pytest.raises(UnsupportedCall, match=text):
+            key_summary(mean_of(q, 2), k, value, raster(300), lengths, SCALE)

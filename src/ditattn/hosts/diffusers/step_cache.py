@@ -7,16 +7,17 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, get_type_hints
 
 import diffusers
+from pydantic import ConfigDict, ValidationError, create_model
 from torch import nn
 
 from ditattn.backends.setting import StepCache
 from ditattn.errors import ConfigError, UnknownKey, UnsupportedModel
 from ditattn.hosts.diffusers.install import denoisers
 from ditattn.models import unwrapped
-from ditattn.values import unknown_key
+from ditattn.values import sentences, unknown_key
 
 __all__ = ["STEP_CACHES", "add_step_cache", "check_pipeline", "expand_step_caches", "parse_step_cache"]
 
@@ -39,14 +40,29 @@ def parse_step_cache(name: str, keys: Mapping[str, Any]) -> StepCache:
 
     Raises:
         ConfigError: no such cache, or this diffusers does not have it.
+        ConfigError: a value of another type than diffusers' configuration has, or `mag` without the ratios of the model.
         UnknownKey: no such key, or one that takes a function, which is set here.
     """
     known = _known_keys(name)
     for key in keys:
         if key not in known:
             raise UnknownKey(f"the step cache {name}: {unknown_key(key, known)}")
+    if name == "mag" and not keys.keys() & {"mag_ratios", "calibrate"}:
+        raise ConfigError("the step cache mag needs mag_ratios, which depend on model and steps: a run with calibrate=true prints them")
+    _check_types(name, keys)
     # ranges are pairs, which a file or JSON text can only write as lists
     return StepCache(name, {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()})
+
+
+def _check_types(name: str, keys: Mapping[str, Any]) -> None:
+    """diffusers' configurations take values of any type and fail in the middle of a run."""
+    types = get_type_hints(_config_cls(name))
+    allowed = ConfigDict(arbitrary_types_allowed=True)
+    checked = create_model(name, __config__=allowed, **{key: (types[key], ...) for key in keys})  # type: ignore[call-overload]
+    try:
+        checked(**keys)
+    except ValidationError as error:
+        raise ConfigError(f"the step cache {name}: {'; '.join(sentences(error, checked))}") from None
 
 
 def expand_step_caches(names: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[StepCache]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ditattn.errors import UnsupportedCall
 from ditattn.ops.contract import joined, split
 from ditattn.ops.pooled_tail import PooledTail
 from ditattn.ops.table import WIDE_FLOATS, CallFacts, Implementation, Names, choose, load, names_of
@@ -77,11 +78,17 @@ def key_summary(
         implementation: a name from `TABLE`, or several in order of preference; None takes the first possible one.
 
     Raises:
-        UnsupportedCall: the order is for another length, device or number of key heads, or no implementation takes the call.
+        UnsupportedCall: value or key lengths do not fit the key, the order is for another length, device or number of key heads, or no
+            implementation takes the call.
     """
     order.check_length(key.shape[1])
     order.check_key_heads(key.shape[2])
     order.check_device(key.device)
+    if value.shape != key.shape or value.dtype != key.dtype:
+        raise UnsupportedCall(f"value must be {key.dtype} {list(key.shape)} like key, not {value.dtype} {list(value.shape)}")
+    if key_lengths is not None and (key_lengths.dtype not in (torch.int32, torch.int64) or key_lengths.shape != key.shape[:1]):
+        found = f"{key_lengths.dtype} {list(key_lengths.shape)}"
+        raise UnsupportedCall(f"key_lengths must be int32 or int64 [{key.shape[0]}], not {found}")
     if scale == 0:
         # all tokens weigh alike, as they do for a mean query of zeros; implementations divide by the scale
         mean_query, scale = torch.zeros_like(mean_query), 1.0
