@@ -37,7 +37,7 @@ def kept_pairs(backend: str, grid: tuple[int, int, int], ranks: int, sparsity: f
             current_timestep=0, raw_latent_shape=(1, 1, *grid), patch_size=1, sparsity=sparsity, skip_first_steps=0, rows=share
         )
         if deals:
-            metadata = with_dealt_rows(metadata, cls.get_impl_cls().keeps_first_frame_rows) or metadata
+            metadata = with_dealt_rows(metadata, cls.get_impl_cls().keeps_first_frame_rows, "cpu") or metadata
         found.append(_pairs(cls, query[:, metadata.rows.tokens()], key, metadata))
     return found
 

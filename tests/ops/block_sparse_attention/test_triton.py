@@ -70,8 +70,8 @@ def test_every_configuration_compiles_without_spilling(arch: int) -> None:
     rows = json.loads(done.stdout)
     assert len(rows) == 3 * 4
     for row in rows:
-        # two registers at head size 64 on Hopper: there it is faster than any entry that spills none
-        assert row["stack_bytes"] <= (8 if (arch, row["head_dim"]) == (90, 64) else 0), row
+        # up to six registers where tokens stand in another order, whose numbers are needed before the loops and after them, not in them
+        assert row["stack_bytes"] <= (24 if row["options"] == "tail" else 0), row
         assert row["local_bytes"] == 0, row
         assert row["shared_bytes"] <= SHARED_MEMORY_BYTES[arch], row
         assert row["matrix_instruction"] in row["ptx_instructions"], row
