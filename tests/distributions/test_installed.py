@@ -85,7 +85,7 @@ def test_the_package_is_the_installed_one_with_all_its_kernels(installed: Instal
 def test_backends_lists_the_kernels_as_ready(installed: Installed) -> None:
     rows = json.loads(installed.run("ditattn", "backends", "--json", "--device", "cpu"))["backends"]
     ready = {row["operation"] for row in rows if row["implementation"] == "cpu" and row["available"]}
-    assert ready == {"dense_attention", "block_sparse_attention", "block_mean"}
+    assert ready == {"dense_attention", "block_sparse_attention", "block_mean", "tail_estimate"}
 
 
 def test_the_kernels_against_the_oracle(installed: Installed) -> None:
