@@ -160,7 +160,7 @@ def _vllm_kernels() -> str:
 def _vllm_isa(dtype: torch.dtype) -> str:
     if platform.machine() in ("aarch64", "arm64"):
         return "neon"
-    return "amx" if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else "vec"
+    return "amx" if dtype == torch.bfloat16 and "amx_tile" in cpuinfo().get("flags", "").split() else "vec"
 
 
 PEERS = (
