@@ -11,6 +11,7 @@ on the same plan. Every arm is compared with the reference on a small problem be
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -103,6 +104,7 @@ def main() -> int:
     parser.add_argument("--arms", default=",".join((*DENSE_ARMS, *SPARSE_ARMS, *BACKENDS)), help="likewise")
     parser.add_argument("--sparsities", default=",".join(map(str, SPARSITIES)), help="likewise")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--profile", action="store_true", help="time nothing: what one whole call of every backend is made of")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -112,6 +114,11 @@ def main() -> int:
     print(json.dumps(machine))
     deadline_s = time.monotonic() + BUDGET_S
     arms, sparsities = arguments.arms.split(","), [float(one) for one in arguments.sparsities.split(",")]
+    if arguments.profile:
+        for shape in (shape for shape in SHAPES if shape.name in arguments.shapes.split(",")):
+            for backend, sparsity in itertools.product((arm for arm in arms if arm in BACKENDS), sparsities):
+                print(profile_call(shape, backend, sparsity, "cuda"))
+        return 0
     refused = check_arms("cuda", tuple(arm for arm in arms if arm not in BACKENDS))
     rows = []
     for shape in (shape for shape in SHAPES if shape.name in arguments.shapes.split(",")):
@@ -257,6 +264,27 @@ def _whole_call(
         (replace(base, arm=backend, samples_ms=[], **fields), partial(layer.forward, q, k, v, metadata)),
         (replace(base, arm="- attention alone", samples_ms=[], **fields), partial(block_sparse_attention, q, k, v, plan)),
     ]
+
+
+def profile_call(shape: Shape, backend: str, sparsity: float, device: str) -> str:
+    """How long the host takes to queue a whole call, how long the call takes, and a table of its operations and kernels by their time."""
+    base = Row(shape.name, "", 0.0, 1.0, shape.tokens, shape.heads, shape.dim)
+    _, call = _whole_call(base, backend, shape, sparsity, *draw(shape, device))[0]
+    wait = torch.cuda.synchronize if device == "cuda" else int
+    with torch.inference_mode():
+        for _ in range(3):
+            call()
+        wait()
+        start_s = time.perf_counter()
+        call()
+        queued_s = time.perf_counter() - start_s
+        wait()
+        done_s = time.perf_counter() - start_s
+        with torch.profiler.profile() as profiled:
+            call()
+            wait()
+    table = profiled.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=30, max_name_column_width=60)
+    return f"{shape.name}, {backend} at {sparsity}: queued in {1e3 * queued_s:.2f} ms, done after {1e3 * done_s:.2f} ms\n{table}"
 
 
 def _warm_up(row: Row, call: Callable[[], Tensor], q: Tensor) -> str | None:

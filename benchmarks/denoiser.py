@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,11 +87,10 @@ def step_seconds(pipe: Any, model: Model, num_steps: int) -> list[float]:
     return [after - before for before, after in itertools.pairwise(marks)]
 
 
-def measure(pipe: Any, model: Model, num_steps: int, settings: dict[str, dict[str, Any]], write: Callable[[str], None]) -> None:
-    """A row for each setting."""
+def measure(pipe: Any, model: Model, num_steps: int, settings: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A row for each backend and its keys."""
     step_seconds(pipe, model, 2)
-    for name, keys in settings.items():
-        backend = name.split(" ")[0]
+    for backend, keys in settings.items():
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         with ditattn.install(pipe, backend, **keys) as handle:
@@ -99,8 +98,8 @@ def measure(pipe: Any, model: Model, num_steps: int, settings: dict[str, dict[st
         report = handle.report().components["transformer"]
         dense = [step for step in range(num_steps) if report.sparse_density_by_step.get(step) is None]
         sparse = [step for step in range(num_steps) if step not in dense]
-        row = {
-            "setting": name,
+        yield {
+            "backend": backend,
             "steps": [round(one, 4) for one in seconds],
             "dense_step_s": round(statistics.median([seconds[step] for step in dense]), 4) if dense else None,
             "sparse_step_s": round(statistics.median([seconds[step] for step in sparse]), 4) if sparse else None,
@@ -108,7 +107,6 @@ def measure(pipe: Any, model: Model, num_steps: int, settings: dict[str, dict[st
             "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None,
             "report": handle.report().summary(),
         }
-        write(json.dumps(row))
 
 
 def main() -> int:
@@ -125,7 +123,8 @@ def main() -> int:
     for backend in arguments.backends.split(","):
         sparse = ditattn.AttentionBackendEnum.parse(backend).is_sparse
         settings[backend] = {"sparsity": arguments.sparsity, "min_tokens": 0} if sparse else {}
-    measure(pipe, model, arguments.steps, settings, print)
+    for row in measure(pipe, model, arguments.steps, settings):
+        print(json.dumps(row))
     return 0
 
 

@@ -60,6 +60,12 @@ def test_plumbing(tmp_path: Path) -> None:
     assert "no implementation named 'cuda_only'" in done.stdout
 
 
+def test_the_profile_of_a_call_names_its_operations() -> None:
+    told = bench.profile_call(bench.Shape("tiny", (2, 9, 20), heads=2, text=30, dim=32), "permuted_sparse_attn", 0.5, "cpu")
+    assert told.startswith("tiny, permuted_sparse_attn at 0.5: queued in ")
+    assert "ditattn::tail_cost" in told
+
+
 def test_peers_that_cannot_run_are_refused_with_the_reason_and_listed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -250,7 +251,9 @@ class DenoisingStage:
         if share.rows is not None:
             impl_cls = model.backend.get_impl_cls()
             keeps = issubclass(impl_cls, SparseAttentionImpl) and impl_cls.keeps_first_frame_rows
-            device_type = next(value.device.type for value in arguments.values() if isinstance(value, Tensor))
+            # some models take their tokens in lists
+            values = chain.from_iterable(value if isinstance(value, list) else [value] for value in arguments.values())
+            device_type = next(value.device.type for value in values if isinstance(value, Tensor))
             forward.dealt = with_dealt_rows(metadata, keeps, device_type)
         forward.key_mask = model.family.key_mask(model.model_config, arguments)
         model.log.split = "" if split is None else str(split)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.contract import joined, split
 from ditattn.ops.pooled_tail import PooledTail
-from ditattn.ops.table import WIDE_FLOATS, CallFacts, Implementation, Names, choose, load, names_of
+from ditattn.ops.table import PADDED_HEAD_DIMS, WIDE_FLOATS, CallFacts, Implementation, Names, choose, load, names_of
 from ditattn.ops.tail_estimate.summary import PER_BLOCK, QUERY_GROUPS, SUB_TOKENS, Estimator, KeySummary, Summarized
 from ditattn.packages import TRITON
 from ditattn.plan.block_plan import BLOCK_SIZE, num_blocks
@@ -20,15 +20,12 @@ from ditattn.plan.token_order import TokenOrder
 
 __all__ = ["PER_BLOCK", "QUERY_GROUPS", "SUB_TOKENS", "TABLE", "KeySummary", "key_summary", "tail_cost"]
 
-# the kernels hold some sixty rows of a head at a time
-KERNEL_HEAD_DIMS = tuple(range(8, 129, 8))
-
 TABLE: tuple[Implementation, ...] = (
     Implementation(
         "triton",
         "ditattn.ops.tail_estimate.triton:estimator",
         devices=("cuda",),
-        head_dims=KERNEL_HEAD_DIMS,
+        head_dims=PADDED_HEAD_DIMS,
         packages=(TRITON,),
         probe="ditattn.ops.triton_targets:why_not_cuda",
     ),
@@ -37,7 +34,7 @@ TABLE: tuple[Implementation, ...] = (
         "triton",
         "ditattn.ops.tail_estimate.triton:estimator",
         devices=("cpu",),
-        head_dims=KERNEL_HEAD_DIMS,
+        head_dims=PADDED_HEAD_DIMS,
         packages=(TRITON,),
         probe="ditattn.ops.triton_targets:why_not_interpreted",
         automatic=False,
@@ -46,7 +43,7 @@ TABLE: tuple[Implementation, ...] = (
         "cpu",
         "ditattn.ops.tail_estimate.cpu:estimator",
         devices=("cpu",),
-        head_dims=KERNEL_HEAD_DIMS,
+        head_dims=PADDED_HEAD_DIMS,
         probe="ditattn.ops.cpu_library:problem",
     ),
     Implementation("torch", "ditattn.ops.tail_estimate.pure_torch:estimator", dtypes=WIDE_FLOATS),
