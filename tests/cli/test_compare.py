@@ -433,3 +433,10 @@ def test_errors_in_one_line(case, ditattn, wan_folder, tmp_path, monkeypatch):
     for word in words:
         assert word in done.error_lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_no_cache_is_nothing_to_compare(ditattn):
+    for more, text in (([], "what shall be compared?"), (["--cache-config", "threshold=1"], "--cache-config is for a step cache")):
+        done = ditattn("compare", "--prompt", "a blue circle", "--cache", "none", *more)
+        assert done.status != 0
+        assert text in done.err

@@ -52,9 +52,9 @@ def run(settings: CompareSettings, *, debug: bool = False) -> None:
         DitattnError, OSError: see the modules that check.
     """
     set_up_messages(debug)
-    if settings.cache_config and not settings.cache:
+    if settings.cache_config and not _cache_names(settings):
         raise ConfigError("--cache-config is for a step cache: name it with --cache")
-    if not settings.attention_backend and not settings.quantization and not settings.cache:
+    if not settings.attention_backend and not settings.quantization and not _cache_names(settings):
         raise ConfigError(
             "what shall be compared? Name it: --attention-backend rain_fusion_attn (the reference is torch_sdpa), --quantization or --cache"
         )
@@ -111,8 +111,7 @@ def _parse_caches(settings: CompareSettings, job: Job) -> list[StepCache]:
     """The step caches that were asked for, checked as far as possible without weights."""
     from ditattn.hosts.diffusers.step_cache import check_pipeline, expand_step_caches
 
-    # every setting runs without a cache too, so "none" adds nothing
-    names = [name for name in dict.fromkeys(settings.cache) if name.lower() != "none"]
+    names = _cache_names(settings)
     caches = expand_step_caches(names, settings.cache_config)
     for name in names:
         own = [cache for cache in caches if cache.name == name]
@@ -122,6 +121,11 @@ def _parse_caches(settings: CompareSettings, job: Job) -> list[StepCache]:
         if job.model.pipeline_cls is not None:
             check_pipeline(job.model.pipeline_cls, own[0])
     return caches
+
+
+def _cache_names(settings: CompareSettings) -> list[str]:
+    """Every setting runs without a cache too, so "none" adds nothing."""
+    return [name for name in dict.fromkeys(settings.cache) if name.lower() != "none"]
 
 
 def _file_name(settings: CompareSettings) -> str:

@@ -69,7 +69,11 @@ def test_names_and_keys_are_checked() -> None:
     asked = {"mag": {"calibrate": True}}
     assert all(parse_step_cache(name, asked.get(name, {})).name == name for name in there)
     with pytest.raises(ConfigError, match="mag needs mag_ratios, which depend on model and steps: a run with calibrate=true prints them"):
-        parse_step_cache("mag", {"threshold": 0.1})
+        parse_step_cache("mag", {"calibrate": False})
+    assert parse_step_cache("first_block", {"threshold": "0.1"}).keys == {"threshold": 0.1}
+    assert parse_step_cache("faster", {"spatial_attention_timestep_skip_range": [1, 9]}).keys == {
+        "spatial_attention_timestep_skip_range": (1, 9)
+    }
 
 
 @pytest.mark.parametrize(

@@ -39,28 +39,29 @@ def parse_step_cache(name: str, keys: Mapping[str, Any]) -> StepCache:
     """A cache by name, with keys of diffusers' configuration of it.
 
     Raises:
-        ConfigError: no such cache, or this diffusers does not have it.
-        ConfigError: a value of another type than diffusers' configuration has, or `mag` without the ratios of the model.
+        ConfigError: no such cache, this diffusers does not have it, a value has another type than in diffusers' configuration, or `mag`
+            lacks the ratios of the model.
         UnknownKey: no such key, or one that takes a function, which is set here.
     """
     known = _known_keys(name)
     for key in keys:
         if key not in known:
             raise UnknownKey(f"the step cache {name}: {unknown_key(key, known)}")
-    if name == "mag" and not keys.keys() & {"mag_ratios", "calibrate"}:
+    if name == "mag" and "mag_ratios" not in keys and not keys.get("calibrate"):
         raise ConfigError("the step cache mag needs mag_ratios, which depend on model and steps: a run with calibrate=true prints them")
-    _check_types(name, keys)
-    # ranges are pairs, which a file or JSON text can only write as lists
-    return StepCache(name, {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()})
+    return StepCache(name, _typed(name, keys))
 
 
-def _check_types(name: str, keys: Mapping[str, Any]) -> None:
-    """diffusers' configurations take values of any type and fail in the middle of a run."""
+def _typed(name: str, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The values in the types of diffusers' configuration, which itself takes any and fails in the middle of a run.
+
+    Ranges are pairs there, which a file or JSON text can only write as lists.
+    """
     types = get_type_hints(_config_cls(name))
     allowed = ConfigDict(arbitrary_types_allowed=True)
     checked = create_model(name, __config__=allowed, **{key: (types[key], ...) for key in keys})  # type: ignore[call-overload]
     try:
-        checked(**keys)
+        return dict(checked(**keys))
     except ValidationError as error:
         raise ConfigError(f"the step cache {name}: {'; '.join(sentences(error, checked))}") from None
 
