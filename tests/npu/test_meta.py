@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ditattn
 from ascend_calls import BLOCK_SPARSE
-from ditattn.backends import sparse
+from ditattn.backends.sparse import token_orders
 from ditattn.devices.clock import Stopwatch
 from ditattn.ops import block_mean, block_sparse_attention, dense_attention
 from ditattn.ops.block_sparse_attention import TABLE, ascend
@@ -36,7 +36,7 @@ def _through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stopwatch, "measure", lambda self, device: nullcontext())
     # the order of the tokens is worked out from numbers, on the CPU; fake tensors have none
     orders = {name: token_order(name, GRID) for name in ("tile", "raster")}
-    monkeypatch.setattr(sparse, "token_order", lambda name, *_: _fake(orders[name]))
+    monkeypatch.setattr(token_orders, "token_order", lambda name, *_: _fake(orders[name]))
 
 
 def _fake(order: TokenOrder) -> TokenOrder:
