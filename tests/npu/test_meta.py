@@ -21,7 +21,7 @@ from ditattn.ops.block_sparse_attention import TABLE, ascend
 from ditattn.ops.calls import SparseCall
 from ditattn.packages import Package
 from ditattn.plan.token_order import TokenOrder, token_order
-from ditattn.runtime import stage
+from ditattn.runtime import attend
 from npu.fake_wan import A2, A5, GRID, Called, fake_wan
 from tiny_pipelines.pipeline import HEAD_SIZE
 
@@ -31,7 +31,7 @@ def _through(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own operations are opaque to fake tensors; here their insides run."""
     for operation in (dense_attention, block_sparse_attention, block_mean):
         monkeypatch.setattr(operation, "_op", operation._op._init_fn)
-    monkeypatch.setattr(stage, "_attend", stage._attend._init_fn)
+    monkeypatch.setattr(attend, "_attend", attend._attend._init_fn)
     # the first event would start the device
     monkeypatch.setattr(Stopwatch, "measure", lambda self, device: nullcontext())
     # the order of the tokens is worked out from numbers, on the CPU; fake tensors have none
