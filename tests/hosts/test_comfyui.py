@@ -286,6 +286,25 @@ def test_a_layer_keeps_no_tensors_of_a_call() -> None:
     assert _living_elements() - before < math.prod(recording["calls"][0]["args"][0]["shape"])
 
 
+def test_a_sampling_leaves_no_residuals_behind() -> None:
+    """What comes after it, the VAE, wants the memory."""
+    recording, schedule = RECORDINGS["Wan"], torch.linspace(1, 0, 13)
+    patched, handle = host.attach(Patcher(), "permuted_sparse_attn", {**KEYS, "residual": True})
+    elements = math.prod(recording["calls"][0]["args"][0]["shape"])
+    within: list[int] = []
+    before = _living_elements()
+
+    def run() -> None:
+        for sigma in schedule[:2].tolist():
+            comfyui_calls.forward(patched, recording, sigma, sample_sigmas=schedule)
+        within.append(_living_elements() - before)
+
+    comfyui_calls.sampling(patched, run)
+    assert within[0] > elements
+    assert _living_elements() - before < elements
+    assert (component(handle).calls, component(handle).sparse) == (4, 2)
+
+
 def test_two_models_of_one_class_are_told_apart() -> None:
     """A ControlNet may be of the model's own class."""
     patched, handle = host.attach(Patcher(), "rain_fusion_attn", KEYS)
