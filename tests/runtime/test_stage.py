@@ -520,6 +520,22 @@ def test_a_call_outside_every_forward_is_dense_and_warns_once(caplog: pytest.Log
     assert caplog.text.count("outside a denoiser's forward") == 1
 
 
+def test_a_call_that_failed_and_is_made_again_counts_once() -> None:
+    stage = stage_of(served(skip_first_steps=1))
+    query, key, value = qkv()
+
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    with forward_of(stage) as forward:
+        forward.layer, forward.native = 0, full
+        with pytest.raises(torch.OutOfMemoryError):
+            attend(query, key, value, torch.randn(LENGTH, LENGTH))
+        forward.native = lambda: torch.zeros_like(query)
+        attend(query, key, value, torch.randn(LENGTH, LENGTH))
+    assert report_of(stage).calls == 1
+
+
 def test_threads_have_their_own_forwards() -> None:
     together = threading.Barrier(2)
     stages = [stage_of(served(skip_first_steps=steps)) for steps in (0, 1)]
