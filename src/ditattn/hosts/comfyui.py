@@ -23,8 +23,10 @@ from ditattn.devices import find_device
 from ditattn.errors import BackendUnavailable, ConfigError, UnsupportedModel
 from ditattn.models import ModelFamily, TokenLayout
 from ditattn.plan.token_grids import TokenGrid
+from ditattn.runtime.forward import Forward, running
 from ditattn.runtime.report import AttentionReport
-from ditattn.runtime.stage import DenoisingStage, Forward, ServedModel, running
+from ditattn.runtime.served_model import ServedModel
+from ditattn.runtime.stage import DenoisingStage
 from ditattn.runtime.step import Step, StepClock
 
 __all__ = ["Handle", "SigmaClock", "attach", "backend_choices", "density_picture", "keys_of", "preset_choices"]

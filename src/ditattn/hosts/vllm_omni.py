@@ -30,7 +30,7 @@ from ditattn.runtime.key_padding import OTHER_MASK
 from ditattn.runtime.metadata import build_attn_metadata
 from ditattn.runtime.report import ComponentLog
 from ditattn.runtime.run_share import RunShare
-from ditattn.runtime.stage import NOT_SELF_ATTENTION
+from ditattn.runtime.self_attention import NOT_SELF_ATTENTION
 from ditattn.runtime.step import Step
 from ditattn.values import KnownKeys, parse_config
 
