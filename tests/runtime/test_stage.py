@@ -24,10 +24,14 @@ from ditattn.ops.calls import DenseCall, SparseCall
 from ditattn.ops.contract import call_facts
 from ditattn.ops.table import choose
 from ditattn.plan.token_grids import TokenGrid
-from ditattn.runtime import key_padding, stage
+from ditattn.runtime import attend as attend_op
+from ditattn.runtime import key_padding
+from ditattn.runtime.attend import attend
+from ditattn.runtime.forward import Forward, running
 from ditattn.runtime.metadata import check_layers
 from ditattn.runtime.report import ComponentReport
-from ditattn.runtime.stage import DenoisingStage, Forward, ServedModel, attend, running
+from ditattn.runtime.served_model import ServedModel
+from ditattn.runtime.stage import DenoisingStage
 from ditattn.runtime.step import StepClock
 
 FRAMES, ROWS, COLUMNS = 3, 16, 16
@@ -507,7 +511,7 @@ def test_a_forward_that_was_never_left_is_forgotten_and_its_run_too() -> None:
 
 
 def test_a_call_outside_every_forward_is_dense_and_warns_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage._local, "warned_stray", False, raising=False)
+    monkeypatch.setattr(attend_op._local, "warned_stray", False, raising=False)
     q, k, v = qkv()
     mask = first(LENGTH - 15)
     with caplog.at_level(logging.WARNING, logger="ditattn"):

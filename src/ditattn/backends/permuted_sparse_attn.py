@@ -212,7 +212,7 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         orders = self._known_order(query, key, metadata) or self._choose(query, key, value, metadata, None)
         means = self._means(query, key, value, metadata, orders)
         sparsity = _refreshes(query, metadata).sparsity
-        record = self._planned(query, key, metadata, lambda: self._plan(means, sparsity, metadata, orders))
+        record = self._plans.of_call(query, key, metadata, lambda: self._plan(means, sparsity, metadata, orders))
         assert record.plan is not None
         tail = means.keys.tail if metadata.tail else None
         out = self._attend_ordered(query, key, value, record.plan, metadata.key_lengths, orders, tail)

@@ -27,8 +27,10 @@ from ditattn.models import MODELS, ModelFamily, family_of, known_class, unwrappe
 from ditattn.models.unlisted import BY_RULE, family_by_rule
 from ditattn.runtime.layout_by_rule import LayoutByRule
 from ditattn.runtime.metadata import check_layers
+from ditattn.runtime.probe import Probe
 from ditattn.runtime.report import AttentionReport
-from ditattn.runtime.stage import DenoisingStage, Probe, ServedModel
+from ditattn.runtime.served_model import ServedModel
+from ditattn.runtime.stage import DenoisingStage
 from ditattn.runtime.step import StepClock
 
 __all__ = ["Installation", "denoisers", "family_or_reason", "install", "install_setting", "names_denoiser", "self_attention_modules"]

@@ -22,7 +22,7 @@ from ditattn.hosts.diffusers.quantize import quantize_setting
 from ditattn.hosts.diffusers.step_cache import add_step_cache
 from ditattn.models import family_of, unwrapped
 from ditattn.runtime.probe import CellReading, SparseProbe
-from ditattn.runtime.stage import ServedModel
+from ditattn.runtime.served_model import ServedModel
 
 __all__ = ["PipelineWorkload"]
 
