@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import math
+import re
 import sys
 import tomllib
 import weakref
@@ -479,7 +480,11 @@ def test_the_node_pack_works_from_its_folder() -> None:
     attention, report = pack.NODE_CLASS_MAPPINGS["DitattnAttention"], pack.NODE_CLASS_MAPPINGS["DitattnReport"]
     assert attention.INPUT_TYPES()["required"]["model"] == ("MODEL",)
     patched, handle = getattr(attention(), attention.FUNCTION)(Patcher(), "rain_fusion_attn", "fast", 0.5, "1")
-    assert len(attention.RETURN_TYPES) == len(attention.RETURN_NAMES) == 2
+    outputs = re.findall(
+        r"^\| .*\| `(\w+)` \| ([A-Z]+) \|", (ROOT / "docs" / "hosts" / "comfyui.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert outputs == [pair for node in (attention, report) for pair in zip(node.RETURN_NAMES, node.RETURN_TYPES, strict=True)]
+    assert outputs[2:] == [("report", "STRING"), ("density", "IMAGE")]
     assert handle.setting.keys == {"preset": "fast", "sparsity": 0.5, "skip_first_steps": 1}
     comfyui_calls.sampling(patched, lambda: comfyui_calls.forward(patched, RECORDINGS["Wan"], SIGMAS[1]))
     shown = getattr(report(), report.FUNCTION)(handle, {"samples": None})

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ditattn.errors import ConfigError
+from ditattn.errors import ConfigError, UnknownKey
 from ditattn.values import KnownKeys
 
 __all__ = [
+    "STEP_CACHE_KEY",
     "AttentionConfig",
     "BlockSparseAttentionConfig",
     "DenseAttentionConfig",
@@ -38,8 +39,22 @@ FEW_STEPS = 8
 AUTO_SHARE = 0.2
 
 
+STEP_CACHE_KEY = "step_cache"
+"""In a file that `tune` wrote: the step cache that the other keys were found beside. Of the host, and no key of the attention."""
+
+
 class AttentionConfig(KnownKeys):
     """Base of every backend configuration."""
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Validate `values`. Raises as `KnownKeys.from_mapping`; who reads a step cache too has taken its key out before."""
+        if STEP_CACHE_KEY in values:
+            raise UnknownKey(
+                f"{STEP_CACHE_KEY}: these keys were tuned beside a step cache ({values[STEP_CACHE_KEY]}), which cannot be switched on from "
+                "here: without this key they run without it, as far as nobody else switches it on"
+            )
+        return super().from_mapping(values)
 
 
 class DenseAttentionConfig(AttentionConfig):
