@@ -480,6 +480,15 @@ def test_layers_that_do_not_exist_are_refused() -> None:
         check_layers(config, 2, "transformer")
     check_layers(config, 9, "transformer")
     check_layers(served("fa").config, 0, "transformer")
+    with pytest.raises(ConfigError, match=r"skip_layers names 2, 3, \.\.\., 99, but"):
+        check_layers(served(skip_layers="0-99").config, 2, "transformer")
+
+
+def test_orders_of_layers_that_do_not_exist_are_refused() -> None:
+    config = served("permuted_sparse_attn", head_bricks=["2x8x8", "", "2x8x8"]).config
+    with pytest.raises(ConfigError, match="head_bricks names 2, but transformer has self-attention layers 0-1"):
+        check_layers(config, 2, "transformer")
+    check_layers(config, 3, "transformer")
 
 
 # forwards
