@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import math
 import re
@@ -268,6 +269,41 @@ def test_a_mask_is_read_once_in_a_forward_and_kept_no_longer(monkeypatch: pytest
         masks.pop(0)
     assert num_read == [1280, 1280 * 1280]
     assert [one() for one in gone] == [None, None]
+
+
+def _living_elements() -> int:
+    gc.collect()
+    return sum(found.numel() for found in gc.get_objects() if type(found) is Tensor)
+
+
+def test_a_layer_keeps_no_tensors_of_a_call() -> None:
+    """With queries, keys and values of every layer a large model would not fit the device."""
+    recording = RECORDINGS["Wan"]
+    patched, handle = host.attach(Patcher(), "rain_fusion_attn", KEYS)
+    before = _living_elements()
+    for sigma in SIGMAS[:2]:
+        comfyui_calls.forward(patched, recording, sigma)
+    assert component(handle).dense_reasons == {"first steps": 2}
+    assert _living_elements() - before < math.prod(recording["calls"][0]["args"][0]["shape"])
+
+
+def test_a_sampling_leaves_no_residuals_behind() -> None:
+    """What comes after it, the VAE, wants the memory."""
+    recording, schedule = RECORDINGS["Wan"], torch.linspace(1, 0, 13)
+    patched, handle = host.attach(Patcher(), "permuted_sparse_attn", {**KEYS, "residual": True})
+    elements = math.prod(recording["calls"][0]["args"][0]["shape"])
+    within: list[int] = []
+    before = _living_elements()
+
+    def run() -> None:
+        for sigma in schedule[:2].tolist():
+            comfyui_calls.forward(patched, recording, sigma, sample_sigmas=schedule)
+        within.append(_living_elements() - before)
+
+    comfyui_calls.sampling(patched, run)
+    assert within[0] > elements
+    assert _living_elements() - before < elements
+    assert (component(handle).calls, component(handle).sparse) == (4, 2)
 
 
 def test_two_models_of_one_class_are_told_apart() -> None:

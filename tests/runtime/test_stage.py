@@ -480,6 +480,15 @@ def test_layers_that_do_not_exist_are_refused() -> None:
         check_layers(config, 2, "transformer")
     check_layers(config, 9, "transformer")
     check_layers(served("fa").config, 0, "transformer")
+    with pytest.raises(ConfigError, match=r"skip_layers names 2, 3, \.\.\., 99, but"):
+        check_layers(served(skip_layers="0-99").config, 2, "transformer")
+
+
+def test_orders_of_layers_that_do_not_exist_are_refused() -> None:
+    config = served("permuted_sparse_attn", head_bricks=["2x8x8", "", "2x8x8"]).config
+    with pytest.raises(ConfigError, match="head_bricks names 2, but transformer has self-attention layers 0-1"):
+        check_layers(config, 2, "transformer")
+    check_layers(config, 3, "transformer")
 
 
 # forwards
@@ -518,6 +527,22 @@ def test_a_call_outside_every_forward_is_dense_and_warns_once(caplog: pytest.Log
         for _ in range(2):
             torch.testing.assert_close(attend(q, k, v, mask), dense(q, k, v, mask[:, None, None]), rtol=0, atol=1e-5)
     assert caplog.text.count("outside a denoiser's forward") == 1
+
+
+def test_a_call_that_failed_and_is_made_again_counts_once() -> None:
+    stage = stage_of(served(skip_first_steps=1))
+    query, key, value = qkv()
+
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    with forward_of(stage) as forward:
+        forward.layer, forward.native = 0, full
+        with pytest.raises(torch.OutOfMemoryError):
+            attend(query, key, value, torch.randn(LENGTH, LENGTH))
+        forward.native = lambda: torch.zeros_like(query)
+        attend(query, key, value, torch.randn(LENGTH, LENGTH))
+    assert report_of(stage).calls == 1
 
 
 def test_threads_have_their_own_forwards() -> None:

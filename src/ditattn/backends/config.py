@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -37,6 +37,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 # "auto": runs of up to so many steps have one dense step, longer ones this share
 FEW_STEPS = 8
 AUTO_SHARE = 0.2
+# so that a slip of the keyboard is an error, and not a list that fills the memory
+LAST_LAYER = 9999
 
 
 STEP_CACHE_KEY = "step_cache"
@@ -110,6 +112,10 @@ class SparseAttentionConfig(AttentionConfig):
         """`min_tokens` as a number."""
         return LEAST_TOKENS.get(device_type, LEAST_TOKENS_ELSEWHERE) if self.min_tokens == "auto" else self.min_tokens
 
+    def named_layers(self) -> Mapping[str, Collection[int]]:
+        """By key, the layers that it speaks of: a model without one of them cannot honour the key."""
+        return {"skip_layers": parse_layers(self.skip_layers)}
+
     @property
     def outlasts_steps(self) -> bool:
         """True if layers keep something from one step for another, so that they must know which forwards belong together."""
@@ -175,13 +181,15 @@ def parse_layers(text: str) -> frozenset[int]:
     """Layer numbers from a selector such as "0-1,38".
 
     Raises:
-        ConfigError: a part that is neither a number nor a rising range.
+        ConfigError: a part that is neither a number nor a rising range, or a number that no model has.
     """
     layers: set[int] = set()
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         first, _, last = part.partition("-")
         if not first.isdigit() or (last and not last.isdigit()) or part.endswith("-") or (last and int(last) < int(first)):
             raise ConfigError(f"skip_layers: '{part}' is neither a layer number nor a range such as 0-3")
+        if int(last or first) > LAST_LAYER:
+            raise ConfigError(f"skip_layers: '{part}': no model has more than {LAST_LAYER + 1} layers")
         layers.update(range(int(first), int(last or first) + 1))
     return frozenset(layers)
 

@@ -7,7 +7,7 @@ brings is measured in docs/backends/permuted_sparse_attn.md, which also names th
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -77,6 +77,9 @@ class PermutedSparseAttentionConfig(SparseAttentionConfig):
     head_bricks: tuple[str, ...] = ()
     tail: bool = True
     residual: bool | Literal["auto"] = "auto"
+
+    def named_layers(self) -> Mapping[str, Collection[int]]:
+        return {**super().named_layers(), "head_bricks": [layer for layer, names in enumerate(self.head_bricks) if names]}
 
     @property
     def outlasts_steps(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from torch import Tensor
@@ -89,9 +90,8 @@ def _run(forward: Forward, layer: int | None, call: DenseCall, metadata: Attenti
     if strict and isinstance(impl, SparseAttentionImpl):
         assert isinstance(metadata, SparseAttentionMetadata)
         refuse_dense(forward, impl.why_dense(query, key, metadata))
-    if isinstance(impl, SparseAttentionImpl):
-        impl.host_dense = forward.native
-    out = impl.forward(query, key, value, metadata)
+    with _dense_by_host(forward, impl):
+        out = impl.forward(query, key, value, metadata)
     if not forward.records:
         # an impl of another package that notes nothing is counted all the same
         reason = UNSAID if impl.is_sparse else DENSE_BACKEND
@@ -101,6 +101,13 @@ def _run(forward: Forward, layer: int | None, call: DenseCall, metadata: Attenti
     if forward.stage.probe is not None:
         forward.stage.probe.look(forward, layer, impl, query, key, value, metadata, out)
     return out
+
+
+def _dense_by_host(forward: Forward, impl: AttentionImpl) -> AbstractContextManager[None]:
+    """Of hosts that have dense attention of their own: it computes what a sparse method runs densely."""
+    if forward.native is None or not isinstance(impl, SparseAttentionImpl):
+        return nullcontext()
+    return impl.dense_by_host(forward.native)
 
 
 def _run_arranged(forward: Forward, layer: int | None, call: DenseCall, arrangement: Arrangement) -> Tensor:

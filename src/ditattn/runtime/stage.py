@@ -162,6 +162,8 @@ class DenoisingStage:
         """Serve one attention call of a running forward: `[B, S, H, D]` in and out."""
         model, layer = forward.model, next_layer(forward, query, key)
         call = asked(query, key, value, attn_mask, is_causal, scale)
+        # a call that raised and is made again must not count twice
+        forward.records.clear()
         with model.log.stopwatch.measure(query.device):
             out = serve(forward, layer, call)
         for record in forward.records:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -52,8 +53,6 @@ class SparseAttentionImpl(AttentionImpl):
     keeps_first_frame_rows: ClassVar[bool] = True
     # the backend's name, for the error
     not_causal: ClassVar[str | None] = None
-    # of hosts that have dense attention of their own: computes the call that runs, if it runs densely; None leaves that to us
-    host_dense: Callable[[], Tensor] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -61,6 +60,7 @@ class SparseAttentionImpl(AttentionImpl):
             raise UnsupportedCall(f"{self.not_causal} does not support causal attention; block_sparse_attn does")
         self._plans, self._orders = LayerPlans(), LayerOrders()
         self._sparse_rows = Chosen(sparse_op.TABLE, choose_to_run)
+        self._host_dense: Callable[[], Tensor] | None = None
 
     def end_run(self) -> None:
         self._plans.forget()
@@ -71,10 +71,19 @@ class SparseAttentionImpl(AttentionImpl):
         if reason is None:
             out, record = self._attend(query, key, value, attn_metadata)
         else:
-            out = self._dense(query, key, value, attn_metadata.key_lengths) if self.host_dense is None else self.host_dense()
+            out = self._dense(query, key, value, attn_metadata.key_lengths) if self._host_dense is None else self._host_dense()
             record = self.learn(query, key, value, attn_metadata, reason, out)
         self._note(record)
         return out
+
+    @contextmanager
+    def dense_by_host(self, dense: Callable[[], Tensor]) -> Iterator[None]:
+        """Calls of the block are computed by the host's own `dense` where they run densely. It holds their tensors, and is not kept."""
+        self._host_dense = dense
+        try:
+            yield
+        finally:
+            self._host_dense = None
 
     def learns(self, query: Tensor, key: Tensor, metadata: SparseAttentionMetadata, reason: str) -> bool:
         """True if `learn` looks at the tensors of this call, which runs densely for `reason`."""

@@ -39,6 +39,11 @@ class Handle:
         self._seen: dict[tuple[Any, ...], int] = {}
         self._masks: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def end(self) -> None:
+        """The sampling ended: what its steps kept for each other is released, and the report stays."""
+        self.stage.reset()
+        self._masks = {}
+
     def report(self) -> AttentionReport:
         """What ran in the last sampling."""
         return self.stage.report()

@@ -97,7 +97,10 @@ def _override(handle: Handle, before: Callable[..., Tensor] | None) -> Callable[
 def _around_sampling(handle: Handle) -> Callable[..., Any]:
     def around_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
         handle.begin()
-        return executor(*args, **kwargs)
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            handle.end()
 
     return around_sampling
 

@@ -47,6 +47,7 @@ class Installation:
     def __init__(self, stage: DenoisingStage) -> None:
         self._stage = stage
         self._undo = contextlib.ExitStack()
+        self._removed = False
 
     def report(self) -> AttentionReport:
         """What ran so far: calls, reasons, densities, time."""
@@ -66,6 +67,7 @@ class Installation:
 
     def remove(self) -> None:
         """Restore the pipeline. Calling it twice does nothing."""
+        self._removed = True
         self._undo.close()
         self._stage.reset()
 
@@ -74,6 +76,8 @@ class Installation:
         self._undo.callback(function)
 
     def __enter__(self) -> Installation:
+        if self._removed:
+            raise ConfigError("this installation was removed, so nothing would be served in this block: call install again")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -94,7 +98,7 @@ def install(
 
     Args:
         target: a diffusers pipeline (preferred: it knows the step), or a bare transformer.
-        backend: a backend or its name; None takes DITATTN_ATTENTION_BACKEND or torch_sdpa.
+        backend: a backend's name or a member of `AttentionBackendEnum`; None takes DITATTN_ATTENTION_BACKEND or torch_sdpa.
         components: other backends for single components, such as {"transformer_2": "torch_sdpa"}. `config` belongs to `backend` (without
             one, to the backend that the components name); a component with a different backend runs with that one's defaults.
         strict: raise DenseInStrictMode if a call falls back to dense attention for a reason that no setting asks for, and for a run that

@@ -146,6 +146,8 @@ class Registration:
             _active.remove(self)
 
     def __enter__(self) -> Registration:
+        if self not in _active:
+            raise ConfigError("this registration was removed, so no name would be known in this block: call register again")
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -103,12 +103,8 @@ class Layer:
         metadata = self._metadata(step, tokens.layout)
         length, used = query.shape[1], query.shape[1] if tokens.used is None else tokens.used
         q, k, v = (query, key, value) if used == length else (x[:, :used] for x in (query, key, value))
-        self._impl.host_dense = lambda: dense()[:, :used]
-        try:
+        with self._impl.dense_by_host(lambda: dense()[:, :used]):
             out = self._impl.forward(q, k, v, metadata)
-        finally:
-            # it holds the tensors of this call
-            self._impl.host_dense = None
         if self._records[-1].reason is None:
             self._note_sparse(q, k, v, metadata)
         return out if used == length else torch.cat([out, out.new_zeros(out.shape[0], length - used, *out.shape[2:])], dim=1)
