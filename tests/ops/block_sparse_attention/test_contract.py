@@ -139,7 +139,7 @@ def _order_of_head(order: TokenOrder, head: int) -> TokenOrder:
 
 PER_HEAD = (
     Case("per head", plan="uneven", query_length=390, key_length=390),
-    Case("per head, grouped, batch, key lengths", plan="uneven", batch=2, heads=6, key_lengths=(300, 129)),
+    Case("per head, grouped, batch, key lengths", plan="uneven", batch=2, heads=4, key_lengths=(300, 129)),
     Case("per head, plan shared", plan="uneven", batch=2, plan_batch=1, plan_heads=1, layout="transposed", dim=128),
 )
 
