@@ -194,9 +194,9 @@ def test_an_npu_that_is_not_here_says_what_to_install(ditattn, small):
 
 
 def test_strict_refuses_what_would_run_densely(ditattn, small, monkeypatch):
-    from ditattn.runtime import stage
+    from ditattn.runtime.served_model import ServedModel
 
-    monkeypatch.setattr(stage, "_layout", lambda *a: None)
+    monkeypatch.setattr(ServedModel, "layout_of", lambda *a: None)
     config = "skip_first_steps=0,min_tokens=0"
     done = ditattn(*small, "--attention-backend", "rain_fusion_attn", "--attention-backend-config", config, "--strict")
     assert_one_line(done, "would run densely", "unknown geometry", status=1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ditattn
 import tiny_pipelines
-from ditattn.runtime.stage import attend
+from ditattn.runtime.attend import attend
 from tiny_pipelines import FAMILIES, TinyPipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,9 @@ import ditattn
 from ditattn.errors import UnsupportedCall
 from ditattn.hosts.diffusers.install import denoisers, self_attention_modules
 from ditattn.models import MODELS, TokenLayout, family_of, known_class
-from ditattn.runtime.stage import DenoisingStage, Forward, ServedModel, running
+from ditattn.runtime.forward import Forward, running
+from ditattn.runtime.served_model import ServedModel
+from ditattn.runtime.stage import DenoisingStage
 from family_cases import CASES, DIFFUSERS, IMAGES, QUICK, VIDEOS
 from pairwise import each_with_one
 from tiny_pipelines import TinyPipeline

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 
+import ditattn
 import tiny_pipelines
+from ditattn.backends.config import BlockSparseAttentionConfig
+from ditattn.backends.setting import Setting
+from ditattn.compare.setting import Clip
 from ditattn.errors import ConfigError, UnknownKey, UnsupportedModel
 from ditattn.hosts.diffusers.step_cache import STEP_CACHES, add_step_cache, check_pipeline, parse_step_cache
+from ditattn.hosts.diffusers.workload import PipelineWorkload
 from tiny_pipelines.footprint import footprint
 from tiny_pipelines.latent_images import stable_diffusion_3
 from tiny_pipelines.wan import transformer
@@ -74,6 +81,86 @@ def test_names_and_keys_are_checked() -> None:
     assert parse_step_cache("faster", {"spatial_attention_timestep_skip_range": [1, 9]}).keys == {
         "spatial_attention_timestep_skip_range": (1, 9)
     }
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "SeaCacheConfig"), reason="before diffusers 0.41 there is no SeaCache")
+@pytest.mark.parametrize("cache_first", [True, False], ids=["cache first", "install first"])
+def test_sea_beside_install(cache_first: bool) -> None:
+    """test_step_caches.py has the others; this one serves fewer models."""
+    tiny, cache = (
+        tiny_pipelines.wan(transformer=transformer(num_layers=4)),
+        parse_step_cache("sea", {"threshold": 100.0, "cache_end_steps": 0}),
+    )
+    plain = tiny.run(4)
+    off = add_step_cache(tiny.pipe, cache, 4)
+    alone = tiny.run(4)
+    off()
+    assert not torch.equal(alone, plain)
+    for backend, keys in (("torch_sdpa", {}), ("rain_fusion_attn", {"sparsity": 0.5, "skip_first_steps": 1, "min_tokens": 0})):
+        with contextlib.ExitStack() as undo:
+            turns = [
+                lambda: undo.callback(add_step_cache(tiny.pipe, cache, 4)),
+                lambda backend=backend, keys=keys: undo.enter_context(ditattn.install(tiny.pipe, backend, **keys)),
+            ]
+            on = [turn() for turn in (turns if cache_first else reversed(turns))]
+            made = tiny.run(4)
+            handle = on[1 if cache_first else 0]
+            report = handle.report().components["transformer"]
+        calls_of_each_step = 2 * 4
+        assert calls_of_each_step < report.calls < 4 * calls_of_each_step
+        assert torch.equal(made, alone) is (backend == "torch_sdpa")
+        assert report.dense == (report.calls if backend == "torch_sdpa" else calls_of_each_step)
+        assert torch.equal(tiny.run(4), plain)
+
+
+TUNED: dict[str, Any] = {"sparsity": 0.5, "min_tokens": 0, "step_cache": {"name": "first_block", "keys": {"threshold": 0.1}}}
+
+
+def test_keys_that_were_tuned_beside_a_cache_warn_where_none_is_on(caplog: pytest.LogCaptureFixture) -> None:
+    tiny = tiny_pipelines.wan_two_transformers()
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **TUNED):
+        tiny.run(2)
+    (message,) = [one.getMessage() for one in caplog.records if "step cache" in one.getMessage()]
+    assert message.startswith(
+        "transformer, transformer_2: the keys were tuned beside the step cache first_block threshold=0.1, and none is on"
+    )
+    caplog.clear()
+    off = add_step_cache(tiny.pipe, parse_step_cache("first_block", {"threshold": 0.1}), 2)
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **TUNED):
+        tiny.run(2)
+    off()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, "first_block", {}, {"name": 1}, {"name": "mag", "keys": [1]}, {"name": "mag", "threshold": 1}], ids=str
+)
+def test_a_cache_that_no_tune_wrote_is_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="step_cache"):
+        ditattn.install(tiny_pipelines.wan().pipe, "rain_fusion_attn", step_cache=wrong)
+
+
+def test_who_cannot_switch_a_cache_on_says_so() -> None:
+    """Every other reader of a configuration: a key of the host is none of the attention's."""
+    for read in (BlockSparseAttentionConfig.from_mapping, lambda keys: Setting.parse("permuted_sparse_attn", keys)):
+        with pytest.raises(UnknownKey, match=r"step_cache: these keys were tuned beside a step cache \(.*first_block.*\), which cannot be"):
+            read(TUNED)
+    with pytest.raises(UnknownKey, match="step_cache"):
+        ditattn.register(**TUNED)
+
+
+def test_a_probe_sees_the_calls_that_a_cache_lets_run() -> None:
+    keys = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": (0, 1001)}
+    tiny = tiny_pipelines.wan()
+    workload = PipelineWorkload(tiny.pipe, lambda _: {**tiny.arguments, "num_inference_steps": 4, "guidance_scale": 1.0})
+    setting = Setting.parse("rain_fusion_attn", {"sparsity": 0.5, "skip_first_steps": 0, "min_tokens": 0})
+    cached = replace(setting, step_cache=parse_step_cache("pyramid_attention_broadcast", keys))
+    every, some = (workload.probe([one], Clip("", 0))[0] for one in (setting, cached))
+    assert {one.step for one in every} == {0, 1, 2, 3}
+    assert {one.step for one in some} == {0, 2}
+    assert not tiny.pipe.transformer.is_cache_enabled
+    with pytest.raises(ConfigError, match="one step cache"):
+        workload.probe([setting, cached], Clip("", 0))
 
 
 @pytest.mark.parametrize(
