@@ -120,6 +120,11 @@ class PlanWatch:
                 if record.query_order is not None and not getattr(metadata, "tail", False):
                     self.errors.append(_off(record, query, key, value, out, impl.softmax_scale, metadata.known_key_lengths))
 
+    @property
+    def dealt(self) -> list[int]:
+        """How many queries each call had after rows were dealt out, calls alone before which they were."""
+        return [rows.num_tokens for rows in self.rows if rows is not None and rows.dealt is not None]
+
 
 def _off(record: CallRecord, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float, lengths: Any) -> float:
     """Largest difference to float64 attention over the tokens of the kept blocks; `lengths`: real keys of each batch element."""
@@ -200,8 +205,22 @@ def compare_ring(name: str, backend: str, config: Mapping[str, Any], degrees: Ma
         # of one stream, so that nothing interleaves
         blocks = place[watch.rows[0].tokens()].sort().values[::128] // 128
         wrong = [float((mask != other[:, :, blocks]).float().mean()) for mask, other in zip(watch.masks, plans, strict=True)]
-    dealt = [rows.num_tokens for rows in watch.rows if rows is not None and rows.dealt is not None]
-    return {"error": float((out - expected).abs().max()), "wrong": wrong, "off": watch.errors, "report": report, "dealt": dealt}
+    return {"error": float((out - expected).abs().max()), "wrong": wrong, "off": watch.errors, "report": report, "dealt": watch.dealt}
+
+
+def compiled(name: str, degrees: Mapping[str, Any]) -> dict[str, Any]:
+    """A split denoiser whose blocks are compiled beside one whose blocks are not: largest difference, queries after each deal, reports."""
+    watches, found, reports = [PlanWatch(), PlanWatch()], [], []
+    for watch in watches:
+        tiny = build(name)
+        enable_context_parallelism(tiny.pipe.transformer, **degrees)
+        if watch is watches[1]:
+            tiny.pipe.transformer.compile_repeated_blocks(backend="eager")
+        with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE) as handle:
+            handle.watch(watch)
+            found.append(tiny.run(1))
+        reports.append(handle.report().components["transformer"])
+    return {"error": float((found[1] - found[0]).abs().max()), "dealt": [watch.dealt for watch in watches], "reports": reports}
 
 
 def probed(name: str, backend: str, degrees: Mapping[str, Any]) -> tuple[list[CellReading], list[CellReading]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from ditattn.errors import UnsupportedCall, UnsupportedModel
 from ditattn.models import ModelFamily, TokenLayout
@@ -21,12 +24,15 @@ class SequenceSplit:
         ring: ranks that keep their queries and gather all keys and values.
         rank: this one, of ulysses * ring; ranks that differ in their Ulysses place only are neighbours.
         even: every stream must be a multiple of the number of ranks.
+        exchange_rows: where the host can: `[B, R, H, D]` and how many rows go to each place of the ring and how many come from each ->
+            those that came.
     """
 
     ulysses: int
     ring: int
     rank: int
     even: bool = True
+    exchange_rows: Callable[[Tensor, list[int], list[int]], Tensor] | None = field(default=None, compare=False, repr=False)
 
     @property
     def ranks(self) -> int:

@@ -10,7 +10,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -30,9 +29,10 @@ from ditattn.plan.reuse import ForwardId
 from ditattn.runtime.arrangement import Arrangement
 from ditattn.runtime.autocast import autocast_as_sdpa
 from ditattn.runtime.branches import ForwardCounter
+from ditattn.runtime.dealing import attend_dealt, dealt_metadata, is_dealt
 from ditattn.runtime.foreign_modes import native_sdpa, why_native
 from ditattn.runtime.key_padding import MASK_WITH_GAPS, KeyPadding, MaskReader, VideoFirst, broadcastable
-from ditattn.runtime.metadata import build_attn_metadata, for_forward, with_dealt_rows
+from ditattn.runtime.metadata import build_attn_metadata, for_forward
 from ditattn.runtime.report import AttentionReport, ComponentLog
 from ditattn.runtime.run_share import KEYS, RunShare, holds_for_the_run
 from ditattn.runtime.self_attention import (
@@ -248,13 +248,7 @@ class DenoisingStage:
         forward = Forward(self, model, step, forward_id, layout, metadata, split=split, share=share)
         if model.image_layers and layout is not None:
             forward.image_metadata = self._metadata_of(model, step, layout.without_text(), forward_id, image_only=True)
-        if share.rows is not None:
-            impl_cls = model.backend.get_impl_cls()
-            keeps = issubclass(impl_cls, SparseAttentionImpl) and impl_cls.keeps_first_frame_rows
-            # some models take their tokens in lists
-            values = chain.from_iterable(value if isinstance(value, list) else [value] for value in arguments.values())
-            device_type = next(value.device.type for value in values if isinstance(value, Tensor))
-            forward.dealt = with_dealt_rows(metadata, keeps, device_type)
+        forward.dealt = dealt_metadata(forward, arguments)
         forward.key_mask = model.family.key_mask(model.model_config, arguments)
         model.log.split = "" if split is None else str(split)
         _local.stack = [*others, forward]
@@ -325,8 +319,15 @@ class DenoisingStage:
         scale: float | None = None,
     ) -> Tensor:
         """Serve one attention call of a running forward: `[B, S, H, D]` in and out."""
-        model, layer = forward.model, next_layer(forward, query, key)
         call = _asked(query, key, value, attn_mask, is_causal, scale)
+        if is_dealt(forward, query, key):
+            return attend_dealt(forward, call, lambda dealt: self._served(forward, dealt))
+        return self._served(forward, call)
+
+    def _served(self, forward: Forward, call: DenseCall) -> Tensor:
+        """A call of the queries that this rank computes, measured and counted."""
+        query, key = call.query, call.key
+        model, layer = forward.model, next_layer(forward, query, key)
         with model.log.stopwatch.measure(query.device):
             out = self._serve(forward, layer, call)
         for record in forward.records:

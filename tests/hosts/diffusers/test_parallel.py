@@ -129,6 +129,25 @@ def test_ring_is_exact_over_its_own_plan(two: Ranks, name: str, backend: str) ->
             assert found["error"] < BOUND
 
 
+@pytest.mark.parametrize(
+    ("name", "degrees"),
+    [
+        ("wan", {"ring_degree": 2}),
+        pytest.param("flux", {"ring_degree": 2}, marks=pytest.mark.long),
+        pytest.param("wan", {"ulysses_degree": 2}, marks=pytest.mark.long),
+    ],
+)
+def test_compiled_blocks_do_as_others(two: Ranks, name: str, degrees: dict[str, int]) -> None:
+    for found in two.run(split_pipelines.compiled, name, degrees):
+        assert found["error"] < BOUND
+        eager, compiled = found["reports"]
+        assert compiled.sparse == eager.sparse == compiled.calls > 0
+        assert compiled.sparse_density == eager.sparse_density
+        # rows of the first frame are dealt out inside the operation that a graph knows
+        assert found["dealt"][0] == found["dealt"][1]
+        assert bool(found["dealt"][1]) == (name == "wan" and "ring_degree" in degrees)
+
+
 @pytest.fixture(scope="module")
 def four() -> Iterator[Ranks]:
     ranks = Ranks(4)
