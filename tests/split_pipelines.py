@@ -44,7 +44,7 @@ FAMILIES: dict[str, Callable[[], TinyPipeline]] = {
     "flux": tiny_pipelines.flux,
     "flux kontext": tiny_pipelines.flux_kontext,
     "qwen image": tiny_pipelines.qwen_image,
-    "ltx video": lambda: _without_text_mask(tiny_pipelines.ltx_video()),
+    "ltx video": tiny_pipelines.ltx_video,
 }
 """Of every family with a plan for context parallelism in diffusers, and Flux 2 and ChronoEdit below."""
 
@@ -59,12 +59,13 @@ PLANNED: dict[str, Callable[[], TinyPipeline]] = {
 FURTHER: dict[str, Callable[[], TinyPipeline]] = {
     "flux kontext, two grids": lambda: tiny_pipelines.flux_kontext((30, 44)),
     "qwen image edit": tiny_pipelines.qwen_image_edit,
-    "ltx video with a condition": lambda: _without_text_mask(tiny_pipelines.ltx_condition((4, 1))),
+    "ltx video with a condition": lambda: tiny_pipelines.ltx_condition((4, 1)),
     "flux 2": packed_images.flux2,
     "chronoedit": tiny_pipelines.chronoedit,
     "qwen image of padded words": lambda: _with_padding(tiny_pipelines.qwen_image()),
     "wan with token timesteps": tiny_pipelines.wan_with_token_timesteps,
     "wan of odd sizes": lambda: _resized(tiny_pipelines.wan(), height=144, width=208, num_frames=37),
+    "ltx video of a pipeline for conditions": tiny_pipelines.ltx_condition,
 }
 """Sequences of several grids, further families that diffusers has a plan for, and 10 x 9 x 13 tokens."""
 
@@ -98,8 +99,10 @@ RING: dict[str, Callable[[], TinyPipeline]] = {
     "flux of 12 words": lambda: _with_words(tiny_pipelines.flux(), 12),
     "hunyuan video": tiny_pipelines.hunyuan_video,
     "cogvideox with rotary positions": PLANNED["cogvideox with rotary positions"],
+    "ltx video": tiny_pipelines.ltx_video,
+    "ltx video behind a video": lambda: tiny_pipelines.ltx_condition((3, 5)),
 }
-"""Those whose cross-attention diffusers can gather on a CPU. Two ranks share 6 x 16 x 16 tokens by whole frames of two blocks each."""
+"""Two ranks share 6 x 16 x 16 tokens by whole frames of two blocks each."""
 
 
 class PlanWatch:
@@ -108,6 +111,7 @@ class PlanWatch:
     def __init__(self) -> None:
         self.masks: list[Tensor] = []
         self.orders: list[TokenOrder] = []
+        self.query_orders: list[Any] = []
         self.errors: list[float] = []
         self.rows: list[Any] = []
 
@@ -116,6 +120,7 @@ class PlanWatch:
             if record.plan is not None:
                 self.masks.append(record.plan.to_mask())
                 self.orders.append(record.order)
+                self.query_orders.append(record.query_order)
                 self.rows.append(getattr(metadata, "rows", None))
                 if record.query_order is not None and not getattr(metadata, "tail", False):
                     self.errors.append(_off(record, query, key, value, out, impl.softmax_scale, metadata.known_key_lengths))
@@ -158,14 +163,8 @@ def whole(name: str) -> TinyPipeline:
 @cache
 def split(name: str, degrees: tuple[tuple[str, Any], ...]) -> TinyPipeline:
     tiny = build(name)
-    model = tiny.pipe.transformer
-    enable_context_parallelism(model, cp_plan=_with_timesteps(model) if name == "ltx video with a condition" else None, **dict(degrees))
+    enable_context_parallelism(tiny.pipe.transformer, **dict(degrees))
     return tiny
-
-
-def _with_timesteps(model: Any) -> dict[str, Any]:
-    """diffusers' plan for LTX-Video leaves the timesteps whole that conditions give to every token."""
-    return {**model._cp_plan, "": {**model._cp_plan[""], "timestep": ContextParallelInput(split_dim=1, expected_dims=2)}}
 
 
 def run(tiny: TinyPipeline, backend: str, config: Mapping[str, Any], steps: int = 1) -> tuple[Tensor, list[Tensor], Any]:
@@ -203,7 +202,7 @@ def compare_ring(name: str, backend: str, config: Mapping[str, Any], degrees: Ma
         length = watch.orders[0].length
         place = watch.orders[0].inverse if watch.orders[0].inverse is not None else torch.arange(length)
         # of one stream, so that nothing interleaves
-        blocks = place[watch.rows[0].tokens()].sort().values[::128] // 128
+        blocks = place[watch.query_orders[0].apply(watch.rows[0].tokens().unsqueeze(0))[0]][::128] // 128
         wrong = [float((mask != other[:, :, blocks]).float().mean()) for mask, other in zip(watch.masks, plans, strict=True)]
     return {"error": float((out - expected).abs().max()), "wrong": wrong, "off": watch.errors, "report": report, "dealt": watch.dealt}
 
@@ -414,7 +413,7 @@ def refusals() -> dict[str, str]:
     for block in odd.pipe.transformer.blocks:
         block.attn1.processor._parallel_config = None
     conditions = build("ltx video with a condition")
-    enable_context_parallelism(conditions.pipe.transformer, ulysses_degree=2)
+    _split_by(conditions, conditions.pipe.transformer._cp_plan)
     messages["timesteps of tokens"] = _message(lambda: run(conditions, "torch_sdpa", {}))
     messages["processor without it"] = _message(lambda: run(odd, "torch_sdpa", {}))
     q, k = torch.zeros(1, 4, 4, 32), torch.zeros(1, 4, 2, 32)
@@ -489,14 +488,4 @@ def _with_rotary_positions(build_cogvideox: Callable[[], TinyPipeline]) -> TinyP
 
 def _resized(tiny: TinyPipeline, **size: int) -> TinyPipeline:
     tiny.arguments |= size
-    return tiny
-
-
-def _without_text_mask(tiny: TinyPipeline) -> TinyPipeline:
-    """diffusers 0.42.1 cannot split LTX-Video's masked cross-attention between heads."""
-
-    def drop(_module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "encoder_attention_mask": None}
-
-    tiny.pipe.transformer.register_forward_pre_hook(drop, with_kwargs=True)
     return tiny

@@ -117,11 +117,11 @@ def test_ring_is_exact_over_its_own_plan(two: Ranks, name: str, backend: str) ->
         # a short last block of kept keys counts as it is: a share of blocks is a little more than its share of pairs
         assert 0.2 <= report.sparse_density < 0.9
         # images have no first frame, and permuted_sparse_attn keeps none of its rows whole
-        is_video = name.startswith(("wan", "hunyuan", "cogvideox"))
+        is_video = name.startswith(("wan", "hunyuan", "cogvideox", "ltx"))
         # where its first frame has no whole block, nothing is dealt
         assert name in ("chronoedit", "wan of odd sizes") or bool(found["dealt"]) == (is_video and backend != "permuted_sparse_attn")
         # heads of permuted_sparse_attn choose their bricks by a rank's own queries
-        together = name == "wan in whole blocks" and backend != "permuted_sparse_attn"
+        together = name in ("wan in whole blocks", "ltx video", "ltx video behind a video") and backend != "permuted_sparse_attn"
         assert together == (report.own_blocks == 0)
         if together:
             assert len(found["wrong"]) == report.sparse
