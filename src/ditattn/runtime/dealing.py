@@ -17,7 +17,7 @@ from ditattn.runtime.metadata import with_dealt_rows
 from ditattn.runtime.split import SequenceSplit
 
 if TYPE_CHECKING:
-    from ditattn.runtime.stage import Forward
+    from ditattn.runtime.forward import Forward
 
 __all__ = ["attend_dealt", "dealt_metadata", "is_dealt"]
 
