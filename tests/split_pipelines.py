@@ -105,6 +105,22 @@ RING: dict[str, Callable[[], TinyPipeline]] = {
 """Two ranks share 6 x 16 x 16 tokens by whole frames of two blocks each."""
 
 
+BOTH: dict[str, Callable[[], TinyPipeline]] = {
+    "wan": tiny_pipelines.wan,
+    "wan in whole blocks": RING["wan in whole blocks"],
+    "flux of 12 words": RING["flux of 12 words"],
+    "flux kontext of 12 words, two grids": lambda: _with_words(tiny_pipelines.flux_kontext((30, 44)), 12),
+    "qwen image of 12 words": lambda: _with_words(tiny_pipelines.qwen_image(), 12),
+    "flux 2 of 12 words": lambda: _with_words(packed_images.flux2(), 12),
+    "chronoedit": tiny_pipelines.chronoedit,
+    "hunyuan video": tiny_pipelines.hunyuan_video,
+    "cogvideox with rotary positions": PLANNED["cogvideox with rotary positions"],
+    "ltx video": tiny_pipelines.ltx_video,
+    "ltx video behind a video": RING["ltx video behind a video"],
+}
+"""Those for both degrees together: diffusers has no uneven split there, so four ranks must share every stream equally."""
+
+
 class PlanWatch:
     """Keeps the plan of every call, the orders, and what a call without a tail is off from exact attention over its own plan."""
 
@@ -152,7 +168,7 @@ def build(name: str, heads: int = HEADS) -> TinyPipeline:
         for module in ("wan", "image", "video"):
             changed.enter_context(mock.patch.object(sys.modules[f"tiny_pipelines.{module}"], "HEADS", heads))
         changed.enter_context(mock.patch.dict(packed_images.SIZES, num_attention_heads=heads))
-        return {**FAMILIES, **PLANNED, **FURTHER, **GUIDED, **WEIGHTS, **RING}[name]()
+        return {**FAMILIES, **PLANNED, **FURTHER, **GUIDED, **WEIGHTS, **RING, **BOTH}[name]()
 
 
 @cache
@@ -197,11 +213,12 @@ def compare_ring(name: str, backend: str, config: Mapping[str, Any], degrees: Ma
         handle.watch(watch)
         out = tiny.run(1)
     report = handle.report().components["transformer"]
-    wrong = []
-    if plans and not report.own_blocks and "ulysses_degree" not in degrees:
+    wrong, ulysses = [], degrees.get("ulysses_degree", 1)
+    if plans and not report.own_blocks:
+        share, place_of_heads = HEADS // ulysses, dist.get_rank() % ulysses
+        plans = [mask[:, place_of_heads * share :][:, :share] for mask in plans]
         length = watch.orders[0].length
         place = watch.orders[0].inverse if watch.orders[0].inverse is not None else torch.arange(length)
-        # of one stream, so that nothing interleaves
         blocks = place[watch.query_orders[0].apply(watch.rows[0].tokens().unsqueeze(0))[0]][::128] // 128
         wrong = [float((mask != other[:, :, blocks]).float().mean()) for mask, other in zip(watch.masks, plans, strict=True)]
     return {"error": float((out - expected).abs().max()), "wrong": wrong, "off": watch.errors, "report": report, "dealt": watch.dealt}
@@ -350,6 +367,13 @@ def three_heads() -> tuple[str, float, set[int]]:
     return refusal, float((out - expected).abs().max()), {mask.shape[1] for mask in ours}
 
 
+def odd_words_for_both_degrees() -> str:
+    """What is said of ten words for four ranks, where diffusers has no uneven split."""
+    tiny = build("flux")
+    enable_context_parallelism(tiny.pipe.transformer, ulysses_degree=2, ring_degree=2)
+    return _message(lambda: run(tiny, "torch_sdpa", {}))
+
+
 def both_orders() -> dict[str, Any]:
     """Installed before the split and after it; what is left of either when it is undone."""
     before, after = build("wan"), build("wan")
@@ -461,8 +485,11 @@ def _in_head_groups(groups: int) -> Iterator[None]:
 
 
 def _with_words(tiny: TinyPipeline, count: int) -> TinyPipeline:
-    for key in ("prompt_embeds", "negative_prompt_embeds"):
-        tiny.arguments[key] = tiny.arguments[key].repeat(1, 2, 1)[:, :count]
+    for name, given in list(tiny.arguments.items()):
+        if name in ("prompt_embeds", "negative_prompt_embeds"):
+            tiny.arguments[name] = given.repeat(1, 2, 1)[:, :count]
+        elif name in ("prompt_embeds_mask", "negative_prompt_embeds_mask") and given is not None:
+            tiny.arguments[name] = given.repeat(1, 2)[:, :count]
     return tiny
 
 

@@ -40,8 +40,10 @@ class SequenceSplit:
 
     @property
     def anything(self) -> str:
-        """The key of diffusers' configuration that allows uneven parts."""
-        return "ulysses_anything" if self.ring == 1 else "ring_anything"
+        """What allows uneven parts in diffusers' configuration: a key, which it takes with one degree alone."""
+        if self.ring > 1 and self.ulysses > 1:
+            return "one degree alone with ulysses_anything=True or ring_anything=True"
+        return f"ContextParallelConfig(..., {'ulysses_anything' if self.ring == 1 else 'ring_anything'}=True)"
 
     def __str__(self) -> str:
         degrees = [f"{name} {degree}" for name, degree in (("Ulysses", self.ulysses), ("ring", self.ring)) if degree > 1]
@@ -126,7 +128,7 @@ def _gathered_tokens(split: SequenceSplit, family: ModelFamily, layout: TokenLay
     if split.even and uneven:
         raise UnsupportedCall(
             f"{split.ranks} ranks cannot share {' and '.join(map(str, uneven))} tokens equally: choose a size or a text length that is a "
-            f"multiple of {split.ranks}, or ContextParallelConfig(..., {split.anything}=True)"
+            f"multiple of {split.ranks}, or {split.anything}"
         )
     return GatheredTokens(streams, split.ranks)
 

@@ -13,6 +13,8 @@ from ranks import Ranks
 
 # fp32, latents of order 1: exact kernels sum in another order, and a denoiser makes more of it
 BOUND = 1e-4
+# two places of a ring share their tokens by whole blocks of every order but those of permuted_sparse_attn
+IN_WHOLE_BLOCKS = ("wan in whole blocks", "ltx video", "ltx video behind a video")
 SPARSE_BACKENDS = ("block_sparse_attn", "rain_fusion_attn", "permuted_sparse_attn")
 
 
@@ -107,7 +109,7 @@ def test_ring_is_exact_over_its_own_plan(two: Ranks, name: str, backend: str) ->
         # where its first frame has no whole block, nothing is dealt
         assert name in ("chronoedit", "wan of odd sizes") or bool(found["dealt"]) == (is_video and backend != "permuted_sparse_attn")
         # heads of permuted_sparse_attn choose their bricks by a rank's own queries
-        together = name in ("wan in whole blocks", "ltx video", "ltx video behind a video") and backend != "permuted_sparse_attn"
+        together = name in IN_WHOLE_BLOCKS and backend != "permuted_sparse_attn"
         assert together == (report.own_blocks == 0)
         if together:
             assert len(found["wrong"]) == report.sparse
@@ -141,13 +143,37 @@ def four() -> Iterator[Ranks]:
     ranks.close()
 
 
-@pytest.mark.parametrize("name", ["wan", "flux of 12 words"])
-@pytest.mark.parametrize("backend", ["torch_sdpa", "block_sparse_attn", "permuted_sparse_attn"])
+TWO_BY_TWO = {"ulysses_degree": 2, "ring_degree": 2}
+
+
+@pytest.mark.parametrize(("name", "backend"), each_with_one(split_pipelines.BOTH, ("torch_sdpa", *SPARSE_BACKENDS)))
 def test_both_degrees_together(four: Ranks, name: str, backend: str) -> None:
-    degrees = {"ulysses_degree": 2, "ring_degree": 2}
-    for rank, found in enumerate(four.run(split_pipelines.compare_ring, name, backend, everything(backend), degrees)):
+    for rank, found in enumerate(four.run(split_pipelines.compare_ring, name, backend, everything(backend), TWO_BY_TWO)):
         assert found["error"] < BOUND
         assert found["report"].split == f"rank {rank} of 4 (Ulysses 2, ring 2)"
+        assert (found["report"].sparse == 0) == (backend == "torch_sdpa")
+
+
+@pytest.mark.parametrize(("name", "backend"), each_with_one(split_pipelines.BOTH, SPARSE_BACKENDS))
+def test_both_degrees_together_are_exact_over_their_own_plans(four: Ranks, name: str, backend: str) -> None:
+    config = {**split_pipelines.SPARSE, **({"tail": False} if backend == "permuted_sparse_attn" else {})}
+    for found in four.run(split_pipelines.compare_ring, name, backend, config, TWO_BY_TWO):
+        report = found["report"]
+        assert len(found["off"]) == report.sparse == report.calls > 0
+        assert max(found["off"]) < 2e-5
+        assert 0.2 <= report.sparse_density < 0.9
+        together = name in IN_WHOLE_BLOCKS and backend != "permuted_sparse_attn"
+        assert together == (report.own_blocks == 0)
+        if together:
+            assert len(found["wrong"]) == report.sparse
+            assert max(found["wrong"]) == 0
+            assert found["error"] < BOUND
+
+
+def test_words_that_both_degrees_together_cannot_share_are_refused(four: Ranks) -> None:
+    for message in four.run(split_pipelines.odd_words_for_both_degrees):
+        assert "4 ranks cannot share 10 tokens equally" in message
+        assert "or one degree alone" in message
 
 
 @pytest.mark.parametrize("name", ["wan", "ltx video"])
