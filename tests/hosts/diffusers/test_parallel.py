@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import split_calls
 import split_pipelines
 from pairwise import each_with_one
 from ranks import Ranks
@@ -168,6 +169,19 @@ def test_both_degrees_together_are_exact_over_their_own_plans(four: Ranks, name:
             assert len(found["wrong"]) == report.sparse
             assert max(found["wrong"]) == 0
             assert found["error"] < BOUND
+
+
+@pytest.mark.parametrize("backend", SPARSE_BACKENDS)
+@pytest.mark.parametrize("degrees", [{"ulysses_degree": 4}, {"ring_degree": 4}, TWO_BY_TWO], ids=["Ulysses", "ring", "both"])
+def test_calls_of_random_sizes(four: Ranks, backend: str, degrees: dict[str, int]) -> None:
+    for sparsity in (0, everything(backend)["sparsity"], 0.75):
+        if sparsity == 0.75 and backend == "permuted_sparse_attn" and degrees == {"ulysses_degree": 4}:
+            # its budget is one for the heads of a rank: compared in whole pipelines
+            continue
+        calls = [call for found in four.run(split_calls.random_calls, backend, sparsity, degrees, 4) for call in found]
+        assert [call for call in calls if call["sparse"] != (sparsity > 0) or len(call["off"]) != 1] == []
+        assert [call for call in calls if max(call["off"]) > 2e-5] == []
+        assert sparsity < 0.75 or min(call["density"] for call in calls) < 0.7
 
 
 def test_words_that_both_degrees_together_cannot_share_are_refused(four: Ranks) -> None:
