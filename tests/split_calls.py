@@ -19,6 +19,7 @@ from ditattn.hosts.diffusers.dispatcher import dispatched_attention
 from ditattn.hosts.diffusers.parallel import sequence_split
 from ditattn.models import ModelFamily, TokenLayout
 from ditattn.models.base import prefix_and_rest
+from ditattn.plan.token_order import TokenOrder
 from ditattn.runtime.served_model import ServedModel
 from ditattn.runtime.stage import DenoisingStage
 from ditattn.runtime.step import StepClock
@@ -66,7 +67,9 @@ def _compare(backend: str, sparsity: float, config: ParallelConfig, size: tuple[
     rank, ranks = dist.get_rank(), dist.get_world_size()
     own = torch.cat([stream.tensor_split(ranks)[rank] for stream in (text, video)])
     out, report, watch = _served(backend, sparsity, num_text, grid, [x[:, own] for x in tensors], config)
-    found = {"size": size, "sparse": report.sparse, "off": watch.errors, "density": report.sparse_density}
+    gathered = torch.cat([stream.tensor_split(ranks)[place] for place in range(ranks) for stream in (text, video)])
+    kept = all(_keeps_text(mask, order, gathered < num_text) for mask, order in zip(watch.masks, watch.orders, strict=True))
+    found = {"size": size, "text kept": kept, "sparse": report.sparse, "off": watch.errors, "density": report.sparse_density}
     if sparsity == 0.75 and config.context_parallel_config.ring_degree > 1:
         return found
     if sparsity == 0.75:
@@ -74,6 +77,14 @@ def _compare(backend: str, sparsity: float, config: ParallelConfig, size: tuple[
     else:
         expected = scaled_dot_product_attention(*(x.transpose(1, 2) for x in tensors)).transpose(1, 2)
     return {**found, "off": [float((out - expected[:, own]).abs().max())]}
+
+
+def _keeps_text(mask: Tensor, order: TokenOrder, is_text: Tensor) -> bool:
+    """Every query of a plan keeps the blocks with a text token, which are told by where those really stand among the gathered keys."""
+    forward = torch.arange(order.length) if order.forward is None else order.forward
+    standing = is_text[forward.expand(mask.shape[1], -1)]
+    blocks = nn.functional.pad(standing, (0, -order.length % 128)).unflatten(-1, (-1, 128)).any(-1)
+    return bool((mask | ~blocks.unsqueeze(1)).all())
 
 
 def _served(

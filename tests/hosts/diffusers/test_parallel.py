@@ -180,7 +180,8 @@ def test_calls_of_random_sizes(four: Ranks, backend: str, degrees: dict[str, int
             continue
         calls = [call for found in four.run(split_calls.random_calls, backend, sparsity, degrees, 4) for call in found]
         assert [call for call in calls if call["sparse"] != (sparsity > 0) or len(call["off"]) != 1] == []
-        assert [call for call in calls if max(call["off"]) > 2e-5] == []
+        # exact over its plan is a call in a wrong order of tokens too, but it keeps other tokens than the text's
+        assert [call for call in calls if max(call["off"]) > 2e-5 or not call["text kept"]] == []
         assert sparsity < 0.75 or min(call["density"] for call in calls) < 0.7
 
 
