@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -25,6 +25,23 @@ def covering(possible: Sequence[Combination]) -> list[Combination]:
 def marks_beyond(chosen: Sequence[Combination], combination: Combination) -> list[Any]:
     """The marker `long` for a combination that was not chosen: what goes wrong with three values alone, `make test-all` looks for."""
     return [] if combination in chosen else [pytest.mark.long]
+
+
+def each_with_one(
+    names: Iterable[str], others: Sequence[str], *further: Any, start: int = 0, marks: Callable[[str], list[Any]] = lambda _: []
+) -> list[Any]:
+    """All pairs, with the further values, for two rules that know nothing of each other: those beyond one other for each name, in turn, are
+    `long`. `marks`: of a name.
+    """
+    return [
+        pytest.param(
+            *(name, other, *further),
+            marks=[*marks(name), *([] if (number + start) % len(others) == turn else [pytest.mark.long])],
+            id="-".join(map(str, (other, *further, name))),
+        )
+        for number, name in enumerate(names)
+        for turn, other in enumerate(others)
+    ]
 
 
 def _pairs(combination: Combination) -> set[Any]:

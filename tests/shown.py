@@ -21,7 +21,7 @@ from ditattn.backends.dense import DENSE_BACKEND
 from ditattn.backends.registry import load_backend
 from ditattn.models import find_family
 from ditattn.runtime.report import ComponentReport
-from ditattn.runtime.stage import ServedModel
+from ditattn.runtime.served_model import ServedModel
 from ranks import Ranks
 
 __all__ = ["RECORD", "check", "shown", "watching"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 import ditattn
 import tiny_pipelines
 from ditattn.errors import ConfigError, DitattnError, UnknownBackend, UnsupportedCall
+from ditattn.ops.pooled_tail import PooledTail
+from ditattn.plan.token_order import TokenOrder
 
 Q = torch.randn(1, 300, 2, 64)
 PLAN = ditattn.BlockPlan.full(300, 300)
@@ -31,7 +34,14 @@ TENSORS = {
 }
 OPTIONAL_TENSORS = {name: case for name, case in TENSORS.items() if name != "None"}
 FLAGS = {"text": ("no", "must be True or False, not str 'no'"), "tensor": (torch.tensor(True), "True or False, not torch.Tensor")}
-SCALES = {"text": ("1", "scale must be a number or None, not str '1'"), "complex": (1j, "not complex 1j"), "list": ([1], "not list")}
+SCALES = {
+    "text": ("1", "scale must be a number or None, not str '1'"),
+    "complex": (1j, "not complex 1j"),
+    "list": ([1], "not list"),
+    "one for each head": (torch.ones(2), "scale must be one number or None, not torch.Tensor"),
+    "array": (np.ones(2), "scale must be one number or None, not numpy.ndarray"),
+    "without a value": (torch.tensor(1.0, device="meta"), "scale must be one number or None, not torch.Tensor"),
+}
 NAMES = {
     "number": (3, "implementation must be a name, several in a list, or None, not int 3"),
     "numbers": ([3], r"implementation must be a name, several in a list, or None, not list \[3\]"),
@@ -51,8 +61,42 @@ MASKS = {
     "five axes": (torch.ones(1, 1, 1, 300, 300), "must be broadcastable"),
     "elsewhere": (torch.ones(300, 300, device="meta"), "must be on cpu as the query is, not on meta"),
 }
-PLANS = {"block mask": (BLOCKS, "plan must be a BlockPlan, not torch.Tensor: BlockPlan.from_mask makes one"), "None": (None, "not None")}
-ORDERS = {"numbers": (torch.arange(300), "order must be a TokenOrder, not torch.Tensor")}
+PLANS = {
+    "block mask": (BLOCKS, "plan must be a BlockPlan, not torch.Tensor: BlockPlan.from_mask makes one"),
+    "None": (None, "not None"),
+    "int64": (
+        replace(PLAN, indices=PLAN.indices.long()),
+        "bad BlockPlan: indices and counts must be int32, not torch.int64 and torch.int32",
+    ),
+    "lists": (replace(PLAN, counts=[[[3, 3, 3]]]), "bad BlockPlan: counts must be a torch.Tensor, not list"),
+    "elsewhere": (replace(PLAN, counts=PLAN.counts.to("meta")), "bad BlockPlan: .* on one device, not on cpu and meta"),
+    "three axes": (replace(PLAN, indices=PLAN.indices[0], counts=PLAN.counts[0]), r"bad BlockPlan: .* must be \[B, H, M, K\]"),
+    "no columns": (replace(PLAN, indices=PLAN.indices[..., :0]), "bad BlockPlan: indices need at least one column"),
+    "fraction": (
+        replace(PLAN, key_length=300.0),
+        "bad BlockPlan: lengths and block size must be positive whole numbers, not 300, 300.0, 128",
+    ),
+    "empty blocks": (replace(PLAN, block_size=0), "bad BlockPlan: .* must be positive whole numbers, not 300, 300, 0"),
+}
+TOKENS = torch.arange(300)
+INDICES = {
+    "alone": (TOKENS, None, "the token order has no inverse: forward and inverse are both None, or undo each other"),
+    "inverse alone": (None, TOKENS, "the token order has no forward"),
+    "int32": (TOKENS.int(), TOKENS.int(), r"token order's forward must be int64 \[300\] or \[G, 300\] .* not torch.int32 \[300\]"),
+    "of other tokens": (TOKENS[:200], TOKENS[:200], r"token order's forward must be int64 \[300\] .* not torch.int64 \[200\]"),
+    "three axes": (TOKENS[None, None], TOKENS[None, None], r"not torch.int64 \[1, 1, 300\]"),
+    "unlike halves": (TOKENS, TOKENS.expand(2, -1), r"token order's inverse must be .* not torch.int64 \[2, 300\]"),
+}
+ORDERS = {
+    "numbers": (TOKENS, "order must be a TokenOrder, not torch.Tensor"),
+    **{what: (TokenOrder(*halves, (0, 0), (0, 300), 300), text) for what, (*halves, text) in INDICES.items()},
+}
+MEANS = PooledTail.of(Q, Q)
+TAILS = {
+    "number": (3, "tail must be a PooledTail, not int 3: PooledTail.of makes one of key and value"),
+    "without means": (replace(MEANS, value=None), "the tail's value must be a torch.Tensor, not None"),
+    "without counts": (replace(MEANS, counts=[128, 128, 44]), "the tail's counts must be a torch.Tensor, not list"),
+}
 SIZES = {
     "text": ("128", "block_size must be a positive whole number, not str '128'"),
     "fraction": (128.0, "not float 128.0"),
@@ -81,10 +125,21 @@ def from_mask(**changed: Any) -> object:
     return ditattn.BlockPlan.from_mask(**{"mask": BLOCKS, "query_length": 300, "key_length": 300, **changed})
 
 
+def full(**changed: Any) -> object:
+    return ditattn.BlockPlan.full(**{"query_length": 300, "key_length": 300, **changed})
+
+
+LENGTHS = {
+    "text": ("300", "must be a positive whole number, not str '300'"),
+    "fraction": (300.0, "must be a positive whole number, not float 300.0"),
+    "negative": (-1, "must be a positive whole number, not int -1"),
+}
+
 CALLS: dict[str, tuple[Callable[..., object], dict[str, dict[str, tuple[Any, str]]]]] = {
     "dense_attention": (dense, {**ATTENTION, "attn_mask": MASKS}),
-    "block_sparse_attention": (sparse, {**ATTENTION, "plan": PLANS, "order": ORDERS}),
+    "block_sparse_attention": (sparse, {**ATTENTION, "plan": PLANS, "order": ORDERS, "tail": TAILS}),
     "block_mean": (mean, {"x": TENSORS, "block_size": SIZES, "order": ORDERS, "implementation": NAMES}),
+    "BlockPlan.full": (full, {"query_length": LENGTHS, "key_length": LENGTHS, "block_size": SIZES}),
     "BlockPlan.from_mask": (from_mask, {"mask": MASKS_OF_BLOCKS, "block_size": SIZES}),
 }
 
@@ -99,7 +154,7 @@ def test_wrong_types_are_named(function: str, argument: str, what: str) -> None:
     value, text = wrong[argument][what]
     with pytest.raises(UnsupportedCall, match=text) as caught:
         call(**{argument: value})
-    assert argument in str(caught.value)
+    assert argument in str(caught.value).replace("BlockPlan", "plan")
     assert "\n" not in str(caught.value)
 
 

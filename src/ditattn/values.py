@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_origin
+from typing import Any, Self, Union, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,8 +19,6 @@ from ditattn.errors import ConfigError, UnknownKey
 
 __all__ = ["KnownKeys", "parse_config", "parse_value", "sentences", "unknown_key"]
 
-SettingsT = TypeVar("SettingsT", bound="KnownKeys")
-
 
 class KnownKeys(BaseModel):
     """Settings with a fixed set of keys. Immutable; `from_mapping` raises ConfigError instead of pydantic's own error."""
@@ -28,7 +26,7 @@ class KnownKeys(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
     @classmethod
-    def from_mapping(cls: type[SettingsT], values: Mapping[str, Any]) -> SettingsT:
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """Validate `values`.
 
         Raises:

@@ -166,6 +166,12 @@ def test_layers(text: str, expected: set[int]) -> None:
     assert parse_layers(text) == expected
 
 
+@pytest.mark.parametrize("text", ["10000", "0-99999999999"])
+def test_more_layers_than_any_model_has_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{text}': no model has more than 10000 layers"):
+        parse_layers(text)
+
+
 def test_layers_may_be_a_list_or_a_number() -> None:
     assert RainFusionAttentionConfig.from_mapping({"skip_layers": [0, 3]}).skip_layers == "0,3"
     assert RainFusionAttentionConfig.from_mapping({"skip_layers": 5}).skip_layers == "5"

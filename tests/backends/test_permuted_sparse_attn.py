@@ -11,9 +11,9 @@ from torch import Tensor
 import judge
 import oracle
 from ditattn.backends import permuted_sparse_attn as backend
-from ditattn.backends import sparse
 from ditattn.backends.base import CallRecord
 from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionBackend, PermutedSparseAttentionConfig
+from ditattn.backends.sparse import impl
 from ditattn.errors import ConfigError, UnsupportedCall
 from ditattn.ops.table import CallFacts, choose
 from ditattn.plan.bricks import brick_order
@@ -276,7 +276,7 @@ def test_the_reported_implementation_is_chosen_for_calls_with_the_tail(tail: boo
         asked.append(facts)
         return choose(table, facts, *names)
 
-    monkeypatch.setattr(sparse, "choose", watched)
+    monkeypatch.setattr(impl, "choose", watched)
     x = draw(1, 1440, 2, 32)
     built = PermutedSparseAttentionBackend.get_builder_cls()().build(
         current_timestep=9, raw_latent_shape=(1, 4, 3, 24, 20), patch_size=1, num_steps=20, tail=tail

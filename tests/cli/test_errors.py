@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +194,9 @@ def test_an_npu_that_is_not_here_says_what_to_install(ditattn, small):
 
 
 def test_strict_refuses_what_would_run_densely(ditattn, small, monkeypatch):
-    from ditattn.runtime import stage
+    from ditattn.runtime.served_model import ServedModel
 
-    monkeypatch.setattr(stage, "_layout", lambda *a: None)
+    monkeypatch.setattr(ServedModel, "layout_of", lambda *a: None)
     config = "skip_first_steps=0,min_tokens=0"
     done = ditattn(*small, "--attention-backend", "rain_fusion_attn", "--attention-backend-config", config, "--strict")
     assert_one_line(done, "would run densely", "unknown geometry", status=1)
@@ -312,26 +313,53 @@ def test_earlier_results_survive_a_failed_write(ditattn, small, monkeypatch, tmp
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_while_denoising(small, tmp_path, number, status):
-    steps = ["--num-inference-steps", "2000"]
+    # steps are shown on a terminal alone
+    ours, theirs = pty.openpty()
     child = subprocess.Popen(
-        [sys.executable, "-m", "ditattn", *map(str, small), *steps],
+        [sys.executable, "-m", "ditattn", *map(str, small), "--num-inference-steps", "2000"],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
         # a shell that starts the tests in the background ignores SIGINT, and children inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    assert child.stderr is not None
-    seen = b""
-    deadline_s = time.monotonic() + 60
-    # the bar moves: at least one step is done
-    while b"/2000 [" not in seen.partition(b"0/2000 [")[2] and time.monotonic() < deadline_s and child.poll() is None:
-        seen += os.read(child.stderr.fileno(), 4096)
+    os.close(theirs)
+    said = Said(ours)
+    while not re.search(r"step [1-9]\d* of 2000", said.text) and said.more():
+        pass
     child.send_signal(number)
-    out, err = child.communicate(timeout=60)
-    text = (seen + err).decode()
-    assert child.returncode == status, text
-    assert "Traceback" not in text
+    while said.more():
+        pass
+    out, _ = child.communicate()
+    os.close(ours)
+    assert re.search(r"step [1-9]\d* of 2000", said.text)
+    assert "step 2000 of 2000" not in said.text
+    assert child.returncode == status, said.text
+    assert "Traceback" not in said.text
     assert out == b""
     assert not (tmp_path / "out").exists()
     if number == signal.SIGINT:
-        assert [line for line in text.splitlines() if line.startswith("ditattn:")] == ["ditattn: interrupted; nothing half-written is left"]
+        assert [line for line in said.text.splitlines() if line.startswith("ditattn:")] == [
+            "ditattn: interrupted; nothing half-written is left"
+        ]
+
+
+class Said:
+    """What the other end of a terminal has written so far, without colours and moves of the cursor."""
+
+    def __init__(self, end: int) -> None:
+        self._end, self._bytes = end, b""
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", self._bytes.decode(errors="replace"))
+
+    def more(self) -> bool:
+        """Waits for more; False: nobody is there any longer."""
+        try:
+            new = os.read(self._end, 65536)
+        except OSError:
+            # Linux says so with EIO
+            new = b""
+        self._bytes += new
+        return bool(new)

@@ -142,16 +142,24 @@ def test_two_ranks_compare_as_one_process_does(launched: Any, tmp_path: Path, wa
         assert [cell[name] for cell in found["probe"]] == pytest.approx([cell[name] for cell in expected["probe"]], rel=0.1)
 
 
+EVERY_SECOND_CALL = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": [0, 1001]}
+
+
 @pytest.mark.slow
-def test_two_ranks_tune_in_lockstep(launched: Any, tmp_path: Path) -> None:
-    options = ["--num-inference-steps", "4", "--target-psnr", "10", "--budget-runs", "2", "--attention-backend-config", "min_tokens=0"]
-    process = launched(*options, "--ulysses-degree", "2", verb="tune")
+@pytest.mark.parametrize(
+    "cache", [(), ("--cache", "pyramid_attention_broadcast", "--cache-config", json.dumps(EVERY_SECOND_CALL))], ids=["alone", "step cache"]
+)
+def test_two_ranks_tune_in_lockstep(launched: Any, tmp_path: Path, cache: tuple[str, ...]) -> None:
+    options = ["--num-inference-steps", "4", "--target-psnr", "5", "--budget-runs", "2", "--attention-backend-config", "min_tokens=0"]
+    process = launched(*options, "--ulysses-degree", "2", *cache, verb="tune")
     out, err = process.communicate(timeout=PATIENCE_S)
     # 3: it may be slower than dense on the clock; torchrun makes its own status of it
     assert process.returncode == 0 or "exitcode  : 3" in err, err
     assert out.count("wrote ") == 1
     (state,) = tmp_path.glob("*.state.json")
-    assert 1 <= len(json.loads(state.read_text(encoding="utf-8"))["outcomes"]) <= 2
+    known = json.loads(state.read_text(encoding="utf-8"))
+    assert 1 <= len(known["outcomes"]) <= 2
+    assert (known["cache_alone"] is not None) is bool(cache)
     found = parse_config(str(tmp_path / "clip.yaml"))
     # one layer of two heads, of which each rank has one
     assert [len(names.split(",")) for names in found["head_bricks"]] == [2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,8 @@ def options(wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     measured = Sensitivity.from_readings.__func__
 
-    def as_if_faster(cls, readings, attention_share):
-        found = measured(cls, readings, attention_share)
-        return Sensitivity(found.errors, found.sparsities, (1.0, -0.9), 0.5)
+    def as_if_faster(cls, *arguments):
+        return replace(measured(cls, *arguments), call_time_shares=(1.0, -0.9), attention_share=0.5)
 
     monkeypatch.setattr(Sensitivity, "from_readings", classmethod(as_if_faster))
     backend = ("--attention-backend", "rain_fusion_attn")
@@ -193,6 +193,128 @@ def test_a_search_that_fails_keeps_the_best_so_far(ditattn, options, tmp_path, m
     assert "# not checked on other clips" in (tmp_path / "out" / "tuned.yaml").read_text()
 
 
+CACHE_KEYS = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": [0, 1001]}
+CACHE = ("--cache", "pyramid_attention_broadcast", "--cache-config", json.dumps(CACHE_KEYS))
+STEP_CACHE = {"name": "pyramid_attention_broadcast", "keys": CACHE_KEYS}
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Settings that were run on a clip, of which those of the dense runs are not among them."""
+    run_clip, made = objective.run_clip, []
+    monkeypatch.setattr(objective, "run_clip", lambda *a, **k: made.append(a[1]) or run_clip(*a, **k))
+    return made
+
+
+@pytest.fixture
+def tuned(ditattn, options, tmp_path, watched) -> tuple[Any, Path]:
+    """A tune with a step cache that leaves out every second call, and its file."""
+    done = ditattn(*options, *CACHE, "--target-psnr", 5, "--budget-runs", 2, "--output-file-name", "tuned")
+    return done, tmp_path / "out" / "tuned.yaml"
+
+
+def test_a_step_cache_is_on_in_every_run_but_the_dense_ones(tuned, watched, tmp_path):
+    done, path = tuned
+    # 3: it may be slower than dense on the clock
+    assert done.status in (0, 3), done.err
+    alone, *candidates = watched
+    assert (alone.backend, alone.step_cache.as_dict()) == ("torch_sdpa", STEP_CACHE)
+    assert candidates
+    assert {one.backend for one in candidates} == {"rain_fusion_attn"}
+    assert all(one.step_cache == alone.step_cache for one in candidates)
+    state = json.loads(files(tmp_path / "out", "*.state.json")[0].read_text())
+    assert state["cache_alone"]["meets"]
+    assert {(one["step"], one["layer"]) for some in state["readings"].values() for one in some} == {(0, 0), (2, 0)}
+    # the dense runs have all steps
+    runs = [json.loads(place.read_text())["run"] for place in (tmp_path / "cache").rglob("run.json")]
+    assert [[step for step, _, _ in run["densities"]["transformer"]] for run in runs] == [[0, 1, 2, 3]]
+    words = "pyramid_attention_broadcast spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=[0, 1001]"
+    text = path.read_text()
+    for line in (f"{words} alone, with dense attention: PSNR", f", beside the step cache {words}", "# there pyramid_attention_broadcast"):
+        assert line in text
+        assert line.removeprefix("# ") in done.out
+    assert done.err.index("alone, with dense attention: PSNR") < done.err.index("search: at most")
+    assert yaml.safe_load(text)["step_cache"] == STEP_CACHE
+
+
+OVERRIDES = (
+    ((), "the configuration was tuned beside it; --cache none leaves it off", 2),
+    (CACHE, None, 2),
+    (("--cache", "none"), "; --cache asks for none", 4),
+    (("--cache", "mag", "--cache-config", "calibrate=true"), "; --cache asks for mag calibrate=True", 4),
+)
+
+
+def test_generate_reads_the_step_cache_of_the_file(ditattn, options, tuned, tmp_path):
+    _, path = tuned
+    generate = ("generate", *options[1:5], *CALL, "--output-path", tmp_path, "--output-file-name", "used.mp4",
+                "--attention-backend", "rain_fusion_attn", "--attention-backend-config", path)  # fmt: skip
+    for asked, said, calls in OVERRIDES:
+        used = ditattn(*generate, *asked)
+        assert used.status == 0, used.err
+        assert ("was tuned beside" in used.err) is (said is not None)
+        assert (said or "") in used.err
+        record = json.loads((tmp_path / "used.json").read_text())
+        assert record["attention"]["components"]["transformer"]["calls"] == calls
+        effective = record["settings"]["effective"]
+        named = asked[1] if asked else STEP_CACHE["name"]
+        assert effective["cache"] == (None if named == "none" else named)
+        assert (effective["cache_config"] == CACHE_KEYS) is (calls == 2)
+        assert "step_cache" not in effective["attention_backend_config"]["transformer"]
+
+
+def test_compare_reads_the_step_cache_of_the_file(ditattn, options, tuned, tmp_path):
+    _, path = tuned
+    compare = ("compare", *options[1:5], *CALL, "--output-path", tmp_path, "--output-file-name", "x", "--no-probe",
+               "--attention-backend", "rain_fusion_attn", "--attention-backend-config", path)  # fmt: skip
+    for asked, said, caches in (
+        ((), "--cache none leaves it off", [STEP_CACHE, None, STEP_CACHE]),
+        (("--cache", "none"), "--cache asks for none", [None]),
+    ):
+        done = ditattn(*compare, *asked)
+        assert done.status == 0, done.err
+        assert said in done.err
+        assert [one["step_cache"] for one in json.loads((tmp_path / "x.json").read_text())["settings"]] == caches
+
+
+def test_a_step_cache_that_misses_the_target_ends_the_tune(ditattn, options, tmp_path, monkeypatch):
+    monkeypatch.setattr("ditattn.cli.tune.probe", lambda *_: pytest.fail("the probe was run"))
+    command = [*options, *CACHE, "--target-psnr", 400]
+    done = ditattn(*command)
+    assert done.status == 3
+    said = [line for line in done.err.splitlines() if line.startswith("nothing was searched: pyramid_attention_broadcast")]
+    assert len(said) == 1
+    assert "alone, with dense attention, misses the target (PSNR at least 400 dB): PSNR" in said[0]
+    assert not files(tmp_path / "out", "*.yaml")
+    # known from now on
+    monkeypatch.setattr(objective.Objective, "step_cache_alone", lambda _: pytest.fail("the cache was run alone again"))
+    assert ditattn(*command).status == 3
+
+
+def test_what_is_no_faster_than_the_step_cache_alone_is_nothing(ditattn, options, tmp_path, monkeypatch):
+    """A sparse call is said to take as long as a dense one, and the clock to stand still."""
+    faster = Sensitivity.from_readings.__func__
+    monkeypatch.setattr(
+        Sensitivity,
+        "from_readings",
+        classmethod(lambda cls, *a: replace(faster(cls, *a), call_time_shares=(1.0, 0.0), cached_time_share=0.5)),
+    )
+    judged = objective.Objective._judged
+    monkeypatch.setattr(objective.Objective, "_judged", lambda *a: (*judged(*a)[:2], 0.5))
+    done = ditattn(*options, *CACHE, "--target-psnr", 5, "--budget-runs", 2)
+    assert done.status == 3
+    assert "faster than dense and than the step cache, in 1 runs" in done.err
+    assert "alone, with dense attention: PSNR" in done.err.splitlines()[-1]
+    assert "2.00x, meets the target" in done.err.splitlines()[-1]
+    assert not files(tmp_path / "out", "*.yaml")
+
+
+def test_another_step_cache_is_another_question(ditattn, options, tmp_path):
+    for asked in ((), CACHE, (*CACHE[:3], json.dumps({**CACHE_KEYS, "spatial_attention_block_skip_range": 3})), ("--cache", "none")):
+        ditattn(*options, *asked, "--target-psnr", 400, "--budget-runs", 1)
+    assert len(files(tmp_path / "out", "*.state.json")) == 3
+
+
 WRONG = {
     "no target": ([], ["--target-psnr 30"]),
     "endless target": (["--target-psnr", "inf"], ["target_psnr", "finite"]),
@@ -202,6 +324,9 @@ WRONG = {
     "unknown key": (["--target-psnr", 30, "--attention-backend-config", "min_token=5"], ["did you mean 'min_tokens'"]),
     "too short to be sparse": (["--target-psnr", 30, "--attention-backend-config", "min_tokens=9999"], ["nothing ran sparse"]),
     "budget": (["--target-psnr", 30, "--budget-runs", 0], ["--budget-runs"]),
+    "unknown cache": (["--target-psnr", 30, "--cache", "second_block"], ["no step cache 'second_block'", "first_block"]),
+    "keys of no cache": (["--target-psnr", 30, "--cache-config", "threshold=1"], ["name it with --cache"]),
+    "a cache that finds no layer": (["--target-psnr", 30, "--cache", "taylorseer"], ["found no layer", "cache_identifiers"]),
     "folder in the name": (["--target-psnr", 30, "--output-file-name", "a/b"], ["plain name"]),
 }
 

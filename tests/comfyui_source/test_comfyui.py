@@ -16,6 +16,8 @@ from torch import Tensor
 import comfyui_calls
 from comfyui_source.tiny_models import FAMILIES, RELATIVES, patcher
 from ditattn.hosts import comfyui as host
+from ditattn.hosts.comfyui.patched_model import AROUND_FORWARD, AROUND_SAMPLING, OVERRIDE, WRAPPER_KEY
+from ditattn.hosts.comfyui.picture import DENSE_COLOUR
 
 STEPS = 4
 KEYS = {"min_tokens": 0, "sparsity": 0.75, "skip_first_steps": 1}
@@ -72,7 +74,7 @@ def test_the_model_that_went_in_is_as_before(name: str) -> None:
     host.attach(model, "rain_fusion_attn", KEYS)
     assert model.model_options is options
     assert not model.model_options["transformer_options"]
-    assert not any(model.get_all_wrappers(place) for place in (host.AROUND_SAMPLING, host.AROUND_FORWARD))
+    assert not any(model.get_all_wrappers(place) for place in (AROUND_SAMPLING, AROUND_FORWARD))
     assert torch.equal(sampled(model, name), native)
 
 
@@ -104,9 +106,9 @@ def test_the_layout_says_where_the_picture_is(name: str, monkeypatch: pytest.Mon
     assert moved == expected
 
 
-def _forward(patched: Any, name: str, x: Tensor, key: str = host.WRAPPER_KEY) -> None:
+def _forward(patched: Any, name: str, x: Tensor, key: str = WRAPPER_KEY) -> None:
     """One forward as ComfyUI's samplers make it."""
-    wrappers = {host.AROUND_FORWARD: {key: patched.get_all_wrappers(host.AROUND_FORWARD)}}
+    wrappers = {AROUND_FORWARD: {key: patched.get_all_wrappers(AROUND_FORWARD)}}
     options = {**patched.model_options["transformer_options"], "wrappers": wrappers}
     options |= {"sigmas": torch.tensor([1.0]), "sample_sigmas": torch.tensor([1.0, 0.5, 0.0])}
     more = {"frame_rate": 25, "attention_mask": None} if name == "LTX-Video" else {}
@@ -137,8 +139,8 @@ def _recording(name: str) -> dict[str, Any]:
         calls.append(comfyui_calls.recorded_call(args, kwargs))
         return func(*args, **kwargs)
 
-    model.model_options["transformer_options"][host.OVERRIDE] = override
-    model.add_wrapper_with_key(host.AROUND_FORWARD, "recording", around)
+    model.model_options["transformer_options"][OVERRIDE] = override
+    model.add_wrapper_with_key(AROUND_FORWARD, "recording", around)
     _forward(model, name, torch.randn(FAMILIES[name][2]), key="recording")
     return comfyui_calls.recorded_forward(*forwards[0], calls)
 
@@ -185,7 +187,7 @@ def test_dense_calls_go_to_the_node_before_ours() -> None:
         seen.append(args[0].shape[1])
         return func(*args, **kwargs)
 
-    model.model_options["transformer_options"][host.OVERRIDE] = counting
+    model.model_options["transformer_options"][OVERRIDE] = counting
     patched, handle = host.attach(model, "rain_fusion_attn", KEYS)
     sampled(patched, "Wan")
     ran = component(handle)
@@ -255,9 +257,9 @@ def test_the_nodes(nodes: Any) -> None:
     assert "permuted_sparse_attn" in text
     # 1280 tokens are fewer than min_tokens: the picture is dense
     assert picture.shape == (1, 2 * 12, STEPS * 12, 3)
-    assert picture.unique().tolist() == pytest.approx(sorted(host.DENSE_COLOUR))
+    assert picture.unique().tolist() == pytest.approx(sorted(DENSE_COLOUR))
     patched, handle = host.attach(model, "rain_fusion_attn", KEYS)
     sampled(patched, "Wan")
     _, picture = getattr(report(), report.FUNCTION)(handle, samples)["result"]
-    assert picture[0, 0, 0].tolist() == pytest.approx(host.DENSE_COLOUR)
+    assert picture[0, 0, 0].tolist() == pytest.approx(DENSE_COLOUR)
     assert (picture[0, 0, -1] > picture[0, 0, 0]).all()

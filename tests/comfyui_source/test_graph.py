@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-import ditattn.hosts.comfyui as host
 from comfyui_source import tiny_models
+from ditattn.hosts.comfyui.picture import DENSE_COLOUR
 
 execution = pytest.importorskip("execution", reason="ComfyUI's executor needs more packages than its models do")
 comfy_nodes = pytest.importorskip("nodes", reason="ComfyUI's nodes need more packages than its models do")
@@ -88,7 +88,7 @@ def test_a_graph_samples_and_reports(form: str, tmp_path: Path, monkeypatch: pyt
     assert "rain_fusion_attn: 6 sparse at density 0." in text
     assert "2 dense (first steps: 2)" in text
     assert image.shape == (1, 2 * 12, 4 * 12, 3)
-    assert image[0, 0, 0].tolist() == pytest.approx(host.DENSE_COLOUR)
+    assert image[0, 0, 0].tolist() == pytest.approx(DENSE_COLOUR)
     assert image[0, 0, -1, 0] > 0.5
     run(executor, graph(seed=1))
     assert len(SEEN) == 1

@@ -93,6 +93,43 @@ def test_device_table() -> None:
         assert short[1] == (f"{kind}, **recommended**" if backend == RECOMMENDED_BACKEND else kind)
 
 
+HOST_PAGES = sorted((ROOT / "docs" / "hosts").glob("*.md"))
+
+
+def test_the_table_of_hosts_has_a_column_for_each_that_says_what_ran() -> None:
+    text = (ROOT / "docs" / "compatibility.md").read_text()
+    heading = re.search(r"^\| \|(.*)\|$", text[text.index("<!-- hosts") :], re.MULTILINE)
+    assert heading is not None
+    linked = re.findall(r"\]\((hosts/\w+\.md)\)", heading[1])
+    assert sorted(linked) == [str(page.relative_to(ROOT / "docs")) for page in HOST_PAGES]
+    release, *table = rows(text, "<!-- hosts")
+    assert release[0] == "release"
+    assert all(len(cells) == len(release) == 2 + len(linked) for cells in table)
+    for what, *cells in table:
+        for cell in cells:
+            assert re.match(r"(run|contract only|not)(:|,|$)", cell), (what, cell)
+
+
+def test_the_table_of_hosts_names_the_releases_that_the_tests_run() -> None:
+    told = rows((ROOT / "docs" / "compatibility.md").read_text(), "<!-- hosts")[0][1:4]
+    names = {"diffusers": "constraints.txt", "sglang": "constraints-sglang.txt", "vllm-omni": "constraints-vllm-omni.txt"}
+    pinned = [re.search(rf"^{name}==(\S+)$", (ROOT / file).read_text(), re.MULTILINE) for name, file in names.items()]
+    assert told == [found and found[1] for found in pinned]
+
+
+@pytest.mark.parametrize("page", HOST_PAGES, ids=lambda page: page.stem)
+def test_pages_of_hosts_start_with_the_commands_that_a_user_types(page: Path) -> None:
+    """Installing, and the host's own command or the copy that it loads; what is explained comes after."""
+    text = page.read_text()
+    start = text[: text.index("\n## ")]
+    first = [block.strip().splitlines() for block in re.findall(r"^```\n(.*?)^```$", start, re.MULTILINE | re.DOTALL)]
+    commands = [line for block in first for line in block]
+    assert commands[0].startswith("pip install .")
+    assert len(commands) == 2
+    prose = [line for line in text.partition("```")[0].splitlines() if line and not line.startswith(("# ", "<!--"))]
+    assert len(prose) <= 1
+
+
 def test_names_in_the_guide_exist() -> None:
     text = (ROOT / "docs" / "guide.md").read_text() + (ROOT / "README.md").read_text()
     for name in re.findall(r"ditattn\.([A-Za-z_]+)", text):

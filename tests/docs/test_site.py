@@ -11,7 +11,7 @@ import ditattn
 from ditattn import errors
 from ditattn.backends.sparse import Reason
 from ditattn.runtime.key_padding import MASK_WITH_GAPS, OTHER_MASK
-from ditattn.runtime.stage import NOT_SELF_ATTENTION
+from ditattn.runtime.self_attention import NOT_SELF_ATTENTION
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))

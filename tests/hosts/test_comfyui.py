@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import math
+import re
 import sys
 import tomllib
 import weakref
@@ -23,6 +25,12 @@ from ditattn.backends.base import CallRecord
 from ditattn.backends.sparse import Reason
 from ditattn.errors import BackendUnavailable, ConfigError, UnknownBackend, UnsupportedModel
 from ditattn.hosts import comfyui as host
+from ditattn.hosts.comfyui import families
+from ditattn.hosts.comfyui import handle as handle_module
+from ditattn.hosts.comfyui.patched_model import OVERRIDE
+from ditattn.hosts.comfyui.picture import DENSE_COLOUR, SPARSE_COLOUR, UNKNOWN_COLOUR
+from ditattn.hosts.comfyui.sigma_clock import SigmaClock
+from ditattn.runtime.forward import running
 from ditattn.runtime.key_padding import OTHER_MASK
 from ditattn.runtime.metadata import build_attn_metadata
 from ditattn.runtime.step import Step
@@ -59,7 +67,7 @@ def close(found: list[Tensor], expected: list[Tensor]) -> None:
 
 def test_every_family_is_recorded() -> None:
     assert {recording["class"] for recording in RECORDINGS.values()} == {
-        name for family in host.FAMILIES for name in family.transformer_classes
+        name for family in families.FAMILIES for name in family.transformer_classes
     }
 
 
@@ -155,14 +163,14 @@ def test_first_steps_are_dense_by_comfyuis_own_attention_and_the_report_counts()
 )
 def test_a_sigma_between_two_steps_belongs_to_the_one_before(sigma: float, step: int) -> None:
     options = {"sigmas": torch.tensor([sigma]), "sample_sigmas": comfyui_calls.SCHEDULE}
-    assert host.SigmaClock().read(None, None, None, options) == Step(step, 4, "sigmas")
+    assert SigmaClock().read(None, None, None, options) == Step(step, 4, "sigmas")
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"sigmas": torch.tensor([1.0])}, {"sigmas": torch.tensor([1.0]), "sample_sigmas": torch.tensor([0.0])}]
 )
 def test_without_a_schedule_the_step_is_unknown(options: dict[str, Any]) -> None:
-    assert host.SigmaClock().read(None, None, None, options).index is None
+    assert SigmaClock().read(None, None, None, options).index is None
 
 
 def test_layers_have_the_numbers_of_their_blocks_where_comfyui_names_them() -> None:
@@ -206,7 +214,7 @@ def test_an_argument_that_is_not_known_here_is_left_to_comfyui_and_counted() -> 
     recording = {**RECORDINGS["Wan"], "calls": calls}
     patched, handle = host.attach(Patcher(), "rain_fusion_attn", KEYS)
     close(comfyui_calls.forward(patched, recording, SIGMAS[1]), comfyui_calls.forward(Patcher(), recording, SIGMAS[1]))
-    assert component(handle).dense_reasons == {f"{host.UNKNOWN_ARGUMENT}: sinks": 1}
+    assert component(handle).dense_reasons == {f"{handle_module.UNKNOWN_ARGUMENT}: sinks": 1}
 
 
 LOWEST = torch.finfo(torch.float32).min
@@ -242,7 +250,7 @@ def test_masks_that_hide_padded_text_are_honoured_others_are_dense(mask: Any, re
 def test_a_mask_is_read_once_in_a_forward_and_kept_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     patched, _ = host.attach(Patcher(), "rain_fusion_attn", KEYS)
     num_read: list[int] = []
-    as_truths, attention = host._as_truths, comfyui_calls.attention
+    as_truths, attention = handle_module._as_truths, comfyui_calls.attention
     masks = [torch.zeros(1, 1, 1280), torch.zeros(1280, 1280), None]
 
     def counting(mask: Tensor) -> Tensor:
@@ -252,7 +260,7 @@ def test_a_mask_is_read_once_in_a_forward_and_kept_no_longer(monkeypatch: pytest
     def masked(options: Any, *args: Any, **kwargs: Any) -> Tensor:
         return attention(options, *args, **{**kwargs, "mask": masks[0]})
 
-    monkeypatch.setattr(host, "_as_truths", counting)
+    monkeypatch.setattr(handle_module, "_as_truths", counting)
     monkeypatch.setattr(comfyui_calls, "attention", masked)
     recording = {**RECORDINGS["Wan"], "calls": RECORDINGS["Wan"]["calls"][::2]}
     gone = [weakref.ref(mask) for mask in masks[:2]]
@@ -261,6 +269,41 @@ def test_a_mask_is_read_once_in_a_forward_and_kept_no_longer(monkeypatch: pytest
         masks.pop(0)
     assert num_read == [1280, 1280 * 1280]
     assert [one() for one in gone] == [None, None]
+
+
+def _living_elements() -> int:
+    gc.collect()
+    return sum(found.numel() for found in gc.get_objects() if type(found) is Tensor)
+
+
+def test_a_layer_keeps_no_tensors_of_a_call() -> None:
+    """With queries, keys and values of every layer a large model would not fit the device."""
+    recording = RECORDINGS["Wan"]
+    patched, handle = host.attach(Patcher(), "rain_fusion_attn", KEYS)
+    before = _living_elements()
+    for sigma in SIGMAS[:2]:
+        comfyui_calls.forward(patched, recording, sigma)
+    assert component(handle).dense_reasons == {"first steps": 2}
+    assert _living_elements() - before < math.prod(recording["calls"][0]["args"][0]["shape"])
+
+
+def test_a_sampling_leaves_no_residuals_behind() -> None:
+    """What comes after it, the VAE, wants the memory."""
+    recording, schedule = RECORDINGS["Wan"], torch.linspace(1, 0, 13)
+    patched, handle = host.attach(Patcher(), "permuted_sparse_attn", {**KEYS, "residual": True})
+    elements = math.prod(recording["calls"][0]["args"][0]["shape"])
+    within: list[int] = []
+    before = _living_elements()
+
+    def run() -> None:
+        for sigma in schedule[:2].tolist():
+            comfyui_calls.forward(patched, recording, sigma, sample_sigmas=schedule)
+        within.append(_living_elements() - before)
+
+    comfyui_calls.sampling(patched, run)
+    assert within[0] > elements
+    assert _living_elements() - before < elements
+    assert (component(handle).calls, component(handle).sparse) == (4, 2)
 
 
 def test_two_models_of_one_class_are_told_apart() -> None:
@@ -283,13 +326,13 @@ def test_references_and_longer_videos_are_part_of_the_layout() -> None:
         byt5_in = object()
 
     x, text = torch.zeros(1, 16, 5, 31, 32), torch.zeros(1, 7, 8)
-    found = host._wan(Wan, {"x": x, "reference_latent": torch.zeros(1, 16, 32, 32), "time_dim_concat": torch.zeros(1, 16, 2, 31, 32)})
+    found = families._wan(Wan, {"x": x, "reference_latent": torch.zeros(1, 16, 32, 32), "time_dim_concat": torch.zeros(1, 16, 2, 31, 32)})
     assert (found.grid, found.num_prefix_tokens, found.num_suffix_tokens) == ((7, 16, 16), 256, 0)
     assert [grid.size for grid in found.further_grids] == [(1, 16, 16)]
-    found = host._hunyuan_video(Hunyuan, {"x": x, "context": text, "txt_byt5": text, "ref_latent": torch.zeros(1, 16, 1, 32, 32)})
+    found = families._hunyuan_video(Hunyuan, {"x": x, "context": text, "txt_byt5": text, "ref_latent": torch.zeros(1, 16, 1, 32, 32)})
     assert (found.grid, found.num_prefix_tokens, found.num_suffix_tokens) == ((5, 16, 16), 256, 14)
     flux = type("Flux", (), {"patch_size": 2})
-    found = host._flux(flux, {"x": x[:, :, 0], "context": text, "ref_latents": [torch.zeros(1, 16, 16, 20)]})
+    found = families._flux(flux, {"x": x[:, :, 0], "context": text, "ref_latents": [torch.zeros(1, 16, 16, 20)]})
     assert (found.grid, found.num_prefix_tokens, found.num_suffix_tokens) == ((1, 16, 16), 7, 80)
 
 
@@ -327,7 +370,7 @@ def test_a_forward_that_fails_leaves_nothing_behind() -> None:
     patched, _ = host.attach(Patcher(), "rain_fusion_attn", KEYS)
     with pytest.raises(TypeError):
         comfyui_calls.forward(patched, recording, SIGMAS[1])
-    assert host.running() is None
+    assert running() is None
 
 
 def test_the_model_that_went_in_stays_as_it_was() -> None:
@@ -355,7 +398,7 @@ def test_clones_count_for_the_same_handle_and_a_second_node_replaces_the_first()
 
 def test_dense_calls_go_to_the_override_of_an_earlier_node() -> None:
     model = Patcher()
-    model.model_options["transformer_options"][host.OVERRIDE] = lambda func, *args, **kwargs: func(*args, **kwargs) * 0 + 7
+    model.model_options["transformer_options"][OVERRIDE] = lambda func, *args, **kwargs: func(*args, **kwargs) * 0 + 7
     patched, _ = host.attach(model, "rain_fusion_attn", KEYS)
     patched, _ = host.attach(patched, "rain_fusion_attn", KEYS)
     assert (comfyui_calls.forward(patched, RECORDINGS["Wan"], SIGMAS[0])[0] == 7).all()
@@ -407,12 +450,12 @@ def test_widgets_that_mean_nothing_are_an_error() -> None:
 
 def test_the_picture_has_a_row_for_a_layer_and_a_column_for_a_step() -> None:
     patched, handle = host.attach(Patcher(), "rain_fusion_attn", KEYS)
-    torch.testing.assert_close(host.density_picture(handle, 2), torch.tensor(host.UNKNOWN_COLOUR).expand(1, 2, 2, 3))
+    torch.testing.assert_close(host.density_picture(handle, 2), torch.tensor(UNKNOWN_COLOUR).expand(1, 2, 2, 3))
     for sigma in SIGMAS[:3]:
         comfyui_calls.forward(patched, RECORDINGS["Wan"], sigma)
     picture = host.density_picture(handle, 2)
     assert picture.shape == (1, 2 * 2, 4 * 2, 3)
-    dense, sparse, unknown = (torch.tensor(colour) for colour in (host.DENSE_COLOUR, host.SPARSE_COLOUR, host.UNKNOWN_COLOUR))
+    dense, sparse, unknown = (torch.tensor(colour) for colour in (DENSE_COLOUR, SPARSE_COLOUR, UNKNOWN_COLOUR))
     density = component(handle).sparse_density_by_step[1]
     torch.testing.assert_close(picture[0, 0, 0], dense)
     torch.testing.assert_close(picture[0, 0, 7], unknown)
@@ -437,7 +480,11 @@ def test_the_node_pack_works_from_its_folder() -> None:
     attention, report = pack.NODE_CLASS_MAPPINGS["DitattnAttention"], pack.NODE_CLASS_MAPPINGS["DitattnReport"]
     assert attention.INPUT_TYPES()["required"]["model"] == ("MODEL",)
     patched, handle = getattr(attention(), attention.FUNCTION)(Patcher(), "rain_fusion_attn", "fast", 0.5, "1")
-    assert len(attention.RETURN_TYPES) == len(attention.RETURN_NAMES) == 2
+    outputs = re.findall(
+        r"^\| .*\| `(\w+)` \| ([A-Z]+) \|", (ROOT / "docs" / "hosts" / "comfyui.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert outputs == [pair for node in (attention, report) for pair in zip(node.RETURN_NAMES, node.RETURN_TYPES, strict=True)]
+    assert outputs[2:] == [("report", "STRING"), ("density", "IMAGE")]
     assert handle.setting.keys == {"preset": "fast", "sparsity": 0.5, "skip_first_steps": 1}
     comfyui_calls.sampling(patched, lambda: comfyui_calls.forward(patched, RECORDINGS["Wan"], SIGMAS[1]))
     shown = getattr(report(), report.FUNCTION)(handle, {"samples": None})

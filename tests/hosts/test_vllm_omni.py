@@ -13,7 +13,10 @@ from ditattn.backends.config import RainFusionAttentionConfig
 from ditattn.backends.registry import load_backend
 from ditattn.backends.sparse import Reason
 from ditattn.errors import BackendUnavailable
-from ditattn.hosts.vllm_omni import SWITCH, BlockSparseKeys, Layer, Run, Tokens, config_of, layer_number, register
+from ditattn.hosts.vllm_omni import BlockSparseKeys, Layer, Run, Tokens, register
+from ditattn.hosts.vllm_omni.block_sparse import config_of
+from ditattn.hosts.vllm_omni.environment import SWITCH
+from ditattn.hosts.vllm_omni.layer import layer_number
 from ditattn.models import TokenLayout
 from ditattn.runtime.step import Step
 

@@ -14,14 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ditattn
 from ascend_calls import BLOCK_SPARSE
-from ditattn.backends import sparse
+from ditattn.backends.sparse import token_orders
 from ditattn.devices.clock import Stopwatch
 from ditattn.ops import block_mean, block_sparse_attention, dense_attention
 from ditattn.ops.block_sparse_attention import TABLE, ascend
 from ditattn.ops.calls import SparseCall
 from ditattn.packages import Package
 from ditattn.plan.token_order import TokenOrder, token_order
-from ditattn.runtime import stage
+from ditattn.runtime import attend
 from npu.fake_wan import A2, A5, GRID, Called, fake_wan
 from tiny_pipelines.pipeline import HEAD_SIZE
 
@@ -31,12 +31,12 @@ def _through(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own operations are opaque to fake tensors; here their insides run."""
     for operation in (dense_attention, block_sparse_attention, block_mean):
         monkeypatch.setattr(operation, "_op", operation._op._init_fn)
-    monkeypatch.setattr(stage, "_attend", stage._attend._init_fn)
+    monkeypatch.setattr(attend, "_attend", attend._attend._init_fn)
     # the first event would start the device
     monkeypatch.setattr(Stopwatch, "measure", lambda self, device: nullcontext())
     # the order of the tokens is worked out from numbers, on the CPU; fake tensors have none
     orders = {name: token_order(name, GRID) for name in ("tile", "raster")}
-    monkeypatch.setattr(sparse, "token_order", lambda name, *_: _fake(orders[name]))
+    monkeypatch.setattr(token_orders, "token_order", lambda name, *_: _fake(orders[name]))
 
 
 def _fake(order: TokenOrder) -> TokenOrder:

@@ -56,15 +56,17 @@ def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from vllm_omni.diffusion.attention import selector
     from vllm_omni.diffusion.attention.backends.registry import DiffusionAttentionBackendEnum
 
-    from ditattn.hosts import vllm_omni as host
+    from ditattn.hosts.vllm_omni import classes
+    from ditattn.hosts.vllm_omni.environment import KEYS, SWITCH
+    from ditattn.hosts.vllm_omni.run import run_of_process
 
-    for name in (host.SWITCH, host.KEYS):
+    for name in (SWITCH, KEYS):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(host, "RUN", host.Run())
-    for cached in (host.host_backend, host._host_impl, host._host_dense, host._warn_unused, selector._cached_get_backend_cls):
+    for cached in (classes.host_backend, classes._host_impl, classes._host_dense, classes._warn_unused, selector._cached_get_backend_cls):
         cached.cache_clear()
+    run_of_process.cache_clear()
     yield
-    atexit.unregister(host.RUN.finish)
+    atexit.unregister(run_of_process().finish)
     DiffusionAttentionBackendEnum.RAINFUSION_ATTN.clear_override()
 
 

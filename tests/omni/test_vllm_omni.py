@@ -31,7 +31,8 @@ from ditattn.backends.base import CallRecord
 from ditattn.backends.registry import BACKENDS, load_backend
 from ditattn.backends.sparse import Reason
 from ditattn.errors import BackendUnavailable, ConfigError, UnknownBackend, UnknownKey, UnsupportedCall
-from ditattn.hosts import vllm_omni as host
+from ditattn.hosts.vllm_omni.environment import KEYS, SWITCH
+from ditattn.hosts.vllm_omni.run import run_of_process
 from ditattn.models import TokenLayout
 from ditattn.plan.token_grids import TokenGrid
 from ditattn.runtime.metadata import build_attn_metadata
@@ -88,13 +89,13 @@ def served(load_plugins: Callable[..., None]) -> Callable[..., None]:
     """vllm_omni with one of our backends registered, for sequences of any length."""
 
     def load(name: str = "permuted_sparse_attn", keys: str = "min_tokens=0") -> None:
-        load_plugins(**{host.SWITCH: name, host.KEYS: keys})
+        load_plugins(**{SWITCH: name, KEYS: keys})
 
     return load
 
 
 def test_nothing_is_touched_unless_it_is_asked_for(load_plugins: Callable[..., None], configured: Any) -> None:
-    for value in ({}, {host.SWITCH: "0"}, {host.SWITCH: ""}):
+    for value in ({}, {SWITCH: "0"}, {SWITCH: ""}):
         load_plugins(**value)
         assert not SLOT.is_overridden()
     assert SLOT.get_class() is RainFusionAttentionBackend
@@ -118,7 +119,7 @@ def test_their_registry_finds_our_class_on_a_platform_that_theirs_refuses(name: 
 
 
 def test_the_switch_alone_takes_the_recommended_backend(load_plugins: Callable[..., None], configured: Any) -> None:
-    load_plugins(**{host.SWITCH: "1"})
+    load_plugins(**{SWITCH: "1"})
     with configured({"default": "RAINFUSION_ATTN"}):
         made = layer()
     assert made.attention._layer.backend.name == "permuted_sparse_attn"
@@ -129,18 +130,18 @@ def test_the_switch_alone_takes_the_recommended_backend(load_plugins: Callable[.
 def test_another_plug_in_in_the_same_place_is_named(load_plugins: Callable[..., None]) -> None:
     register_diffusion_backend(SLOT, "other_package.Backend")
     with pytest.raises(BackendUnavailable, match=r"other_package\.Backend"):
-        load_plugins(**{host.SWITCH: "1"})
+        load_plugins(**{SWITCH: "1"})
 
 
 @pytest.mark.parametrize(
     ("environment", "error", "message"),
     [
-        ({host.SWITCH: "rainfusion"}, UnknownBackend, "did you mean 'rain_fusion_attn'"),
-        ({host.SWITCH: "torch_sdpa"}, UnknownBackend, "take one of block_sparse_attn, rain_fusion_attn, permuted_sparse_attn"),
-        ({host.SWITCH: "1", host.KEYS: "sparsity=0.5"}, ConfigError, r"block_sparse\.sparsity"),
-        ({host.SWITCH: "1", host.KEYS: "plan_refresh_steps=4"}, ConfigError, "does not say which request"),
-        ({host.SWITCH: "1", host.KEYS: "residual=true"}, ConfigError, "residual cannot be honoured: vllm-omni does not say which request"),
-        ({host.SWITCH: "1", host.KEYS: "brick=auto"}, UnknownKey, "did you mean 'bricks'"),
+        ({SWITCH: "rainfusion"}, UnknownBackend, "did you mean 'rain_fusion_attn'"),
+        ({SWITCH: "torch_sdpa"}, UnknownBackend, "take one of block_sparse_attn, rain_fusion_attn, permuted_sparse_attn"),
+        ({SWITCH: "1", KEYS: "sparsity=0.5"}, ConfigError, r"block_sparse\.sparsity"),
+        ({SWITCH: "1", KEYS: "plan_refresh_steps=4"}, ConfigError, "does not say which request"),
+        ({SWITCH: "1", KEYS: "residual=true"}, ConfigError, "residual cannot be honoured: vllm-omni does not say which request"),
+        ({SWITCH: "1", KEYS: "brick=auto"}, UnknownKey, "did you mean 'bricks'"),
     ],
 )
 def test_what_cannot_be_honoured_stops_the_start(load_plugins: Callable[..., None], environment: Any, error: Any, message: str) -> None:
@@ -199,7 +200,7 @@ def test_dense_calls_are_the_platforms_own(
     metadata = AttentionMetadata(video_layout=VIDEO)
     assert isinstance(made.attention._dense, SDPAImpl)
     torch.testing.assert_close(call(made, qkv, metadata, step, num_steps), sdpa(qkv), rtol=1e-5, atol=1e-5)
-    assert host.RUN.log_of(made.attention._layer).reasons == {reason: 1}
+    assert run_of_process().log_of(made.attention._layer).reasons == {reason: 1}
     if reason == Reason.SKIPPED_LAYER:
         assert (call(other, qkv, metadata, step, num_steps) - sdpa(qkv)).abs().max() > 1e-2
     if reason == Reason.LAST_STEPS:
@@ -270,7 +271,7 @@ def test_cross_attention_stays_dense(served: Any, configured: Any) -> None:
     query, (_, key, value) = tensors()[0], tensors(77)
     torch.testing.assert_close(call(made, [query, key, value], None, step=1), sdpa([query, key, value]), rtol=1e-5, atol=1e-5)
     # reports are about self-attention
-    assert not host.RUN.log_of(made.attention._layer).cells
+    assert not run_of_process().log_of(made.attention._layer).cells
 
 
 @pytest.mark.parametrize("degree", ["ring_degree", "allgather_degree"])
@@ -335,7 +336,7 @@ def test_orders_of_the_heads_are_chosen_anew_in_every_run(served: Any, configure
     for run in range(2):
         for step in (0, 1):
             call(made, tensors(seed=run), AttentionMetadata(video_layout=VIDEO), step)
-        orders = host.RUN.log_of(made.attention._layer).token_orders
+        orders = run_of_process().log_of(made.attention._layer).token_orders
         assert sum(orders[3][0].values()) == 1
 
 

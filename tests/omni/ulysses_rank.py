@@ -30,10 +30,12 @@ def attend(backend: str) -> tuple[Tensor, int]:
     from vllm_omni.diffusion.attention.parallel.ulysses import UlyssesParallelAttention
     from vllm_omni.diffusion.forward_context import set_forward_context, set_forward_context_denoise_step_idx
 
-    from ditattn.hosts import vllm_omni as host
+    from ditattn.hosts.vllm_omni import register
+    from ditattn.hosts.vllm_omni.environment import KEYS, SWITCH
+    from ditattn.hosts.vllm_omni.run import run_of_process
 
-    os.environ |= {host.SWITCH: backend, host.KEYS: "min_tokens=0"}
-    host.register()
+    os.environ |= {SWITCH: backend, KEYS: "min_tokens=0"}
+    register()
     count, rank = dist.get_world_size(), dist.get_rank()
     parallel: dict[str, Any] = {"ring_degree": 1, "allgather_degree": 1, "ulysses_degree": count, "sequence_parallel_size": count}
     asked = {"default": {"backend": "RAINFUSION_ATTN", "block_sparse": {"sparsity": 0.75}}}
@@ -51,4 +53,4 @@ def attend(backend: str) -> tuple[Tensor, int]:
     with set_forward_context():
         set_forward_context_denoise_step_idx(1)
         out = layer(*ours, AttentionMetadata(video_layout=layout))
-    return out, sum(cell.sparse for cell in host.RUN.log_of(layer.attention._layer).cells.values())
+    return out, sum(cell.sparse for cell in run_of_process().log_of(layer.attention._layer).cells.values())

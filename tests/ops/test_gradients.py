@@ -13,7 +13,7 @@ from ditattn.errors import UnsupportedCall
 from ditattn.ops.block_sparse_attention import block_sparse_attention_with_lse
 from ditattn.ops.mx_linear import mx_linear, quantized_weight
 from ditattn.plan.token_order import token_order
-from ditattn.runtime.stage import attend
+from ditattn.runtime.attend import attend
 
 PLAN = ditattn.BlockPlan.full(300, 300)
 ORDER = token_order("tile", (1, 15, 20))

@@ -90,6 +90,7 @@ VIOLATIONS = {
     "no query tokens": (lambda: replace(good_plan(), query_length=0), "positive"),
     "no key tokens": (lambda: replace(good_plan(), key_length=0), "positive"),
     "block size 0": (lambda: replace(good_plan(), block_size=0), "positive"),
+    "two devices": (lambda: replace(good_plan(), counts=good_plan().counts.to("meta")), "on one device, not on cpu and meta"),
     "counts shape": (lambda: replace(good_plan(), counts=good_plan().counts[:, :1]), r"\[B, H, M\]"),
     "three axes": (lambda: replace(good_plan(), indices=good_plan().indices[0], counts=good_plan().counts[0]), r"\[B, H, M, K\]"),
     "rows": (lambda: replace(good_plan(), query_length=129), "3 rows for 2 query blocks"),

@@ -16,9 +16,12 @@ from ditattn.errors import DenseInStrictMode, UnsupportedCall, UnsupportedModel
 from ditattn.models import MODELS, ModelFamily, TokenLayout
 from ditattn.models.base import one_stream, prefix_and_rest
 from ditattn.plan.split import GatheredTokens
+from ditattn.runtime.attend import attend
+from ditattn.runtime.forward import Forward
 from ditattn.runtime.report import ComponentReport
+from ditattn.runtime.served_model import ServedModel
 from ditattn.runtime.split import SequenceSplit, rank_share
-from ditattn.runtime.stage import DenoisingStage, Forward, ServedModel, attend
+from ditattn.runtime.stage import DenoisingStage
 from ditattn.runtime.step import StepClock
 
 TEXT, FRAMES, ROWS, COLUMNS = 40, 3, 16, 16

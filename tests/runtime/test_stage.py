@@ -24,10 +24,14 @@ from ditattn.ops.calls import DenseCall, SparseCall
 from ditattn.ops.contract import call_facts
 from ditattn.ops.table import choose
 from ditattn.plan.token_grids import TokenGrid
-from ditattn.runtime import key_padding, stage
+from ditattn.runtime import attend as attend_op
+from ditattn.runtime import key_padding
+from ditattn.runtime.attend import attend
+from ditattn.runtime.forward import Forward, running
 from ditattn.runtime.metadata import check_layers
 from ditattn.runtime.report import ComponentReport
-from ditattn.runtime.stage import DenoisingStage, Forward, ServedModel, attend, running
+from ditattn.runtime.served_model import ServedModel
+from ditattn.runtime.stage import DenoisingStage
 from ditattn.runtime.step import StepClock
 
 FRAMES, ROWS, COLUMNS = 3, 16, 16
@@ -476,6 +480,15 @@ def test_layers_that_do_not_exist_are_refused() -> None:
         check_layers(config, 2, "transformer")
     check_layers(config, 9, "transformer")
     check_layers(served("fa").config, 0, "transformer")
+    with pytest.raises(ConfigError, match=r"skip_layers names 2, 3, \.\.\., 99, but"):
+        check_layers(served(skip_layers="0-99").config, 2, "transformer")
+
+
+def test_orders_of_layers_that_do_not_exist_are_refused() -> None:
+    config = served("permuted_sparse_attn", head_bricks=["2x8x8", "", "2x8x8"]).config
+    with pytest.raises(ConfigError, match="head_bricks names 2, but transformer has self-attention layers 0-1"):
+        check_layers(config, 2, "transformer")
+    check_layers(config, 3, "transformer")
 
 
 # forwards
@@ -507,13 +520,29 @@ def test_a_forward_that_was_never_left_is_forgotten_and_its_run_too() -> None:
 
 
 def test_a_call_outside_every_forward_is_dense_and_warns_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage._local, "warned_stray", False, raising=False)
+    monkeypatch.setattr(attend_op._local, "warned_stray", False, raising=False)
     q, k, v = qkv()
     mask = first(LENGTH - 15)
     with caplog.at_level(logging.WARNING, logger="ditattn"):
         for _ in range(2):
             torch.testing.assert_close(attend(q, k, v, mask), dense(q, k, v, mask[:, None, None]), rtol=0, atol=1e-5)
     assert caplog.text.count("outside a denoiser's forward") == 1
+
+
+def test_a_call_that_failed_and_is_made_again_counts_once() -> None:
+    stage = stage_of(served(skip_first_steps=1))
+    query, key, value = qkv()
+
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    with forward_of(stage) as forward:
+        forward.layer, forward.native = 0, full
+        with pytest.raises(torch.OutOfMemoryError):
+            attend(query, key, value, torch.randn(LENGTH, LENGTH))
+        forward.native = lambda: torch.zeros_like(query)
+        attend(query, key, value, torch.randn(LENGTH, LENGTH))
+    assert report_of(stage).calls == 1
 
 
 def test_threads_have_their_own_forwards() -> None:

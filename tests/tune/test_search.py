@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -189,6 +190,60 @@ def test_bolder_means_bolder_everywhere():
     assert not one.is_bolder_than(Candidate(0.5, 2, 1, (1, 2), whole_first_frame=False))
     assert not Candidate(0.6, 3, 1, (1,)).is_bolder_than(one)
     assert not Candidate(0.6, 2, 1, (3,)).is_bolder_than(one)
+
+
+def test_calls_that_a_step_cache_leaves_out_cost_nothing_and_suffer_nothing():
+    """Every second step runs; the last one does not, so that the readings end before the run does."""
+    kept = {
+        sparsity: [one for one in readings(sparsity) if one.step % 2 == 0 and (one.layer != 3 or one.step == 0)]
+        for sparsity in PROBED_SPARSITIES
+    }
+    believed = Sensitivity.from_readings(kept, 0.8, cached_time_share=0.5, num_steps=STEPS)
+    assert believed.num_steps == STEPS
+    one = Candidate(0.6, 1, 2, (2,))
+    cells = [(step, layer) for step in (2, 4, 6) for layer in (0, 1)]
+    assert believed.damage(one) == pytest.approx(sum(error(step, layer, 0.6) for step, layer in cells))
+    # of 5 steps x 3 layers, and layer 3 once
+    assert believed.time_share(one) == pytest.approx(0.5 * (1 - 0.8 * len(cells) / 16 * (1 - 0.5)))
+    assert believed.time_share(Candidate(0.6, 1)) == believed.time_share(Candidate(0.6, 2))
+    assert believed.front()
+    assert all(believed.time_share(one) < 0.5 for one in believed.front())
+
+
+def test_sparse_attention_must_beat_the_step_cache_alone():
+    believed = replace(sensitivity(), cached_time_share=0.5)
+    asked = []
+
+    def no_faster_than_the_cache(candidate):
+        asked.append(candidate)
+        return Outcome(40.0, None, 0.5, meets=True)
+
+    slow = replace(believed, call_time_shares=(1.0, 0.0))
+    assert Search(slow, Target(30), no_faster_than_the_cache, budget=12).run() is None
+    assert len(asked) == 1
+    assert Search(believed, Target(30), no_faster_than_the_cache, budget=12).run() is not None
+    # a cache that costs more than it saves: dense without it is what to beat
+    assert replace(sensitivity(), cached_time_share=1.2).time_share_to_beat == 1
+
+
+@pytest.mark.parametrize("of_cache", [33.5, 36, 45])
+def test_what_the_step_cache_costs_is_part_of_every_run(of_cache):
+    """The target is met where both errors together meet it, and few runs find that place."""
+    target, believed = Target(33), replace(sensitivity(), cached_time_share=0.6)
+    asked: list[Candidate] = []
+
+    def evaluate(candidate):
+        asked.append(candidate)
+        lost = 10 ** (-World(target).outcome(candidate).psnr / 10) + 10 ** (-of_cache / 10)
+        psnr = -10 * math.log10(lost)
+        return Outcome(psnr, None, believed.time_share(candidate), target.met_by(psnr, None))
+
+    search = Search(believed, target, evaluate, budget=12, psnr_of_cache=of_cache)
+    found = search.run()
+    assert search.outcomes[found].meets
+    every = [(believed.time_share(one), one) for one in believed.candidates()]
+    best = min(time_share for time_share, one in every if evaluate(one).meets)
+    assert believed.time_share(found) <= best + 0.015
 
 
 def test_nothing_to_tune():

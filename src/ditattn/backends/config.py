@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ditattn.errors import ConfigError
+from ditattn.errors import ConfigError, UnknownKey
 from ditattn.values import KnownKeys
 
 __all__ = [
+    "STEP_CACHE_KEY",
     "AttentionConfig",
     "BlockSparseAttentionConfig",
     "DenseAttentionConfig",
@@ -36,10 +37,26 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 # "auto": runs of up to so many steps have one dense step, longer ones this share
 FEW_STEPS = 8
 AUTO_SHARE = 0.2
+# so that a slip of the keyboard is an error, and not a list that fills the memory
+LAST_LAYER = 9999
+
+
+STEP_CACHE_KEY = "step_cache"
+"""In a file that `tune` wrote: the step cache that the other keys were found beside. Of the host, and no key of the attention."""
 
 
 class AttentionConfig(KnownKeys):
     """Base of every backend configuration."""
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Validate `values`. Raises as `KnownKeys.from_mapping`; who reads a step cache too has taken its key out before."""
+        if STEP_CACHE_KEY in values:
+            raise UnknownKey(
+                f"{STEP_CACHE_KEY}: these keys were tuned beside a step cache ({values[STEP_CACHE_KEY]}), which cannot be switched on from "
+                "here: without this key they run without it, as far as nobody else switches it on"
+            )
+        return super().from_mapping(values)
 
 
 class DenseAttentionConfig(AttentionConfig):
@@ -94,6 +111,10 @@ class SparseAttentionConfig(AttentionConfig):
     def least_tokens(self, device_type: str) -> int:
         """`min_tokens` as a number."""
         return LEAST_TOKENS.get(device_type, LEAST_TOKENS_ELSEWHERE) if self.min_tokens == "auto" else self.min_tokens
+
+    def named_layers(self) -> Mapping[str, Collection[int]]:
+        """By key, the layers that it speaks of: a model without one of them cannot honour the key."""
+        return {"skip_layers": parse_layers(self.skip_layers)}
 
     @property
     def outlasts_steps(self) -> bool:
@@ -160,13 +181,15 @@ def parse_layers(text: str) -> frozenset[int]:
     """Layer numbers from a selector such as "0-1,38".
 
     Raises:
-        ConfigError: a part that is neither a number nor a rising range.
+        ConfigError: a part that is neither a number nor a rising range, or a number that no model has.
     """
     layers: set[int] = set()
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         first, _, last = part.partition("-")
         if not first.isdigit() or (last and not last.isdigit()) or part.endswith("-") or (last and int(last) < int(first)):
             raise ConfigError(f"skip_layers: '{part}' is neither a layer number nor a range such as 0-3")
+        if int(last or first) > LAST_LAYER:
+            raise ConfigError(f"skip_layers: '{part}': no model has more than {LAST_LAYER + 1} layers")
         layers.update(range(int(first), int(last or first) + 1))
     return frozenset(layers)
 

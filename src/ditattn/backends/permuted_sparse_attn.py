@@ -7,7 +7,7 @@ brings is measured in docs/backends/permuted_sparse_attn.md, which also names th
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -77,6 +77,9 @@ class PermutedSparseAttentionConfig(SparseAttentionConfig):
     head_bricks: tuple[str, ...] = ()
     tail: bool = True
     residual: bool | Literal["auto"] = "auto"
+
+    def named_layers(self) -> Mapping[str, Collection[int]]:
+        return {**super().named_layers(), "head_bricks": [layer for layer, names in enumerate(self.head_bricks) if names]}
 
     @property
     def outlasts_steps(self) -> bool:
@@ -212,7 +215,7 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         orders = self._known_order(query, key, metadata) or self._choose(query, key, value, metadata, None)
         means = self._means(query, key, value, metadata, orders)
         sparsity = _refreshes(query, metadata).sparsity
-        record = self._planned(query, key, metadata, lambda: self._plan(means, sparsity, metadata, orders))
+        record = self._plans.of_call(query, key, metadata, lambda: self._plan(means, sparsity, metadata, orders))
         assert record.plan is not None
         tail = means.keys.tail if metadata.tail else None
         out = self._attend_ordered(query, key, value, record.plan, metadata.key_lengths, orders, tail)

@@ -11,13 +11,13 @@ from typing import Any
 
 from ditattn.arguments import described
 from ditattn.backends.base import AttentionBackend
-from ditattn.backends.config import AttentionConfig
+from ditattn.backends.config import STEP_CACHE_KEY, AttentionConfig
 from ditattn.backends.registry import load_backend, parse_backend_name
 from ditattn.backends.selector import unnamed_backend
 from ditattn.errors import ConfigError
 from ditattn.quantization.request import Quantization
 
-__all__ = ["Setting", "StepCache"]
+__all__ = ["Setting", "StepCache", "split_step_cache"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,32 @@ class StepCache:
     name: str
     keys: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def words(self) -> str:
+        """For people: "first_block threshold=0.1"."""
+        return f"{self.name} {', '.join(f'{key}={value}' for key, value in self.as_dict()['keys'].items())}".rstrip()
+
+    def as_dict(self) -> dict[str, Any]:
+        """As values that JSON and YAML have, so without tuples; `split_step_cache` reads it."""
+        return {"name": self.name, "keys": {key: list(value) if isinstance(value, tuple) else value for key, value in self.keys.items()}}
+
+
+def split_step_cache(keys: Mapping[str, Any]) -> tuple[dict[str, Any], StepCache | None]:
+    """The keys of the attention, and the step cache that they were tuned beside, where `tune` has written one among them.
+
+    Raises:
+        ConfigError: `step_cache` is not what `tune` writes.
+    """
+    own = {key: value for key, value in keys.items() if key != STEP_CACHE_KEY}
+    if STEP_CACHE_KEY not in keys:
+        return own, None
+    cache = keys[STEP_CACHE_KEY]
+    if not isinstance(cache, Mapping) or set(cache) - {"name", "keys"} or not isinstance(cache.get("name"), str):
+        raise ConfigError(f"{STEP_CACHE_KEY} must be {{'name': 'first_block', 'keys': {{'threshold': 0.1}}}}, not {described(cache)}")
+    if not isinstance(cache.get("keys", {}), Mapping):
+        raise ConfigError(f"{STEP_CACHE_KEY}: its keys must be a mapping such as {{'threshold': 0.1}}, not {described(cache['keys'])}")
+    return own, StepCache(cache["name"], dict(cache.get("keys", {})))
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -44,7 +70,7 @@ class Setting:
         config: its configuration. A component with another backend runs with that one's defaults.
         components: names of backends by component.
         quantization: of the linear layers; None leaves them as they are. `install` does not look at it.
-        step_cache: beside the attention; None lets every step run in full. `install` does not look at it.
+        step_cache: beside the attention; None lets every step run in full. `install` warns where none is on.
     """
 
     backend: str | None

@@ -14,13 +14,14 @@ import numpy as np
 import typer
 
 from ditattn.backends.registry import DEFAULT_BACKEND
-from ditattn.backends.setting import Setting, StepCache
-from ditattn.cli.job import Job, load, playing_rate, prepare
+from ditattn.backends.setting import Setting, split_step_cache
+from ditattn.cli.job import load, playing_rate, prepare
 from ditattn.cli.output import DraftFiles, check_plain_name, default_name, numbered, write_media
 from ditattn.cli.progress import progress_bar
 from ditattn.cli.ranks import this_rank, together
 from ditattn.cli.references import check_metrics, dense_references, origin
 from ditattn.cli.settings import CompareSettings
+from ditattn.cli.step_cache import cache_names, check_cache_config, compared_step_caches
 from ditattn.cli.terminal import print_rich, say, set_up_messages
 from ditattn.compare.measure import Comparison, compare
 from ditattn.compare.page import render_page
@@ -52,9 +53,8 @@ def run(settings: CompareSettings, *, debug: bool = False) -> None:
         DitattnError, OSError: see the modules that check.
     """
     set_up_messages(debug)
-    if settings.cache_config and not _cache_names(settings):
-        raise ConfigError("--cache-config is for a step cache: name it with --cache")
-    if not settings.attention_backend and not settings.quantization and not _cache_names(settings):
+    check_cache_config(settings)
+    if not settings.attention_backend and not settings.quantization and not cache_names(settings):
         raise ConfigError(
             "what shall be compared? Name it: --attention-backend rain_fusion_attn (the reference is torch_sdpa), --quantization or --cache"
         )
@@ -62,7 +62,7 @@ def run(settings: CompareSettings, *, debug: bool = False) -> None:
     check_metrics()
     attention = _parse_attention(settings)
     job = prepare(settings, [REFERENCE, *attention])
-    attention = with_step_caches(attention, _parse_caches(settings, job))
+    attention = with_step_caches(attention, compared_step_caches(settings, job))
     with together(settings.num_processes, job.device):
         pipe, _ = load(job)
         clips = [Clip(prompt, seed) for prompt in settings.prompt for seed in settings.seed]
@@ -89,7 +89,7 @@ def _tell(settings: CompareSettings, name: str, comparison: Comparison, made_by:
 
 def _parse_attention(settings: CompareSettings) -> list[Setting]:
     """Every backend with the keys that it has; keys that no named backend has stay, to be refused with the rest."""
-    configs, grid = settings.attention_backend_config, settings.grid
+    configs, grid = [split_step_cache(config)[0] for config in settings.attention_backend_config], settings.grid
     # quantisation or a step cache alone leaves the attention as it is in the reference
     backends = settings.attention_backend or [DEFAULT_BACKEND]
     expanded = expand(backends, configs, grid, settings.component_attention_backends, _parse_quantizations(settings))
@@ -105,27 +105,6 @@ def _parse_quantizations(settings: CompareSettings) -> list[Quantization | None]
         raise ConfigError("--quantization-skip needs --quantization mxfp4")
     skip = settings.quantization_skip
     return [None if text.lower() == "none" else Quantization.from_text(text, skip) for text in settings.quantization] or [None]
-
-
-def _parse_caches(settings: CompareSettings, job: Job) -> list[StepCache]:
-    """The step caches that were asked for, checked as far as possible without weights."""
-    from ditattn.hosts.diffusers.step_cache import check_pipeline, expand_step_caches
-
-    names = _cache_names(settings)
-    caches = expand_step_caches(names, settings.cache_config)
-    for name in names:
-        own = [cache for cache in caches if cache.name == name]
-        keys = dict.fromkeys(key for config in settings.cache_config for key in config)
-        if dropped := [key for key in keys if not any(key in cache.keys for cache in own)]:
-            say(f"{name} has no {', '.join(dropped)}: it is compared without")
-        if job.model.pipeline_cls is not None:
-            check_pipeline(job.model.pipeline_cls, own[0])
-    return caches
-
-
-def _cache_names(settings: CompareSettings) -> list[str]:
-    """Every setting runs without a cache too, so "none" adds nothing."""
-    return [name for name in dict.fromkeys(settings.cache) if name.lower() != "none"]
 
 
 def _file_name(settings: CompareSettings) -> str:

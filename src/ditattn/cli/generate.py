@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import typer
 
-from ditattn.backends.setting import Setting, StepCache
+from ditattn.backends.setting import Setting, StepCache, split_step_cache
 from ditattn.cli.job import Job, load, pipeline_arguments, playing_rate, prepare
 from ditattn.cli.output import DraftFiles, check_file_name, check_folder, default_name, numbered, write_media
 from ditattn.cli.progress import progress_bar
 from ditattn.cli.ranks import rank_group, together
 from ditattn.cli.record import RunRecord
 from ditattn.cli.settings import PIPELINE_KEYS, GenerateSettings
+from ditattn.cli.step_cache import one_step_cache
 from ditattn.cli.terminal import set_up_messages, timed
 from ditattn.devices import find_device
 from ditattn.errors import ConfigError
@@ -53,12 +54,12 @@ def run(settings: GenerateSettings, *, debug: bool = False) -> None:
         _check_dump_path(Path(settings.perf_dump_path))
     job = prepare(settings, [attention])
     _check_file_names(job, settings)
-    cache = _parse_cache(settings, job)
+    attention = replace(attention, step_cache=one_step_cache(settings, job))
     with together(settings.num_processes, job.device):
         pipe, load_ms = load(job)
         quantization = _quantize(pipe, attention)
-        if cache is not None:
-            _add_cache(pipe, cache, job)
+        if attention.step_cache is not None:
+            _add_cache(pipe, attention.step_cache, job)
         for number in range(len(settings.prompt)):
             _make_one(GenerateJob(job, settings, attention, quantization), pipe, number, load_ms)
 
@@ -71,20 +72,6 @@ def _quantize(pipe: Any, attention: Setting) -> Callable[[], QuantizationReport]
 
     with timed(f"quantise ({attention.quantization.name})"):
         return quantize_setting(pipe, attention.quantization, keep_originals=False).report
-
-
-def _parse_cache(settings: GenerateSettings, job: Job) -> StepCache | None:
-    """The step cache that was asked for, checked as far as possible without weights."""
-    from ditattn.hosts.diffusers.step_cache import check_pipeline, parse_step_cache
-
-    if settings.cache is None or settings.cache.lower() == "none":
-        if settings.cache_config:
-            raise ConfigError("--cache-config is for a step cache: name it with --cache")
-        return None
-    cache = parse_step_cache(settings.cache, settings.cache_config)
-    if job.model.pipeline_cls is not None:
-        check_pipeline(job.model.pipeline_cls, cache)
-    return cache
 
 
 def _add_cache(pipe: Any, cache: StepCache, job: Job) -> None:
@@ -104,11 +91,9 @@ def _parse_quantization(settings: GenerateSettings) -> Quantization | None:
 
 
 def _parse_attention(settings: GenerateSettings) -> Setting:
-    quantization = _parse_quantization(settings)
+    quantization, (keys, _) = _parse_quantization(settings), split_step_cache(settings.attention_backend_config)
     try:
-        return Setting.parse(
-            settings.attention_backend, settings.attention_backend_config, settings.component_attention_backends, quantization
-        )
+        return Setting.parse(settings.attention_backend, keys, settings.component_attention_backends, quantization)
     except ConfigError as error:
         if settings.attention_backend is not None:
             raise
@@ -156,7 +141,7 @@ def _make_one(request: GenerateJob, pipe: Any, number: int, load_ms: float) -> N
     record = RunRecord(
         model=job.model.facts(),
         given=settings.model_dump(exclude_unset=True),
-        effective=_effective(job, arguments, call_defaults(type(pipe)), output, handle.report()),
+        effective={**_effective(job, arguments, call_defaults(type(pipe)), output, handle.report()), **_cache(request.attention)},
         device={"type": job.device.type, "name": find_device(job.device).device_name()},
         dtype=str(job.dtype).removeprefix("torch."),
         seed=settings.seed,
@@ -190,6 +175,12 @@ def _warn_about_other_sizes(arguments: dict[str, Any], output: dict[str, Any]) -
     for key in ("height", "width", "num_frames"):
         if arguments.get(key) not in (None, output[key]):
             logger.warning("%s %s was asked for, the pipeline made %s", key, arguments[key], output[key])
+
+
+def _cache(attention: Setting) -> dict[str, Any]:
+    """The step cache that was on, as settings."""
+    cache = attention.step_cache
+    return {"cache": None, "cache_config": {}} if cache is None else {"cache": cache.name, "cache_config": dict(cache.keys)}
 
 
 def _effective(

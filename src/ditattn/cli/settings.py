@@ -126,6 +126,7 @@ SKIPPED_LAYERS = Option(
 )
 
 CACHE_NAMES = "first_block, pyramid_attention_broadcast, faster, mag, taylorseer or sea"
+SAME_AS_FILE = "none, or what the file of --attention-backend-config was tuned beside"
 CACHE_KEYS = "those of diffusers' configuration class: k=v,k=v (threshold=0.1), JSON text, or a file."
 
 SEEDS = Option(SAMPLING, "Seed of the noise. Repeat it for several: every prompt is made with every seed.")
@@ -259,7 +260,7 @@ class GenerateSettings(CallSettings):
         Option(
             ATTENTION,
             f"Step cache of diffusers beside it, which skips layers in steps that change little: {CACHE_NAMES}.",
-            default="none",
+            default=SAME_AS_FILE,
             metavar="NAME",
         ),
     ] = None
@@ -401,6 +402,20 @@ class TuneSettings(CallSettings):
             metavar="CONFIG",
             before="component_attention_backends",
         ),
+    ] = Field(default_factory=dict)
+    cache: Annotated[
+        str | None,
+        Option(
+            ATTENTION,
+            f"Step cache of diffusers that is on in every run but the dense ones: {CACHE_NAMES}. The target counts what it costs; "
+            "it is measured alone first.",
+            default=SAME_AS_FILE,
+            metavar="NAME",
+        ),
+    ] = None
+    cache_config: Annotated[
+        Pairs,
+        Option(ATTENTION, f"Its keys, {CACHE_KEYS}", metavar="CONFIG"),
     ] = Field(default_factory=dict)
     output_file_name: Annotated[str | None, Option(OUTPUT, "Name of the .yaml file.", "tune_ and a hash", metavar="NAME")] = None
 

@@ -1,7 +1,8 @@
-"""What `ditattn tune` does: dense runs, probe, search, check, and the file that says what was found."""
+"""What `ditattn tune` does: dense runs, the step cache alone, probe, search, check, and the file that says what was found."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import typer
 
 from ditattn.backends.registry import load_backend
-from ditattn.backends.setting import Setting
+from ditattn.backends.setting import Setting, StepCache, split_step_cache
 from ditattn.cli.job import load, prepare
 from ditattn.cli.output import DraftFiles, check_plain_name
 from ditattn.cli.progress import progress_bar
 from ditattn.cli.ranks import this_rank, together
 from ditattn.cli.references import check_metrics, dense_references
 from ditattn.cli.settings import TuneSettings
+from ditattn.cli.step_cache import one_step_cache
 from ditattn.cli.terminal import say, set_up_messages
 from ditattn.compare.measure import References
 from ditattn.compare.setting import REFERENCE, Clip
@@ -25,7 +27,7 @@ from ditattn.progress import Progress
 from ditattn.tune.candidate import TUNED_KEYS, Candidate, Outcome, Target
 from ditattn.tune.head_orders import most_chosen_orders, setting_chooses_orders
 from ditattn.tune.objective import Objective, check, probe
-from ditattn.tune.result import Checked, Finding, count_clips, yaml_text
+from ditattn.tune.result import Checked, Finding, alone_words, count_clips, yaml_text
 from ditattn.tune.search import Search, disagreements
 from ditattn.tune.sensitivity import PROBED_SPARSITIES, Sensitivity
 from ditattn.tune.state import TuneState
@@ -60,6 +62,7 @@ def run(settings: TuneSettings, *, debug: bool = False) -> None:
     request = _request(settings)
     check_metrics()
     job = prepare(settings, [REFERENCE, request.setting])
+    request = replace(request, setting=replace(request.setting, step_cache=one_step_cache(settings, job)))
     with together(settings.num_processes, job.device):
         pipe, _ = load(job)
         with progress_bar() as progress:
@@ -75,12 +78,27 @@ def run(settings: TuneSettings, *, debug: bool = False) -> None:
 def _tell(request: TuneRequest, state: TuneState, path: Path, finding: Finding | None) -> bool:
     """What was found, for people; True if something is faster than dense."""
     if finding is None:
-        say(f"nothing meets the target ({request.target.words()}) faster than dense, in {len(state.outcomes)} runs: {_nearest(state)}")
+        say(_nothing_found(request, state))
         return False
     for line in finding.summary():
         typer.echo(line)
     typer.echo(f"wrote {path}; use it: --attention-backend {request.setting.backend} --attention-backend-config {path}")
     return finding.checked is not None and finding.checked.is_faster
+
+
+def _nothing_found(request: TuneRequest, state: TuneState) -> str:
+    cache, alone, target = request.setting.step_cache, state.cache_alone, request.target.words()
+    if cache is None or alone is None:
+        return f"nothing meets the target ({target}) faster than dense, in {len(state.outcomes)} runs: {_nearest(state)}"
+    if not alone.meets:
+        return (
+            f"nothing was searched: {alone_words(cache)}, misses the target ({target}): {alone.words()}. Sparse attention adds to that: "
+            "take keys with which the cache leaves out less, a lower target, or no cache"
+        )
+    return (
+        f"nothing meets the target ({target}) faster than dense and than the step cache, in {len(state.outcomes)} runs: {_nearest(state)}; "
+        f"{alone_words(cache)}: {alone.words()}"
+    )
 
 
 def _find(references: References, request: TuneRequest, state: TuneState, path: Path, progress: Progress) -> Finding | None:
@@ -89,7 +107,13 @@ def _find(references: References, request: TuneRequest, state: TuneState, path: 
     Several ranks go the same way, since the first one decides.
     """
     objective = Objective(references, request.setting, list(request.clips), request.target)
-    sensitivity = _measure_sensitivity(references, request, state, objective, progress)
+    attention_share = _run_dense(state, objective, progress)
+    if request.setting.step_cache is not None:
+        _run_cache_alone(request.setting.step_cache, state, objective, progress)
+        if state.cache_alone is not None and not state.cache_alone.meets:
+            return None
+        attention_share = state.attention_share
+    sensitivity = _measure_sensitivity(references, request, state, objective, attention_share, progress)
     best = _search(request, state, objective, sensitivity, path, progress).best
     if best is None:
         return None
@@ -119,7 +143,8 @@ def _request(settings: TuneSettings) -> TuneRequest:
         raise ConfigError(f"{backend.name} is dense: there is nothing to tune; name a sparse backend")
     if taken := sorted(set(settings.attention_backend_config) & {*TUNED_KEYS, "preset"}):
         raise ConfigError(f"{', '.join(taken)} cannot be held fixed: that is what tune finds")
-    setting = Setting.parse(backend.name, settings.attention_backend_config, settings.component_attention_backends)
+    keys, _ = split_step_cache(settings.attention_backend_config)
+    setting = Setting.parse(backend.name, keys, settings.component_attention_backends)
     # fails before a model is loaded where the backend lacks what is tuned
     setting.with_keys(**Candidate(0.5).keys)
     clips = [Clip(prompt, seed) for prompt in settings.prompt for seed in settings.seed]
@@ -138,23 +163,39 @@ def _facts(references: References, request: TuneRequest) -> dict[str, Any]:
         "backend": setting.backend,
         "config": setting.keys,
         "components": dict(setting.components),
+        **({} if setting.step_cache is None else {"step_cache": setting.step_cache.as_dict()}),
         "strict": request.settings.strict,
         # DITATTN_CPU_ISA and a new installation change them, and with them every time
         "kernels": cpu_library.selection().sentence() if references.workload.device.type == "cpu" else None,
     }
 
 
-def _measure_sensitivity(
-    references: References, request: TuneRequest, state: TuneState, objective: Objective, progress: Progress
-) -> Sensitivity:
-    """The dense runs, and the probe unless an earlier run of the same search has made it."""
+def _run_dense(state: TuneState, objective: Objective, progress: Progress) -> float:
+    """The dense runs; returns the share of their time that is self-attention."""
     going_on = f", going on after {len(state.outcomes)} runs" if state.outcomes else ""
-    progress.begin(f"dense: {count_clips(len(request.clips))}{going_on}", counts=False)
-    attention_share = objective.prepare(anew=not state.readings)
+    progress.begin(f"dense: {count_clips(len(objective.clips))}{going_on}", counts=False)
+    return objective.prepare(anew=not state.readings and state.cache_alone is None)
+
+
+def _run_cache_alone(cache: StepCache, state: TuneState, objective: Objective, progress: Progress) -> None:
+    """Unless an earlier run of the same search has done it; says whether it leaves room for sparse attention."""
+    if state.cache_alone is None:
+        progress.begin(f"{alone_words(cache)}: {count_clips(len(objective.clips))}", counts=False)
+        state.keep_cache_alone(*objective.step_cache_alone())
+    assert state.cache_alone is not None
+    progress.note(f"{alone_words(cache)}: {state.cache_alone.words()}")
+
+
+def _measure_sensitivity(
+    references: References, request: TuneRequest, state: TuneState, objective: Objective, attention_share: float, progress: Progress
+) -> Sensitivity:
+    """The probe, unless an earlier run of the same search has made it, and what it says."""
     if not state.readings:
         progress.begin(f"probe: {len(PROBED_SPARSITIES)} sparsities on every attention call of a dense run", counts=False)
         state.keep_probe(probe(references, request.setting, request.clips[0]), attention_share)
-    return Sensitivity.from_readings(state.readings, state.attention_share)
+    if state.cache_alone is None:
+        return Sensitivity.from_readings(state.readings, state.attention_share)
+    return Sensitivity.from_readings(state.readings, state.attention_share, state.cache_alone.time_share, objective.num_steps)
 
 
 def _search(
@@ -173,7 +214,8 @@ def _search(
         return outcome
 
     keeps_first_frame = "first_frame_sink" not in request.setting.keys
-    search = Search(sensitivity, request.target, evaluate, budget, keeps_first_frame, state.outcomes)
+    psnr_of_cache = math.inf if state.cache_alone is None else state.cache_alone.psnr
+    search = Search(sensitivity, request.target, evaluate, budget, keeps_first_frame, psnr_of_cache, state.outcomes)
     try:
         search.run()
     except BaseException:
@@ -199,6 +241,7 @@ def _finding(request: TuneRequest, state: TuneState, sensitivity: Sensitivity, b
         outcomes=state.outcomes,
         facts=state.facts,
         checked=checked,
+        cache_alone=state.cache_alone,
         contradictions=contradictions,
         pairs=pairs,
     )

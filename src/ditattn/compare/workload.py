@@ -72,6 +72,8 @@ class Workload(ABC):
     def probe(self, settings: Sequence[Setting], clip: Clip) -> list[list[CellReading]]:
         """Make one clip densely and try every setting on its attention calls; returns the readings of each setting, of all ranks.
 
+        All settings have the same step cache or none; it is on meanwhile, so that calls which it leaves out have no readings.
+
         Raises:
             DitattnError: as `render`.
         """

@@ -1,1 +1,1 @@
-"""Adapters: one folder or file per program that runs the models. No host is imported by anything else."""
+"""Adapters: one folder per program that runs the models. No host is imported by anything else."""

@@ -9,7 +9,7 @@ import ctypes
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ditattn.ops.table import CallFacts
 
 __all__ = [
     "call_facts",
+    "check_like",
     "check_mask",
     "check_qkv",
     "checked_scale",
@@ -80,10 +81,18 @@ def checked_scale(scale: float | None, head_dim: int) -> float:
         return default_scale(head_dim)
     if isinstance(scale, (str, bool, complex)) or not hasattr(scale, "__float__"):
         raise UnsupportedCall(f"scale must be a number or None, not {described(scale)}")
+    scale = _number(scale)
     # a kernel that treats zero apart would otherwise meet a zero that Python did not see
     if not math.isfinite(scale) or not math.isfinite(applied := ctypes.c_float(scale).value):
         raise UnsupportedCall(f"the scale must be finite in fp32, not {scale}")
-    return float(scale) if applied else 0.0
+    return scale if applied else 0.0
+
+
+def _number(scale: Any) -> float:
+    try:
+        return float(scale)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UnsupportedCall(f"scale must be one number or None, not {described(scale)} ({error})") from None
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None = None) -> None:
@@ -110,6 +119,12 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | N
         raise UnsupportedCall(f"attention needs a floating dtype, not {query.dtype}")
     if key_lengths is not None:
         _check_key_lengths(key_lengths, query)
+
+
+def check_like(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise UnsupportedCall unless `x`, which an operation made in fp32, has this shape and device."""
+    if x.shape != shape or x.dtype != torch.float32 or x.device != device:
+        raise UnsupportedCall(f"{name} must be float32 {list(shape)} on {device}, not {x.dtype} {list(x.shape)} on {x.device}")
 
 
 def _check_key_lengths(key_lengths: Tensor, query: Tensor) -> None:

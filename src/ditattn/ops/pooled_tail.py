@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ditattn.arguments import check_tensors
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.block_mean import block_mean
+from ditattn.ops.contract import check_like
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan, num_blocks
 from ditattn.plan.token_order import TokenOrder
 
@@ -58,11 +60,10 @@ class PooledTail:
         """Raise UnsupportedCall unless the tail is one for the call's key `[B, T, G, D]` and plan. Its values are not read."""
         batch, _, heads, dim = key.shape
         expected = (batch, num_blocks(plan.key_length, plan.block_size), heads, dim)
-        for name, x in (("key", self.key), ("value", self.value)):
-            if x.shape != expected or x.dtype != torch.float32 or x.device != key.device:
-                found = f"{x.dtype} {list(x.shape)} on {x.device}"
-                raise UnsupportedCall(f"the tail's {name} must be float32 {list(expected)} on {key.device}, not {found}")
         counts = self.counts
+        check_tensors(**{"the tail's key": self.key, "the tail's value": self.value, "the tail's counts": counts})
+        check_like("the tail's key", self.key, expected, key.device)
+        check_like("the tail's value", self.value, expected, key.device)
         if counts.ndim != 2 or counts.shape[0] not in (1, batch) or counts.shape[1] != expected[1] or counts.device != key.device:
             wanted = f"[{batch} or 1, {expected[1]}] on {key.device}"
             raise UnsupportedCall(f"the tail's counts must be {wanted}, not {list(counts.shape)} on {counts.device}")

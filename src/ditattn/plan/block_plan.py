@@ -7,6 +7,7 @@ consumes one is a kernel judged by the same reference.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -100,7 +101,13 @@ class BlockPlan:
 
     @classmethod
     def full(cls, query_length: int, key_length: int, block_size: int = BLOCK_SIZE, device: torch.device | str = "cpu") -> BlockPlan:
-        """The plan that keeps everything: dense attention."""
+        """The plan that keeps everything: dense attention.
+
+        Raises:
+            UnsupportedCall: a size that is not positive.
+        """
+        for name, count in (("query_length", query_length), ("key_length", key_length), ("block_size", block_size)):
+            check_count(name, count)
         rows, columns = num_blocks(query_length, block_size), num_blocks(key_length, block_size)
         indices = torch.arange(columns, dtype=torch.int32, device=device).expand(1, 1, rows, columns).contiguous()
         return cls(indices, torch.full((1, 1, rows), columns, dtype=torch.int32, device=device), query_length, key_length, block_size)
@@ -119,11 +126,25 @@ class BlockPlan:
         for problem in self._problems(batch, heads):
             raise UnsupportedCall(f"bad BlockPlan: {problem}")
 
-    def _problems(self, batch: int, heads: int):  # type: ignore[no-untyped-def]
+    def check_form(self, batch: int, heads: int) -> None:
+        """As `check`, without reading the plan from the device: types, shapes and devices."""
+        for problem in self._problems_of_form(batch, heads):
+            raise UnsupportedCall(f"bad BlockPlan: {problem}")
+
+    def _problems(self, batch: int, heads: int) -> Iterator[str]:
+        form = list(self._problems_of_form(batch, heads))
+        return iter(form) if form else self._problems_of_values()
+
+    def _problems_of_form(self, batch: int, heads: int) -> Iterator[str]:
+        check_tensors(**{"bad BlockPlan: indices": self.indices, "bad BlockPlan: counts": self.counts})
         if self.indices.dtype != torch.int32 or self.counts.dtype != torch.int32:
             yield f"indices and counts must be int32, not {self.indices.dtype} and {self.counts.dtype}"
-        if self.query_length < 1 or self.key_length < 1 or self.block_size < 1:
-            yield f"lengths and block size must be positive, not {self.query_length}, {self.key_length}, {self.block_size}"
+        if self.indices.device != self.counts.device:
+            yield f"indices and counts must be on one device, not on {self.indices.device} and {self.counts.device}"
+        sizes = (self.query_length, self.key_length, self.block_size)
+        if not all(isinstance(size, (int, torch.SymInt)) and size >= 1 for size in sizes):
+            yield f"lengths and block size must be positive whole numbers, not {', '.join(map(str, sizes))}"
+            return
         if self.indices.ndim != 4 or self.counts.shape != self.indices.shape[:3]:
             yield f"indices {list(self.indices.shape)} and counts {list(self.counts.shape)} must be [B, H, M, K] and [B, H, M]"
             return
@@ -133,7 +154,8 @@ class BlockPlan:
             yield f"{self.indices.shape[2]} rows for {self.num_query_blocks} query blocks"
         if self.indices.shape[3] == 0:
             yield "indices need at least one column"
-            return
+
+    def _problems_of_values(self) -> Iterator[str]:
         if bool(((self.counts < 0) | (self.counts > self.indices.shape[3])).any()):
             yield f"counts must lie in 0..{self.indices.shape[3]}"
         used = self._used

@@ -60,9 +60,18 @@ class TokenOrder:
     grids: tuple[OrderedGrid, ...] = ()
 
     def check_length(self, length: int) -> None:
-        """Raise UnsupportedCall unless the order is one of `length` tokens."""
+        """Raise UnsupportedCall unless the order is one of `length` tokens: what its index vectors hold is not read."""
         if length != self.length:
             raise UnsupportedCall(f"the token order is for {self.length} tokens, the call has {length}")
+        if self.forward is None and self.inverse is None:
+            return
+        if self.forward is None or self.inverse is None:
+            lacks = "forward" if self.forward is None else "inverse"
+            raise UnsupportedCall(f"the token order has no {lacks}: forward and inverse are both None, or undo each other")
+        for name, index in (("forward", self.forward), ("inverse", self.inverse)):
+            if index.dtype != torch.int64 or index.ndim not in (1, 2) or index.shape[-1] != length or index.shape != self.forward.shape:
+                wanted = f"int64 [{length}] or [G, {length}] as its other half is"
+                raise UnsupportedCall(f"the token order's {name} must be {wanted}, not {index.dtype} {list(index.shape)}")
 
     def check_device(self, device: torch.device) -> None:
         """Raise UnsupportedCall unless the index vectors lie on `device`: a kernel reads an address of another device as one of its own."""

@@ -139,6 +139,8 @@ class QuantizedModel:
     def __enter__(self) -> QuantizedModel:
         if not self._keep_originals:
             raise ConfigError("quantize(..., keep_originals=False) drops what leaving the block would bring back: call it without 'with'")
+        if self._final is not None:
+            raise ConfigError("this quantisation was removed, so nothing would be quantised in this block: call quantize again")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

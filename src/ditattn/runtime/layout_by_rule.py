@@ -20,7 +20,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ditattn.models import TokenLayout
 from ditattn.models.unlisted import BY_RULE, GridReading, described, grid_readings, latents_of, pattern_of
-from ditattn.runtime.stage import Forward, ServedModel, dry_run
+from ditattn.runtime.dry_run import dry_run
+from ditattn.runtime.forward import Forward
+from ditattn.runtime.served_model import ServedModel
 
 __all__ = ["LayoutByRule"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ditattn.backends.base import AttentionMetadata, AttentionMetadataBuilder
-from ditattn.backends.config import AttentionConfig, SparseAttentionConfig, parse_layers
+from ditattn.backends.config import AttentionConfig, SparseAttentionConfig
 from ditattn.backends.sparse import SparseAttentionMetadata, why_not_this_step
 from ditattn.errors import ConfigError
 from ditattn.models import TokenLayout
@@ -15,6 +15,9 @@ from ditattn.runtime.split import WHOLE, RankShare
 from ditattn.runtime.step import Step
 
 __all__ = ["build_attn_metadata", "check_layers", "for_forward", "for_length", "for_sample", "with_dealt_rows"]
+
+# layers in a message; of more it names the first and the last
+MOST_LISTED = 8
 
 
 def build_attn_metadata(
@@ -83,8 +86,10 @@ def with_dealt_rows(metadata: AttentionMetadata, keeps_first_frame_rows: bool, d
 
 
 def check_layers(config: AttentionConfig, num_layers: int, name: str) -> None:
-    """Raise ConfigError if `skip_layers` names a layer that the model does not have."""
-    if isinstance(config, SparseAttentionConfig):
-        beyond = sorted(layer for layer in parse_layers(config.skip_layers) if layer >= num_layers)
+    """Raise ConfigError if a key of the configuration, such as `skip_layers`, names a layer that the model does not have."""
+    named = config.named_layers() if isinstance(config, SparseAttentionConfig) else {}
+    for key, layers in named.items():
+        beyond = [str(layer) for layer in sorted(layers) if layer >= num_layers]
         if beyond:
-            raise ConfigError(f"skip_layers names {', '.join(map(str, beyond))}, but {name} has self-attention layers 0-{num_layers - 1}")
+            listed = beyond if len(beyond) <= MOST_LISTED else [*beyond[:2], "...", beyond[-1]]
+            raise ConfigError(f"{key} names {', '.join(listed)}, but {name} has self-attention layers 0-{num_layers - 1}")

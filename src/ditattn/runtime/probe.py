@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from ditattn.backends.base import AttentionImpl, AttentionMetadata, CallRecord
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
+from ditattn.runtime.forward import Forward
 from ditattn.runtime.metadata import build_attn_metadata, for_forward
+from ditattn.runtime.served_model import ServedModel
 from ditattn.runtime.split import RankShare
-from ditattn.runtime.stage import Forward, ServedModel
 
-__all__ = ["CellReading", "SparseProbe", "dropped_mass"]
+__all__ = ["CellReading", "Probe", "SparseProbe", "dropped_mass"]
 
 # query rows of each head whose softmax is computed in full to see what a plan drops
 MASS_ROWS = 128
@@ -89,6 +90,22 @@ class _Call:
         """What this rank has of the call. A padded one that ranks have gathered was put in the model's order before it came here."""
         share = self.forward.share
         return share if self.metadata.key_lengths is None else replace(share, gathered=None)
+
+
+class Probe(Protocol):
+    """Sees every self-attention call of a stage after it was served, and changes nothing."""
+
+    def look(
+        self,
+        forward: Forward,
+        layer: int | None,
+        impl: AttentionImpl,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        metadata: AttentionMetadata,
+        out: Tensor,
+    ) -> None: ...
 
 
 class SparseProbe:

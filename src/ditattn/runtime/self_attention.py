@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,13 +10,12 @@ from ditattn.backends.base import AttentionMetadata
 from ditattn.backends.sparse import SparseAttentionMetadata
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.calls import DenseCall
+from ditattn.runtime.forward import Forward
 from ditattn.runtime.key_padding import VideoFirst
 from ditattn.runtime.metadata import for_length, for_sample
 
-if TYPE_CHECKING:
-    from ditattn.runtime.stage import Forward
-
 __all__ = [
+    "NOT_SELF_ATTENTION",
     "check_whole",
     "extra_queries",
     "in_model_order",
@@ -28,6 +26,8 @@ __all__ = [
     "video_first",
     "with_gathered_mask",
 ]
+
+NOT_SELF_ATTENTION = "not self-attention of the denoiser"
 
 
 def metadata_of_call(forward: Forward, layer: int | None, query: Tensor, key: Tensor) -> AttentionMetadata:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean, median
 
@@ -25,8 +25,8 @@ class Objective:
     """Evaluates candidates on clips. Of several ranks the first one's clock and pixels decide.
 
     Attributes:
-        references: the pipeline and its dense runs.
-        setting: backend, fixed keys of its configuration, other backends for components.
+        references: the pipeline and its dense runs, which no step cache shortens.
+        setting: backend, fixed keys of its configuration, other backends for components, the step cache of every candidate.
         clips: of the target; the one that missed last is run first, since it decides soonest.
     """
 
@@ -47,20 +47,39 @@ class Objective:
             found = None if anew else self.references.find(clip)
             self._dense[clip] = found or self.references.make(clip)
         warm_up(self.references.workload, self.setting, self.clips[0])
-        return self.references.workload.ranks.broadcast(lambda: fmean(run.attention_ms / run.total_ms for run in self._dense.values()))
+        return self._attention_share(list(self._dense.values()))
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of the dense runs; None if they were counted in none."""
+        steps = {step for run in self._dense.values() for cells in run.densities.values() for step, _, _ in cells}
+        return 1 + max(steps) if steps else None
 
     def __call__(self, candidate: Candidate) -> Outcome:
-        psnr, ssim, shares = float("inf"), None if self.target.ssim is None else 1.0, []
+        return self._outcome(self.setting.with_keys(**candidate.keys))[0]
+
+    def step_cache_alone(self) -> tuple[Outcome, float]:
+        """What the step cache does beside dense attention, and the share of that time that is self-attention."""
+        outcome, runs = self._outcome(replace(REFERENCE, step_cache=self.setting.step_cache))
+        return outcome, self._attention_share(runs)
+
+    def _attention_share(self, runs: Sequence[Run]) -> float:
+        return self.references.workload.ranks.broadcast(lambda: fmean(run.attention_ms / run.total_ms for run in runs))
+
+    def _outcome(self, setting: Setting) -> tuple[Outcome, list[Run]]:
+        """And the runs, of which the last one may have missed the target."""
+        psnr, ssim, shares, runs = float("inf"), None if self.target.ssim is None else 1.0, [], []
         for clip in list(self.clips):
-            run = run_clip(self.references.workload, self.setting.with_keys(**candidate.keys), clip)
+            run = run_clip(self.references.workload, setting, clip)
             clip_psnr, clip_ssim, share = self.references.workload.ranks.broadcast(partial(self._judged, run, self._dense[clip]))
             psnr, ssim = min(psnr, clip_psnr), None if ssim is None else min(ssim, clip_ssim)
             shares.append(share)
+            runs.append(run)
             if not self.target.met_by(psnr, ssim):
                 self.clips.remove(clip)
                 self.clips.insert(0, clip)
                 break
-        return Outcome(psnr, ssim, median(shares), self.target.met_by(psnr, ssim))
+        return Outcome(psnr, ssim, median(shares), self.target.met_by(psnr, ssim)), runs
 
     def _judged(self, run: Run, dense: Run) -> tuple[float, float, float]:
         """PSNR, SSIM (1 where the target has none) and share of the dense time."""
@@ -69,7 +88,7 @@ class Objective:
 
 
 def probe(references: References, setting: Setting, clip: Clip) -> dict[float, list[CellReading]]:
-    """Readings by sparsity, of one dense run; every step and layer is tried."""
+    """Readings by sparsity, of one dense run; every step and layer is tried that the setting's step cache lets run."""
     everywhere = setting.with_keys(skip_first_steps=0, skip_last_steps=0, skip_layers="")
     settings = [everywhere.with_keys(sparsity=sparsity) for sparsity in PROBED_SPARSITIES]
     found = references.workload.probe(settings, clip)
@@ -77,15 +96,21 @@ def probe(references: References, setting: Setting, clip: Clip) -> dict[float, l
 
 
 def check(references: References, setting: Setting, clips: Sequence[Clip], target: Target) -> Checked:
-    """A setting on clips that it was not tuned on, dense and sparse runs taking turns."""
+    """A setting, and its step cache alone, on clips that it was not tuned on: dense runs and theirs taking turns."""
     fresh = References(references.workload, None)
-    found = compare(fresh, [setting], clips, probe=False, with_vmaf=False)
+    alone = [] if setting.step_cache is None else [replace(REFERENCE, step_cache=setting.step_cache)]
+    found = compare(fresh, [setting, *alone], clips, probe=False, with_vmaf=False)
     return references.workload.ranks.broadcast(lambda: _checked(found, target))
 
 
 def _checked(found: Comparison, target: Target) -> Checked:
-    scores = [one.scores for one in found.measured[0] if one.scores is not None]
+    setting, *alone = (_checked_one(found, number, target) for number in range(len(found.settings)))
+    return replace(setting, cache_alone=alone[0]) if alone else setting
+
+
+def _checked_one(found: Comparison, number: int, target: Target) -> Checked:
+    scores = [one.scores for one in found.measured[number] if one.scores is not None]
     ssims = [one.ssim for one in scores if one.ssim is not None]
     psnr, ssim = min(one.psnr for one in scores), min(ssims) if target.ssim is not None and ssims else None
-    speed_ups = found.speed_ups(0)
+    speed_ups = found.speed_ups(number)
     return Checked(len(found.clips), psnr, ssim, median(speed_ups), min(speed_ups), target.met_by(psnr, ssim))

@@ -44,6 +44,7 @@ class Search:
         evaluate: runs a candidate; an exception ends the search and leaves `outcomes` as they are.
         budget: runs at most.
         may_drop_first_frame: the backend keeps the first frame whole unless told otherwise.
+        psnr_of_cache: of the step cache alone, whose error is in every run; infinite without one.
         outcomes: of earlier runs; grows.
     """
 
@@ -52,6 +53,7 @@ class Search:
     evaluate: Evaluate
     budget: int
     may_drop_first_frame: bool = False
+    psnr_of_cache: float = math.inf
     outcomes: dict[Candidate, Outcome] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -59,7 +61,8 @@ class Search:
 
     @property
     def best(self) -> Candidate | None:
-        """The candidate with the least expected time among those that met the target and beat dense; None if there is none yet.
+        """The candidate with the least expected time among those that met the target and beat dense, and the step cache alone; None if
+        there is none yet.
 
         The expected time counts, since the probe timed dense and sparse calls side by side; the clock of whole runs wavers with whatever
         else the machine does.
@@ -72,7 +75,7 @@ class Search:
         return self.sensitivity.time_share(candidate) - (0 if candidate.whole_first_frame else SMALL_GAIN)
 
     def _beats_dense(self, candidate: Candidate, outcome: Outcome) -> bool:
-        return self._expected(candidate) < 1 or outcome.time_share < 1
+        return min(self._expected(candidate), outcome.time_share) < self.sensitivity.time_share_to_beat
 
     def run(self) -> Candidate | None:
         """Search; returns `best`."""
@@ -110,12 +113,13 @@ class Search:
                 misses = position
 
     def _guess(self, front: list[Candidate]) -> int:
-        """Where the last run says that the target lies."""
+        """Where the last run says that the target lies: what it lost beyond the step cache grows with the damage."""
         last = self._asked[-1]
-        psnr, damage = self.outcomes[last].psnr, self.sensitivity.damage(last)
-        if not math.isfinite(psnr) or damage <= 0:
+        damage, of_cache = self.sensitivity.damage(last), _error(self.psnr_of_cache)
+        of_attention = _error(self.outcomes[last].psnr) - of_cache
+        if of_attention <= 0 or damage <= 0:
             return 0
-        wanted = damage * 10 ** ((psnr - self.target.psnr) / 10)
+        wanted = damage * (_error(self.target.psnr) - of_cache) / of_attention
         return next((n for n, one in enumerate(front) if self.sensitivity.damage(one) <= wanted), len(front) - 1)
 
     def _change_singly(self) -> None:
@@ -139,6 +143,11 @@ class Search:
         if self.may_drop_first_frame and best.whole_first_frame:
             found.insert(0, replace(best, whole_first_frame=False))
         return found
+
+
+def _error(psnr: float) -> float:
+    """Mean squared error, as a share of the largest value's square."""
+    return float(10 ** (-psnr / 10))
 
 
 def _neighbours(candidate: Candidate, sensitivity: Sensitivity) -> Iterator[Candidate]:

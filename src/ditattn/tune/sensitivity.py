@@ -34,19 +34,34 @@ class Sensitivity:
     Attributes:
         errors: `[sparsity, step, layer]`, squared error of the sparse output relative to the dense one, summed over the components, at 0
             and at every probed sparsity.
+        calls: bool `[step, layer]`: where attention was called. A step cache leaves some calls out, whatever is asked of them.
         sparsities: of the first axis.
         call_time_shares: of a sparse call over a dense one, (at sparsity 0, per unit of sparsity), fitted.
-        attention_share: of the dense time that is self-attention.
+        attention_share: of the time with dense attention that is self-attention.
+        cached_time_share: time with dense attention and the step cache over the time without the cache; 1 without one.
     """
 
     errors: np.ndarray[tuple[int, int, int], np.dtype[np.float64]]
+    calls: np.ndarray[tuple[int, int], np.dtype[np.bool_]]
     sparsities: tuple[float, ...]
     call_time_shares: tuple[float, float]
     attention_share: float
+    cached_time_share: float = 1.0
 
     @classmethod
-    def from_readings(cls, readings: Mapping[float, Sequence[CellReading]], attention_share: float) -> Sensitivity:
+    def from_readings(
+        cls,
+        readings: Mapping[float, Sequence[CellReading]],
+        attention_share: float,
+        cached_time_share: float = 1.0,
+        num_steps: int | None = None,
+    ) -> Sensitivity:
         """From a probe's readings by sparsity.
+
+        Args:
+            readings: of the calls that ran.
+            attention_share, cached_time_share: see the class.
+            num_steps: of the run, whose last ones a step cache may have left out; None if every step has readings.
 
         Raises:
             ConfigError: nothing ran sparse.
@@ -57,7 +72,9 @@ class Sensitivity:
                 "nothing ran sparse, so there is nothing to tune: the sequence is shorter than min_tokens, or the model is unknown"
             )
         steps, layers = (1 + max(getattr(one, axis) for one in cells) for axis in ("step", "layer"))
-        errors = np.zeros((1 + len(readings), steps, layers))
+        errors = np.zeros((1 + len(readings), max(steps, num_steps or 0), layers))
+        calls = np.zeros(errors.shape[1:], dtype=bool)
+        calls[[one.step for one in cells], [one.layer for one in cells]] = True
         for number, some in enumerate(readings.values(), 1):
             for one in some:
                 errors[number, one.step, one.layer] += one.error
@@ -65,7 +82,7 @@ class Sensitivity:
         errors = np.maximum.accumulate(errors, axis=0)
         ratios = [float(np.median([one.sparse_ms / one.dense_ms for one in some])) for some in readings.values()]
         slope, start = np.polyfit(list(readings), ratios, 1)
-        return cls(errors, (0.0, *readings), (float(start), float(slope)), attention_share)
+        return cls(errors, calls, (0.0, *readings), (float(start), float(slope)), attention_share, cached_time_share)
 
     @property
     def num_steps(self) -> int:
@@ -90,10 +107,15 @@ class Sensitivity:
         return found
 
     def time_share(self, candidate: Candidate) -> float:
-        """Expected time over the dense time."""
+        """Expected time over that of dense attention without a step cache."""
         start, slope = self.call_time_shares
-        sparse_cells = float(self._runs_sparse(candidate).mean())
-        return 1 - self.attention_share * sparse_cells * (1 - max(start + slope * candidate.sparsity, 0.0))
+        sparse_calls = float(self._runs_sparse(candidate)[self.calls].mean())
+        return self.cached_time_share * (1 - self.attention_share * sparse_calls * (1 - max(start + slope * candidate.sparsity, 0.0)))
+
+    @property
+    def time_share_to_beat(self) -> float:
+        """That of dense attention, or of the step cache alone where that is faster."""
+        return min(1.0, self.cached_time_share)
 
     def _runs_sparse(self, candidate: Candidate) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
         runs = np.ones(self.errors.shape[1:], dtype=bool)
@@ -116,12 +138,13 @@ class Sensitivity:
         ]
 
     def front(self) -> list[Candidate]:
-        """Candidates that are expected to be faster than dense and that no other one beats in time and damage, the fastest first."""
+        """Candidates that are expected to be faster than dense (than the step cache alone) and that no other one beats in time and damage,
+        the fastest first."""
         rated = sorted((self.time_share(one), self.damage(one), one) for one in self.candidates())
         front: list[Candidate] = []
         least = math.inf
         for time_share, damage, candidate in rated:
-            if time_share < 1 and damage < least:
+            if time_share < self.time_share_to_beat and damage < least:
                 front.append(candidate)
                 least = damage
         return front

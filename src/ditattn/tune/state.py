@@ -30,7 +30,8 @@ class TuneState:
     Attributes:
         path: of the file.
         facts: the question, for people who read the file.
-        attention_share: of the dense time.
+        attention_share: of the dense time, with a step cache of its time alone.
+        cache_alone: what the step cache does with dense attention; None without one, and until it was run.
         readings: of the probe, by sparsity; empty until it was run.
         outcomes: by candidate.
         ranks: that search together.
@@ -39,6 +40,7 @@ class TuneState:
     path: Path
     facts: dict[str, Any]
     attention_share: float = 0.0
+    cache_alone: Outcome | None = None
     readings: dict[float, list[CellReading]] = field(default_factory=dict)
     outcomes: dict[Candidate, Outcome] = field(default_factory=dict)
     ranks: RankGroup = ALONE
@@ -59,15 +61,21 @@ class TuneState:
             return cls(path, facts)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+            alone = content.get("cache_alone")
             return cls(
                 path,
                 facts,
                 content["attention_share"],
+                None if alone is None else Outcome.from_mapping(alone),
                 {float(key): [CellReading(**one) for one in some] for key, some in content["readings"].items()},
                 {_candidate(one["candidate"]): Outcome.from_mapping(one["outcome"]) for one in content["outcomes"]},
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is damaged ({type(error).__name__}): remove it to begin anew") from None
+
+    def keep_cache_alone(self, outcome: Outcome, attention_share: float) -> None:
+        self.cache_alone, self.attention_share = outcome, attention_share
+        self._write()
 
     def keep_probe(self, readings: Mapping[float, list[CellReading]], attention_share: float) -> None:
         self.readings, self.attention_share = dict(readings), attention_share
@@ -83,17 +91,19 @@ class TuneState:
         content = {
             "facts": self.facts,
             "attention_share": self.attention_share,
+            "cache_alone": None if self.cache_alone is None else _plain(self.cache_alone),
             "readings": {str(key): [asdict(one) for one in some] for key, some in self.readings.items()},
-            "outcomes": [
-                # str: infinity is no JSON number
-                {"candidate": asdict(candidate), "outcome": {**asdict(outcome), "psnr": str(outcome.psnr)}}
-                for candidate, outcome in self.outcomes.items()
-            ],
+            "outcomes": [{"candidate": asdict(candidate), "outcome": _plain(outcome)} for candidate, outcome in self.outcomes.items()],
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         draft.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
         draft.replace(self.path)
+
+
+def _plain(outcome: Outcome) -> dict[str, Any]:
+    # str: infinity is no JSON number
+    return {**asdict(outcome), "psnr": str(outcome.psnr)}
 
 
 def _candidate(values: Mapping[str, Any]) -> Candidate:

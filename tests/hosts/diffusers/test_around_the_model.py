@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import ditattn
 import tiny_pipelines
 from ditattn.errors import UnsupportedCall
-from ditattn.runtime.stage import running
+from ditattn.runtime.forward import running
 from tiny_pipelines import FAMILIES, TinyPipeline
 from tiny_pipelines.footprint import footprint
 from tiny_pipelines.pipeline import noise

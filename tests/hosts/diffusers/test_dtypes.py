@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ditattn
 import tiny_pipelines
-from ditattn.runtime.stage import attend
+from ditattn.runtime.attend import attend
 from tiny_pipelines import FAMILIES, TinyPipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,11 +75,17 @@ def test_every_backend_is_as_exact_as_native(name: str, how: str, backend: str) 
     assert (out - native).abs().max() <= 2 * (native - exact).abs().max()
 
 
+@cache
+def double(name: str) -> tuple[TinyPipeline, Tensor]:
+    """A pipeline in float64, and its native latents."""
+    tiny = in_dtype(FAMILIES[name](), torch.float64)
+    return tiny, tiny.run(2)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float64_is_served_to_its_last_places(name: str, backend: str) -> None:
-    tiny = in_dtype(FAMILIES[name](), torch.float64)
-    native = tiny.run(2)
+    tiny, native = double(name)
     with ditattn.install(tiny.pipe, backend, **BACKENDS[backend]) as handle:
         out = tiny.run(2)
     report = handle.report().components["transformer"]

@@ -22,8 +22,8 @@ from ditattn.errors import (
     UnsupportedModel,
 )
 from ditattn.hosts.diffusers.install import install_setting
+from ditattn.runtime.forward import running
 from ditattn.runtime.report import ComponentReport
-from ditattn.runtime.stage import running
 from tiny_pipelines import TinyPipeline
 from tiny_pipelines.footprint import footprint
 from tiny_pipelines.wan import transformer

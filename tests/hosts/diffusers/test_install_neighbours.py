@@ -13,7 +13,7 @@ from torch import nn
 
 import ditattn
 import tiny_pipelines
-from ditattn.errors import UnsupportedModel
+from ditattn.errors import ConfigError, UnsupportedModel
 from tiny_pipelines import TinyPipeline
 from tiny_pipelines.footprint import footprint
 from tiny_pipelines.wan import transformer
@@ -64,6 +64,22 @@ def test_removing_twice_does_nothing(wan: TinyPipeline) -> None:
     handle.remove()
     handle.remove()
     assert footprint(wan.pipe) == before
+
+
+def test_a_removed_handle_opens_no_block(wan: TinyPipeline) -> None:
+    """What runs in the block would be torch's own."""
+    with ditattn.install(wan.pipe, "torch_sdpa") as handle:
+        pass
+    with pytest.raises(ConfigError, match=r"installation was removed.* call install again"), handle:
+        pass
+    with ditattn.quantize(wan.pipe, "mxfp4") as quantized:
+        pass
+    with pytest.raises(ConfigError, match=r"quantisation was removed.* call quantize again"), quantized:
+        pass
+    with ditattn.register() as registration:
+        pass
+    with pytest.raises(ConfigError, match=r"registration was removed.* call register again"), registration:
+        pass
 
 
 def test_cross_attention_that_shares_a_processor_stays_native() -> None:

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 
 import split_pipelines
+from pairwise import each_with_one
 from ranks import Ranks
 
 # fp32, latents of order 1: exact kernels sum in another order, and a denoiser makes more of it
 BOUND = 1e-4
 SPARSE_BACKENDS = ("block_sparse_attn", "rain_fusion_attn", "permuted_sparse_attn")
-
-
-def each_with_one(names: Iterable[str], backends: Sequence[str], *further: Any, start: int = 0) -> list[Any]:
-    """All pairs, with the further values. Those beyond one backend for each family, in turn, are `long`: how a family is split and what a
-    backend does with its share are two rules.
-    """
-    return [
-        pytest.param(
-            *(name, backend, *further),
-            marks=[] if (number + start) % len(backends) == turn else pytest.mark.long,
-            id="-".join(map(str, (backend, *further, name))),
-        )
-        for number, name in enumerate(names)
-        for turn, backend in enumerate(backends)
-    ]
 
 
 def dense(names: Iterable[str], *further: Any) -> list[Any]:

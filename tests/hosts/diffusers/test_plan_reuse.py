@@ -21,8 +21,8 @@ from ditattn.backends.setting import Setting
 from ditattn.compare.setting import Clip
 from ditattn.hosts.diffusers.workload import PipelineWorkload
 from ditattn.plan.block_plan import BlockPlan
+from ditattn.runtime.forward import running
 from ditattn.runtime.report import ComponentReport
-from ditattn.runtime.stage import running
 from tiny_pipelines import TinyPipeline
 from tiny_pipelines.wan import transformer
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 
+import ditattn
 import tiny_pipelines
+from ditattn.backends.config import BlockSparseAttentionConfig
+from ditattn.backends.setting import Setting
+from ditattn.compare.setting import Clip
 from ditattn.errors import ConfigError, UnknownKey, UnsupportedModel
 from ditattn.hosts.diffusers.step_cache import STEP_CACHES, add_step_cache, check_pipeline, parse_step_cache
+from ditattn.hosts.diffusers.workload import PipelineWorkload
 from tiny_pipelines.footprint import footprint
 from tiny_pipelines.latent_images import stable_diffusion_3
 from tiny_pipelines.wan import transformer
@@ -74,6 +80,56 @@ def test_names_and_keys_are_checked() -> None:
     assert parse_step_cache("faster", {"spatial_attention_timestep_skip_range": [1, 9]}).keys == {
         "spatial_attention_timestep_skip_range": (1, 9)
     }
+
+
+TUNED: dict[str, Any] = {"sparsity": 0.5, "min_tokens": 0, "step_cache": {"name": "first_block", "keys": {"threshold": 0.1}}}
+
+
+def test_keys_that_were_tuned_beside_a_cache_warn_where_none_is_on(caplog: pytest.LogCaptureFixture) -> None:
+    tiny = tiny_pipelines.wan_two_transformers()
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **TUNED):
+        tiny.run(2)
+    (message,) = [one.getMessage() for one in caplog.records if "step cache" in one.getMessage()]
+    assert message.startswith(
+        "transformer, transformer_2: the keys were tuned beside the step cache first_block threshold=0.1, and none is on"
+    )
+    caplog.clear()
+    off = add_step_cache(tiny.pipe, parse_step_cache("first_block", {"threshold": 0.1}), 2)
+    with ditattn.install(tiny.pipe, "rain_fusion_attn", **TUNED):
+        tiny.run(2)
+    off()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, "first_block", {}, {"name": 1}, {"name": "mag", "keys": [1]}, {"name": "mag", "threshold": 1}], ids=str
+)
+def test_a_cache_that_no_tune_wrote_is_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="step_cache"):
+        ditattn.install(tiny_pipelines.wan().pipe, "rain_fusion_attn", step_cache=wrong)
+
+
+def test_who_cannot_switch_a_cache_on_says_so() -> None:
+    """Every other reader of a configuration: a key of the host is none of the attention's."""
+    for read in (BlockSparseAttentionConfig.from_mapping, lambda keys: Setting.parse("permuted_sparse_attn", keys)):
+        with pytest.raises(UnknownKey, match=r"step_cache: these keys were tuned beside a step cache \(.*first_block.*\), which cannot be"):
+            read(TUNED)
+    with pytest.raises(UnknownKey, match="step_cache"):
+        ditattn.register(**TUNED)
+
+
+def test_a_probe_sees_the_calls_that_a_cache_lets_run() -> None:
+    keys = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": (0, 1001)}
+    tiny = tiny_pipelines.wan()
+    workload = PipelineWorkload(tiny.pipe, lambda _: {**tiny.arguments, "num_inference_steps": 4, "guidance_scale": 1.0})
+    setting = Setting.parse("rain_fusion_attn", {"sparsity": 0.5, "skip_first_steps": 0, "min_tokens": 0})
+    cached = replace(setting, step_cache=parse_step_cache("pyramid_attention_broadcast", keys))
+    every, some = (workload.probe([one], Clip("", 0))[0] for one in (setting, cached))
+    assert {one.step for one in every} == {0, 1, 2, 3}
+    assert {one.step for one in some} == {0, 2}
+    assert not tiny.pipe.transformer.is_cache_enabled
+    with pytest.raises(ConfigError, match="one step cache"):
+        workload.probe([setting, cached], Clip("", 0))
 
 
 @pytest.mark.parametrize(

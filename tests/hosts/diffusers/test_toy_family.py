@@ -143,6 +143,6 @@ def test_other_folders_name_no_family() -> None:
     classes = {name for family in models.MODELS for name in (*family.transformer_classes, *family.full_precision_vaes)}
     package = Path(ditattn.__file__).parent
     # the demo model is built from a family's classes, which is what it is; ComfyUI has classes of its own by the same names
-    others = [path for path in package.rglob("*.py") if path.parent.name != "models" and path.name not in ("demo_model.py", "comfyui.py")]
+    others = [path for path in package.rglob("*.py") if path.parent.name not in ("models", "comfyui") and path.name != "demo_model.py"]
     naming = {path.name: found for path in others if (found := classes & set(re.findall(r"\w+", path.read_text())))}
     assert naming == {}

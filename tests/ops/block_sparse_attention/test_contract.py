@@ -253,7 +253,7 @@ BAD_PLANS = {
     "other batch": (lambda p: _changed(p, indices=p.indices.repeat(3, 1, 1, 1), counts=p.counts.repeat(3, 1, 1)), r"B, H = \[3, 2\]"),
     "other heads": (lambda p: _changed(p, indices=p.indices.repeat(1, 2, 1, 1), counts=p.counts.repeat(1, 2, 1)), r"B, H = \[1, 4\]"),
     "missing rows": (lambda p: _changed(p, indices=p.indices[:, :, 1:], counts=p.counts[:, :, 1:]), "3 query blocks"),
-    "counts of another shape": (lambda p: _changed(p, counts=p.counts[:, :1]), "query blocks"),
+    "counts of another shape": (lambda p: _changed(p, counts=p.counts[:, :1]), r"must be \[B, H, M, K\] and \[B, H, M\]"),
 }
 
 

@@ -199,3 +199,15 @@ def test_names_reach_a_compiled_graph() -> None:
     names = ("laser_mindiesd", "reference")
     compiled = torch.compile(lambda q, k, v: dense_attention(q, k, v, implementation=names), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(query, key, value), dense_attention(query, key, value, implementation="reference"))
+
+
+@pytest.mark.parametrize("name", ["torch", "reference", None])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float64])
+@pytest.mark.parametrize("axes", [0, 1, 2, 3])
+def test_masks_of_fewer_axes_are_broadcast(name: str | None, dtype: torch.dtype, axes: int) -> None:
+    query, key, value = PLAIN.query, PLAIN.key, PLAIN.value
+    mask = torch.rand((1, 1, key.shape[1])[3 - axes :], generator=torch.Generator().manual_seed(1))
+    mask = mask > 0.3 if dtype == torch.bool else mask.to(dtype)
+    full = mask.expand(query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+    found, expected = (dense_attention(query, key, value, attn_mask=x, implementation=name) for x in (mask, full.contiguous()))
+    torch.testing.assert_close(found, expected)

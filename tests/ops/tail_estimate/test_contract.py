@@ -291,3 +291,44 @@ def test_values_and_lengths_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(UnsupportedCall, match=text):
             key_summary(mean_of(q, 2), k, value, raster(300), lengths, SCALE)
+
+
+WRONG_SUMMARIES = {
+    "mean query of another dtype": (
+        {"mean_query": torch.zeros(2, 2, 32).bfloat16()},
+        r"mean_query must be float32 \[2, 2, 32\] .* not torch.bfloat16",
+    ),
+    "mean query of another batch": ({"mean_query": torch.zeros(1, 2, 32)}, r"mean_query must be float32 \[2, 2, 32\] .* \[1, 2, 32\]"),
+    "mean query of other heads": ({"mean_query": torch.zeros(2, 1, 32)}, r"mean_query must be float32 \[2, 2, 32\]"),
+    "mean query elsewhere": ({"mean_query": torch.zeros(2, 2, 32, device="meta")}, "mean_query must be .* on cpu, not .* on meta"),
+    "value elsewhere": ({"value": torch.zeros(2, 300, 2, 32, device="meta")}, "value must be .* on cpu like key, not .* on meta"),
+    "value of another shape": ({"value": torch.zeros(2, 301, 2, 32)}, r"value must be .* \[2, 300, 2, 32\]"),
+    "key lengths elsewhere": (
+        {"key_lengths": torch.zeros(2, dtype=torch.int32, device="meta")},
+        "key_lengths must be .* on cpu, not .* on meta",
+    ),
+    "no order": ({"order": None}, "order must be a TokenOrder, not None"),
+    "scale": ({"scale": float("nan")}, "scale must be finite"),
+}
+
+
+@every_implementation
+@pytest.mark.parametrize("what", WRONG_SUMMARIES)
+def test_a_summary_refuses_what_does_not_fit_together(name: str, device: str, what: str) -> None:
+    """A compiled kernel would read beside the tensors."""
+    if device != "cpu":
+        pytest.skip("the wrong tensors are on the CPU")
+    q, k, v = drawn(device, 2, 300, 2, 2, 2)
+    given = {"mean_query": mean_of(q, 2), "key": k, "value": v, "order": raster(300), "key_lengths": None, "scale": SCALE}
+    changed, text = WRONG_SUMMARIES[what]
+    with pytest.raises(UnsupportedCall, match=text):
+        key_summary(**{**given, **changed}, implementation=name)  # type: ignore[arg-type]
+
+
+@every_implementation
+@pytest.mark.parametrize("shape", [(1, 4, 6, 32), (2, 3, 6, 32), (2, 4, 5, 32), (2, 4, 6, 31), (2, 0, 6, 32), (4, 6, 32)])
+def test_costs_are_refused_for_groups_of_another_shape(name: str, device: str, shape: tuple[int, ...]) -> None:
+    q, k, v = drawn(device, 2, 300, 2, 2, 2)
+    summary = key_summary(mean_of(q, 2), k, v, raster(300, device), None, SCALE, implementation=name)
+    with pytest.raises(UnsupportedCall, match="groups must be"):
+        tail_cost(torch.zeros(shape, device=device), summary, SCALE, implementation=name)

@@ -15,7 +15,7 @@ from diffusers.models import attention_dispatch
 from torch import Tensor
 
 from ditattn.hosts.diffusers.parallel import attend_in_parallel
-from ditattn.runtime.stage import attend
+from ditattn.runtime.attend import attend
 
 __all__ = ["add_private_backend", "add_public_backend", "dispatched_attention", "process_wide_backend"]
 

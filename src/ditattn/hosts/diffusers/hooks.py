@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from ditattn.hosts.diffusers.driver import driving_scheduler
 from ditattn.hosts.diffusers.parallel import attend_in_parallel, check_timesteps, sequence_split, tensor_split
 from ditattn.models import unwrapped
+from ditattn.runtime.attend import attend
 from ditattn.runtime.foreign_modes import OwnMode
+from ditattn.runtime.forward import running
+from ditattn.runtime.served_model import ServedModel
 from ditattn.runtime.split import SequenceSplit, TensorSplit
-from ditattn.runtime.stage import DenoisingStage, ServedModel, attend, running
+from ditattn.runtime.stage import DenoisingStage
 
 __all__ = [
     "add_layer_hooks",

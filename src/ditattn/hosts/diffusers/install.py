@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 
 from ditattn.arguments import described
 from ditattn.backends.selector import get_attn_backend
-from ditattn.backends.setting import Setting
+from ditattn.backends.setting import Setting, StepCache, split_step_cache
 from ditattn.errors import ConfigError, UnsupportedModel
 from ditattn.hosts.diffusers.copies import copies_are_plain
 from ditattn.hosts.diffusers.dispatcher import add_private_backend
@@ -26,8 +27,10 @@ from ditattn.models import MODELS, ModelFamily, family_of, known_class, unwrappe
 from ditattn.models.unlisted import BY_RULE, family_by_rule
 from ditattn.runtime.layout_by_rule import LayoutByRule
 from ditattn.runtime.metadata import check_layers
+from ditattn.runtime.probe import Probe
 from ditattn.runtime.report import AttentionReport
-from ditattn.runtime.stage import DenoisingStage, Probe, ServedModel
+from ditattn.runtime.served_model import ServedModel
+from ditattn.runtime.stage import DenoisingStage
 from ditattn.runtime.step import StepClock
 
 __all__ = ["Installation", "denoisers", "family_or_reason", "install", "install_setting", "names_denoiser", "self_attention_modules"]
@@ -44,6 +47,7 @@ class Installation:
     def __init__(self, stage: DenoisingStage) -> None:
         self._stage = stage
         self._undo = contextlib.ExitStack()
+        self._removed = False
 
     def report(self) -> AttentionReport:
         """What ran so far: calls, reasons, densities, time."""
@@ -63,6 +67,7 @@ class Installation:
 
     def remove(self) -> None:
         """Restore the pipeline. Calling it twice does nothing."""
+        self._removed = True
         self._undo.close()
         self._stage.reset()
 
@@ -71,6 +76,8 @@ class Installation:
         self._undo.callback(function)
 
     def __enter__(self) -> Installation:
+        if self._removed:
+            raise ConfigError("this installation was removed, so nothing would be served in this block: call install again")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -91,13 +98,14 @@ def install(
 
     Args:
         target: a diffusers pipeline (preferred: it knows the step), or a bare transformer.
-        backend: a backend or its name; None takes DITATTN_ATTENTION_BACKEND or torch_sdpa.
+        backend: a backend's name or a member of `AttentionBackendEnum`; None takes DITATTN_ATTENTION_BACKEND or torch_sdpa.
         components: other backends for single components, such as {"transformer_2": "torch_sdpa"}. `config` belongs to `backend` (without
             one, to the backend that the components name); a component with a different backend runs with that one's defaults.
         strict: raise DenseInStrictMode if a call falls back to dense attention for a reason that no setting asks for, and for a run that
             would be dense from end to end (no step after the dense first ones, short sequences, sparsity 0), and UnsupportedModel for a
             model that is not known.
-        config: keys of the backend's configuration, such as sparsity=0.5.
+        config: keys of the backend's configuration, such as sparsity=0.5. With `step_cache` among them, as `tune --cache` writes it, a
+            warning says where no step cache is on; nothing is switched on.
 
     Returns:
         A handle with `report()` and `remove()`; also a context manager.
@@ -117,7 +125,8 @@ def install(
         >>> print(handle.report().summary())  # doctest: +ELLIPSIS
         attention (transformer): permuted_sparse_attn: ... sparse at density 0.2... dense (first steps: ...); ... s in attention
     """
-    return install_setting(target, Setting.parse(backend, config, components), strict=strict)
+    keys, step_cache = split_step_cache(config)
+    return install_setting(target, replace(Setting.parse(backend, keys, components), step_cache=step_cache), strict=strict)
 
 
 def install_setting(target: Any, setting: Setting, *, strict: bool = False) -> Installation:
@@ -132,6 +141,8 @@ def install_setting(target: Any, setting: Setting, *, strict: bool = False) -> I
     unknown = sorted(set(setting.components) - set(models))
     if unknown:
         raise UnsupportedModel(f"no denoiser named {', '.join(unknown)}; there is {', '.join(models)}")
+    if setting.step_cache is not None:
+        _warn_without_step_cache(models, setting.step_cache)
     stage = DenoisingStage(StepClock(None if isinstance(target, nn.Module) else lambda: getattr(target, "scheduler", None)), strict)
     handle = Installation(stage)
     try:
@@ -141,6 +152,17 @@ def install_setting(target: Any, setting: Setting, *, strict: bool = False) -> I
         handle.remove()
         raise
     return handle
+
+
+def _warn_without_step_cache(models: Mapping[str, nn.Module], step_cache: StepCache) -> None:
+    """Which one is on, and with which keys, is not looked at: that is the caller's."""
+    if without := [name for name, module in models.items() if not getattr(unwrapped(module), "is_cache_enabled", False)]:
+        logger.warning(
+            "%s: the keys were tuned beside the step cache %s, and none is on: clips and times will differ from what was measured; "
+            "enable_cache of the model switches it on, before or after install",
+            ", ".join(without),
+            step_cache.words,
+        )
 
 
 def denoisers(target: Any) -> dict[str, nn.Module]:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ditattn.errors import UnsupportedCall, UnsupportedModel
 from ditattn.models import ModelFamily, unwrapped
 from ditattn.plan.deal import Deal
+from ditattn.runtime.attend import attend
+from ditattn.runtime.forward import Forward, running
 from ditattn.runtime.split import SequenceSplit, TensorSplit
-from ditattn.runtime.stage import Forward, attend, running
 
 __all__ = [
     "attend_in_parallel",

@@ -31,8 +31,9 @@ from ditattn.hosts.diffusers.hooks import bind_arguments, enter_layer, leave_lay
 from ditattn.hosts.diffusers.install import family_or_reason, self_attention_modules, serve
 from ditattn.hosts.diffusers.parallel import sequence_split
 from ditattn.models import ModelFamily, family_of
+from ditattn.runtime.forward import Forward, running
 from ditattn.runtime.report import AttentionReport
-from ditattn.runtime.stage import DenoisingStage, Forward, running
+from ditattn.runtime.stage import DenoisingStage
 from ditattn.runtime.step import StepClock
 
 __all__ = ["Registration", "register"]
@@ -145,6 +146,8 @@ class Registration:
             _active.remove(self)
 
     def __enter__(self) -> Registration:
+        if self not in _active:
+            raise ConfigError("this registration was removed, so no name would be known in this block: call register again")
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -14,6 +14,7 @@ from ditattn.compare.merging import mean_densities, merged_orders, merged_readin
 from ditattn.compare.rank_group import ALONE, RankGroup
 from ditattn.compare.setting import REFERENCE, Clip
 from ditattn.compare.workload import Rendered, Workload
+from ditattn.errors import ConfigError
 from ditattn.hosts.diffusers.call import OnStep, call_defaults, call_pipeline, no_step
 from ditattn.hosts.diffusers.install import denoisers, install_setting, serve
 from ditattn.hosts.diffusers.parallel import sequence_split
@@ -21,7 +22,7 @@ from ditattn.hosts.diffusers.quantize import quantize_setting
 from ditattn.hosts.diffusers.step_cache import add_step_cache
 from ditattn.models import family_of, unwrapped
 from ditattn.runtime.probe import CellReading, SparseProbe
-from ditattn.runtime.stage import ServedModel
+from ditattn.runtime.served_model import ServedModel
 
 __all__ = ["PipelineWorkload"]
 
@@ -79,10 +80,12 @@ class PipelineWorkload(Workload):
         return on
 
     def probe(self, settings: Sequence[Setting], clip: Clip) -> list[list[CellReading]]:
-        probe = SparseProbe([_sparse_models(self.pipe, setting) for setting in settings])
-        with install_setting(self.pipe, REFERENCE) as handle:
+        if any(setting.step_cache != settings[0].step_cache for setting in settings):
+            raise ConfigError("one probe is one run, under one step cache: these settings have several")
+        probe, arguments = SparseProbe([_sparse_models(self.pipe, setting) for setting in settings]), self.arguments(clip.prompt)
+        with self._step_cache(settings[0], arguments), install_setting(self.pipe, REFERENCE) as handle:
             handle.watch(probe)
-            call_pipeline(self.pipe, self.arguments(clip.prompt), seed=clip.seed, on_step=self.on_step)
+            call_pipeline(self.pipe, arguments, seed=clip.seed, on_step=self.on_step)
         by_rank = self.group.all_gather([probe.readings(number) for number in range(len(settings))])
         return [merged_readings(of_setting) for of_setting in zip(*by_rank, strict=True)]
 

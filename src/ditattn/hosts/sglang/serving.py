@@ -25,10 +25,12 @@ from ditattn.models import ModelFamily, TokenLayout
 from ditattn.ops.contract import refuse_gradients
 from ditattn.plan.split import HeadShare
 from ditattn.runtime.autocast import autocast_as_sdpa
+from ditattn.runtime.forward import Forward
 from ditattn.runtime.metadata import check_layers
 from ditattn.runtime.report import AttentionReport
+from ditattn.runtime.served_model import ServedModel
 from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit
-from ditattn.runtime.stage import DenoisingStage, Forward, ServedModel
+from ditattn.runtime.stage import DenoisingStage
 from ditattn.runtime.step import Step, StepClock
 
 __all__ = ["Layer", "Serving", "logger", "serving"]

@@ -160,7 +160,7 @@ def block_sparse_attention(
         key_lengths: int32 or int64 `[B]` on the tensors' device; only that many leading keys of each batch element are real.
         order: the order of the tokens that the plan and `key_lengths` speak of, where it is not that of the tensors: query, key, value and
             the result stay as they are, and the implementation reads and writes them in this order, or copies them. Needs S = T. With an
-            order per key head, block numbers of the plan are those of each head's own order.
+            order per key head, block numbers of the plan are those of each head's own order. Its values are trusted too.
         tail: means that stand in for the blocks that the plan drops, in the plan's order (`PooledTail.of`). Its values are trusted.
         implementation: a name from `TABLE`, or several in order of preference; None takes the first possible one.
 
@@ -228,6 +228,7 @@ def _call(
     check_qkv(query, key, value, key_lengths)
     check_plan(query, key, plan)
     if tail is not None:
+        check_instance("tail", tail, PooledTail, "PooledTail.of makes one of key and value")
         check_tail(key, plan, tail, causal)
     forward, inverse = _ordering(query, key, causal, order)
     scale = checked_scale(scale, query.shape[3])
@@ -266,7 +267,7 @@ def _attended(call: SparseCall, row: Implementation, merges: bool) -> tuple[Tens
 
 
 def _ordering(query: Tensor, key: Tensor, causal: bool, order: TokenOrder | None) -> tuple[Tensor | None, Tensor | None]:
-    if order is None or order.forward is None:
+    if order is None or (order.forward is None and order.inverse is None):
         return None, None
     if causal:
         raise UnsupportedCall("a causal call takes no token order: the tokens before a token would not be its past")
@@ -283,12 +284,7 @@ def check_plan(query: Tensor, key: Tensor, plan: BlockPlan) -> None:
         raise UnsupportedCall(
             f"the plan is for {plan.query_length} x {plan.key_length} tokens, the call has {query.shape[1]} x {key.shape[1]}"
         )
-    if plan.indices.shape[0] not in (1, query.shape[0]) or plan.indices.shape[1] not in (1, query.shape[2]):
-        raise UnsupportedCall(f"the plan is for B, H = {list(plan.indices.shape[:2])}, the call has {[query.shape[0], query.shape[2]]}")
-    if plan.indices.shape[2] != plan.num_query_blocks or plan.counts.shape != plan.indices.shape[:3]:
-        raise UnsupportedCall(
-            f"the plan has shapes {list(plan.indices.shape)}, {list(plan.counts.shape)} for {plan.num_query_blocks} query blocks"
-        )
+    plan.check_form(query.shape[0], query.shape[2])
     if plan.indices.device != query.device:
         raise UnsupportedCall(f"the plan is on {plan.indices.device}, the query on {query.device}")
 

@@ -68,6 +68,8 @@ def _sdpa(call: DenseCall, mask: Tensor | None = None) -> Tensor:
         # torch's kernel for the CPU gives its result the strides of the query, and writes it over itself
         query = query.contiguous()
     q, k, v = ((x if _readable(x) else x.contiguous()).transpose(1, 2) for x in (query, call.key, call.value))
+    # SDPA wants the last two axes, also of a mask that is the same for all queries
+    mask = None if mask is None else torch.atleast_2d(mask)
     options = {"is_causal": call.causal and mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, **options).transpose(1, 2)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ditattn.arguments import check_instance
 from ditattn.errors import UnsupportedCall
-from ditattn.ops.contract import joined, split
+from ditattn.ops.contract import check_like, check_qkv, checked_scale, joined, split
 from ditattn.ops.pooled_tail import PooledTail
 from ditattn.ops.table import PADDED_HEAD_DIMS, WIDE_FLOATS, CallFacts, Implementation, Names, choose, load, names_of
 from ditattn.ops.tail_estimate.summary import PER_BLOCK, QUERY_GROUPS, SUB_TOKENS, Estimator, KeySummary, Summarized
@@ -75,17 +76,19 @@ def key_summary(
         implementation: a name from `TABLE`, or several in order of preference; None takes the first possible one.
 
     Raises:
-        UnsupportedCall: value or key lengths do not fit the key, the order is for another length, device or number of key heads, or no
-            implementation takes the call.
+        UnsupportedCall: mean query, value or key lengths do not fit the key, the order is for another length, device or number of key
+            heads, the scale is not finite, or no implementation takes the call.
     """
+    if value.shape != key.shape or value.dtype != key.dtype or value.device != key.device:
+        found = f"{value.dtype} {list(value.shape)} on {value.device}"
+        raise UnsupportedCall(f"value must be {key.dtype} {list(key.shape)} on {key.device} like key, not {found}")
+    check_qkv(key, key, value, key_lengths)
+    check_like("mean_query", mean_query, (key.shape[0], *key.shape[2:]), key.device)
+    check_instance("order", order, TokenOrder, "ditattn.plan.token_order.token_order makes one")
     order.check_length(key.shape[1])
     order.check_key_heads(key.shape[2])
     order.check_device(key.device)
-    if value.shape != key.shape or value.dtype != key.dtype:
-        raise UnsupportedCall(f"value must be {key.dtype} {list(key.shape)} like key, not {value.dtype} {list(value.shape)}")
-    if key_lengths is not None and (key_lengths.dtype not in (torch.int32, torch.int64) or key_lengths.shape != key.shape[:1]):
-        found = f"{key_lengths.dtype} {list(key_lengths.shape)}"
-        raise UnsupportedCall(f"key_lengths must be int32 or int64 [{key.shape[0]}], not {found}")
+    scale = checked_scale(scale, key.shape[3])
     if scale == 0:
         # all tokens weigh alike, as they do for a mean query of zeros; implementations divide by the scale
         mean_query, scale = torch.zeros_like(mean_query), 1.0
@@ -108,7 +111,16 @@ def tail_cost(groups: Tensor, summary: KeySummary, scale: float, *, implementati
         summary: of keys and values.
         scale: factor on the scores.
         implementation: as above.
+
+    Raises:
+        UnsupportedCall: the groups are not of the summary's batch, heads or size, or no implementation takes the call.
     """
+    batch, key_heads, _, dim = summary.means.shape
+    heads, rows = groups.shape[1:3] if groups.ndim == 4 else (0, 0)
+    if not heads or heads % key_heads or not rows or rows % QUERY_GROUPS:
+        wanted = f"[{batch}, a multiple of {key_heads}, a multiple of {QUERY_GROUPS}, {dim}]"
+        raise UnsupportedCall(f"groups must be {wanted}, not {list(groups.shape)}")
+    check_like("groups", groups, (batch, heads, rows, dim), summary.means.device)
     tail = summary.tail
     names = _named(groups, implementation)
     out: Tensor = _cost_op(groups, *summary[:4], tail.key, tail.value, tail.counts, scale, names)
