@@ -70,11 +70,11 @@ def wan(name: str, config: dict[str, Any], latents: tuple[int, ...], share: str)
 
 
 def model(name: str, config: dict[str, Any]) -> Answer:
-    """One forward of a model with text: this rank's part of the result, along `tiny_models.SHARED_AXIS`, and its report."""
+    """One forward of a model with text: this rank's part of the result, and its report."""
     rank, count = _meet()
     tiny = tiny_models.MODELS[name]
     latents, texts = tiny_models.latents_and_texts(tiny)
     with tiny_wan.reference_norms():
-        part = latents.chunk(count, dim=tiny_models.SHARED_AXIS[name])[rank].contiguous()
+        part = tiny_models.parts(name, latents, count)[rank].contiguous()
         out = tiny_models.one_forward(tiny, "rain_fusion_attn", config, part, texts[0])
     return out, serving().end_of_stage().components["transformer"]

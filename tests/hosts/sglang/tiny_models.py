@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from sglang.multimodal_gen.runtime.distributed.parallel_state import get_sp_world_size
 from sglang.multimodal_gen.runtime.layers.attention.selector import component_attn_backend_context_manager
 from sglang.multimodal_gen.runtime.platforms import AttentionBackendEnum
 from torch import Tensor
@@ -16,7 +17,7 @@ from hosts.sglang.server import HEAD_SIZE, LATENTS, forward_of, request, serve
 
 # 32 x 48 tokens of 16 x 16 pixels
 ROWS, COLUMNS, TEXT, WIDTH = 32, 48, 40, 32
-IMAGE = ROWS * COLUMNS
+IMAGE, REFERENCES = ROWS * COLUMNS, 300
 PIXELS = {"height": 16 * ROWS, "width": 16 * COLUMNS}
 PACKED = {"raw_latent_shape": (1, IMAGE, 16), **PIXELS}
 STEP = torch.tensor([500.0])
@@ -35,6 +36,7 @@ class TinyModel:
         latents: shape of what it gets.
         request: what the request says of the latents.
         grid: as the report names it.
+        references: tokens of `latents` that are those of references, behind the target's.
         others: calls of a forward that are dense since they see the text alone, another tower, or the like.
         dtype: of its weights.
         pipeline: of its configuration.
@@ -48,6 +50,7 @@ class TinyModel:
     request: dict[str, Any]
     grid: str
     others: int = 0
+    references: int = 0
     dtype: torch.dtype = torch.float32
     pipeline: dict[str, Any] = field(default_factory=dict)
 
@@ -166,6 +169,16 @@ MODELS = {
         (1, IMAGE, 16),
         PACKED,
         "1x32x48",
+    ),
+    "flux_with_references": TinyModel(
+        ("flux", "flux"),
+        ("FluxArchConfig", "FluxConfig", "FluxTransformer2DModel"),
+        {**JOINT, "in_channels": 16, "pooled_projection_dim": WIDTH},
+        _flux,
+        (1, IMAGE + REFERENCES, 16),
+        PACKED,
+        "1x32x48",
+        references=REFERENCES,
     ),
     "qwen_image": TinyModel(
         ("qwenimage", "qwen_image"),
@@ -318,13 +331,20 @@ MODELS = {
 }
 
 # models whose ranks share the latents: frames, or tokens
-SHARED_AXIS = {"hunyuan_video": 2, "flux": 1, "qwen_image": 1, "longcat_image": 1}
+SHARED_AXIS = {"hunyuan_video": 2, "flux": 1, "flux_with_references": 1, "qwen_image": 1, "longcat_image": 1}
 
 
 def latents_and_texts(model: TinyModel) -> tuple[Tensor, list[Tensor]]:
     """Latents, and two texts."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(model.latents, generator=generator), list(torch.randn(2, 1, TEXT, WIDTH, generator=generator))
+
+
+def parts(name: str, whole: Tensor, ranks: int) -> list[Tensor]:
+    """What ranks have of the latents, or of what a model makes of them: references are shared apart from the target."""
+    axis, references = SHARED_AXIS[name], MODELS[name].references
+    streams = whole.split([whole.shape[axis] - references, references], dim=axis)
+    return [torch.cat(of_rank, dim=axis) for of_rank in zip(*(stream.chunk(ranks, dim=axis) for stream in streams), strict=True)]
 
 
 def prepared(model: TinyModel, name: str, config: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -335,6 +355,8 @@ def prepared(model: TinyModel, name: str, config: dict[str, Any]) -> tuple[Any, 
     server_args, batch = serve(name, **config), request()
     vars(server_args.pipeline_config).update(model.pipeline, dit_config=model.config())
     vars(batch).update({"image_latent": None, "vae_image_sizes": None, **model.request})
+    if model.references:
+        batch.image_latent = torch.empty(1, model.references // get_sp_world_size(), 16)
     with component_attn_backend_context_manager(AttentionBackendEnum[name.upper()], component_name="transformer"):
         return server_args, batch, model.build()
 
