@@ -97,6 +97,13 @@ class DenoisingStage:
         begin(forward)
         return forward
 
+    def set_tokens(self, forward: Forward, layout: TokenLayout | None, split: SequenceSplit | None, share: RankShare) -> None:
+        """The next calls of a forward have these tokens, where a host knows of each call what it has. `share` is this rank's."""
+        forward.layout, forward.split, forward.share = layout, split, share
+        forward.metadata = self._metadata_of(forward.model, forward.step, layout, forward.id, share)
+        if split is not None:
+            forward.model.log.split = str(split)
+
     def leave(self, forward: Forward) -> None:
         """The forward ended, with or without an exception."""
         end(forward)
