@@ -9,9 +9,11 @@ import pytest
 
 import ditattn
 from ditattn import errors
+from ditattn.backends.dense import DENSE_BACKEND
 from ditattn.backends.sparse import Reason
 from ditattn.runtime.key_padding import MASK_WITH_GAPS, OTHER_MASK
 from ditattn.runtime.self_attention import NOT_SELF_ATTENTION
+from ditattn.runtime.serve import UNSAID
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -71,5 +73,5 @@ def test_every_reason_of_a_dense_call_is_explained() -> None:
     text = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
     reasons = [reason for name, reason in vars(Reason).items() if name.isupper()]
     assert len(reasons) > 10
-    for reason in (*reasons, MASK_WITH_GAPS, OTHER_MASK, NOT_SELF_ATTENTION):
+    for reason in (*reasons, MASK_WITH_GAPS, OTHER_MASK, NOT_SELF_ATTENTION, DENSE_BACKEND, UNSAID):
         assert f"`{reason}`" in text, reason

@@ -15,6 +15,7 @@ from ditattn.backends.sparse import SparseAttentionMetadata
 from ditattn.models import TokenLayout
 from ditattn.plan.reuse import ForwardId
 from ditattn.runtime.key_padding import MaskReader
+from ditattn.runtime.run import Run
 from ditattn.runtime.served_model import ServedModel
 from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit, TensorSplit
 from ditattn.runtime.step import Step
@@ -32,6 +33,7 @@ class Forward:
     """One running forward of a denoiser: what an attention call inside it can know.
 
     Attributes:
+        run: that it belongs to.
         layer_batch: batch elements that the running layer got; None if unknown. A step cache may leave a branch out, below the root.
         split: how its tokens or weights are split between ranks; None if they are not.
         share: what this rank has of its calls.
@@ -41,6 +43,7 @@ class Forward:
     """
 
     stage: DenoisingStage
+    run: Run
     model: ServedModel
     step: Step
     id: ForwardId
@@ -104,9 +107,8 @@ def end(forward: Forward) -> None:
             return
 
 
-def drop(ended: Callable[[Forward], bool]) -> bool:
-    """Forget forwards of this thread that ended without a word; True if there were any."""
-    left = [forward for forward in _of_thread.forwards if not ended(forward)]
-    found = len(left) < len(_of_thread.forwards)
-    _of_thread.forwards = left
+def drop(ended: Callable[[Forward], bool]) -> list[Forward]:
+    """Forget forwards of this thread that ended without a word; returns them."""
+    found = [forward for forward in _of_thread.forwards if ended(forward)]
+    _of_thread.forwards = [forward for forward in _of_thread.forwards if not ended(forward)]
     return found

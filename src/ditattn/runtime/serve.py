@@ -25,7 +25,6 @@ from ditattn.runtime.self_attention import (
     video_first,
     with_gathered_mask,
 )
-from ditattn.runtime.served_model import ServedModel
 from ditattn.runtime.strict import is_strict, refuse_dense
 
 __all__ = ["serve"]
@@ -86,7 +85,7 @@ def _run(forward: Forward, layer: int | None, call: DenseCall, metadata: Attenti
     """By the layer's implementation, which the metadata tells everything else."""
     query, key, value = call.query, call.key, call.value
     strict = is_strict(forward, layer, query, key)
-    impl = _impl(forward.model, layer, call, metadata)
+    impl = _impl(forward, layer, call, metadata)
     if strict and isinstance(impl, SparseAttentionImpl):
         assert isinstance(metadata, SparseAttentionMetadata)
         refuse_dense(forward, impl.why_dense(query, key, metadata))
@@ -113,7 +112,7 @@ def _dense_by_host(forward: Forward, impl: AttentionImpl) -> AbstractContextMana
 def _run_arranged(forward: Forward, layer: int | None, call: DenseCall, arrangement: Arrangement) -> Tensor:
     """A call that a sparse method can serve in another arrangement: sparse in that one, or torch's own as the model asked it."""
     metadata = arrangement.metadata
-    impl = _impl(forward.model, layer, replace(call, attn_mask=None), metadata)
+    impl = _impl(forward, layer, replace(call, attn_mask=None), metadata)
     assert isinstance(impl, SparseAttentionImpl)
     # arranged, there are as many queries as keys
     reason = impl.why_dense(call.key, call.key, metadata)
@@ -141,12 +140,13 @@ def _run_densely(
     return out
 
 
-def _impl(model: ServedModel, layer: int | None, call: DenseCall, metadata: AttentionMetadata) -> AttentionImpl:
-    """One implementation object per layer and call signature, made when first met."""
+def _impl(forward: Forward, layer: int | None, call: DenseCall, metadata: AttentionMetadata) -> AttentionImpl:
+    """One implementation object per run, layer and call signature, made when first met."""
+    model = forward.model
     _, _, heads, head_size = call.query.shape
     num_kv_heads = call.key.shape[2]
-    signature = (layer, heads, head_size, num_kv_heads, call.causal, call.scale, metadata.key_lengths is not None)
-    impl = model.impls.get(signature)
+    signature = (model.name, layer, heads, head_size, num_kv_heads, call.causal, call.scale, metadata.key_lengths is not None)
+    impl = forward.run.impls.get(signature)
     if impl is None:
         prefix = model.layers[layer] if layer is not None and layer < len(model.layers) else ""
         make = model.backend.get_impl_cls()
@@ -154,7 +154,7 @@ def _impl(model: ServedModel, layer: int | None, call: DenseCall, metadata: Atte
         impl.inside_op = True
         for op, row in impl.rows(call.query, call.key, call.value, metadata).items():
             model.log.note_implementation(op, row.name)
-        model.impls[signature] = impl
+        forward.run.impls[signature] = impl
     return impl
 
 

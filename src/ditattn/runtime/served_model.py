@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from ditattn.backends.base import AttentionBackend, AttentionImpl
+from ditattn.backends.base import AttentionBackend
 from ditattn.backends.config import AttentionConfig
 from ditattn.models import ModelFamily, TokenLayout
 from ditattn.runtime.report import ComponentLog
@@ -41,7 +41,6 @@ class ServedModel:
     config: AttentionConfig
     layers: list[str]
     layers_by_count: bool = True
-    impls: dict[tuple[Any, ...], AttentionImpl] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.builder = self.backend.get_builder_cls()()

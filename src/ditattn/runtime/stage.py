@@ -14,14 +14,13 @@ from ditattn.backends.base import AttentionMetadata, CallRecord
 from ditattn.models import TokenLayout
 from ditattn.ops.calls import DenseCall
 from ditattn.plan.reuse import ForwardId
-from ditattn.runtime.branches import ForwardCounter
 from ditattn.runtime.dealing import attend_dealt, dealt_metadata, is_dealt
 from ditattn.runtime.forward import Forward, begin, drop, end
 from ditattn.runtime.metadata import build_attn_metadata, for_forward
 from ditattn.runtime.native import asked
 from ditattn.runtime.probe import Probe
 from ditattn.runtime.report import AttentionReport
-from ditattn.runtime.run_share import RunShare
+from ditattn.runtime.run import Run, Runs
 from ditattn.runtime.self_attention import is_self_attention, next_layer
 from ditattn.runtime.serve import serve
 from ditattn.runtime.served_model import ServedModel
@@ -45,14 +44,11 @@ class DenoisingStage:
     """
 
     def __init__(self, clock: StepClock, strict: bool = False) -> None:
-        self.clock = clock
         self.strict = strict
         self.models: list[ServedModel] = []
         self.not_served: dict[str, str] = {}
         self.probe: Probe | None = None
-        self._metadata: dict[tuple[str, bool], tuple[tuple[Any, ...], AttentionMetadata]] = {}
-        self._forwards = ForwardCounter()
-        self._run_share = RunShare()
+        self._runs = Runs(clock)
 
     def enter(
         self,
@@ -63,6 +59,7 @@ class DenoisingStage:
         driver: Any = None,
         split: SequenceSplit | TensorSplit | None = None,
         share: RankShare | None = None,
+        runner: object | None = None,
     ) -> Forward:
         """A forward of `model` begins in this thread.
 
@@ -71,26 +68,29 @@ class DenoisingStage:
             cache_context, branch, driver: see `StepClock.read`.
             split: how the host splits tokens or weights between ranks.
             share: what this rank has of the calls, where the host tells; None where it follows from `split` and the family.
+            runner: whose run it belongs to, where several may go on at a time: plans, orders and residuals of one are nothing to another.
 
         Raises:
             UnsupportedModel, UnsupportedCall: tokens that cannot be split so.
         """
-        if drop(lambda running: running.model is model):
-            # KeyboardInterrupt ended a forward without a word, since torch calls no hook then: another run begins
-            self._end_run()
-        step = self.clock.read(cache_context, branch, model.family.time(arguments), driver)
+        for stale in drop(lambda running: running.model is model):
+            # KeyboardInterrupt ended it without a word, since torch calls no hook then: another run begins
+            self._end(stale.run)
+        run = self._runs.of(runner)
+        step = run.clock.read(cache_context, branch, model.family.time(arguments), driver)
         model.log.note_step(step.index, step.num_steps, step.source)
-        if self._forwards.goes_back(step.index):
-            self._forget_plans()
-        forward_id = self._forwards.read(model.name, step.index, branch)
+        if run.forwards.goes_back(step.index):
+            self._warn_of_dense(run)
+            run.forget()
+        forward_id = run.forwards.read(model.name, step.index, branch)
         layout = model.layout_of(arguments)
         if layout is not None:
             model.log.note_grids([layout.grid, *(grid.size for grid in layout.further_grids)])
         share = rank_share(split, model.family, model.model_config, layout) if share is None else share
-        metadata = self._metadata_of(model, step, layout, forward_id, share)
-        forward = Forward(self, model, step, forward_id, layout, metadata, split=split, share=share)
+        metadata = _metadata_of(run, model, step, layout, forward_id, share)
+        forward = Forward(self, run, model, step, forward_id, layout, metadata, split=split, share=share)
         if model.image_layers and layout is not None:
-            forward.image_metadata = self._metadata_of(model, step, layout.without_text(), forward_id, image_only=True)
+            forward.image_metadata = _metadata_of(run, model, step, layout.without_text(), forward_id, image_only=True)
         forward.dealt = dealt_metadata(forward, arguments)
         forward.key_mask = model.family.key_mask(model.model_config, arguments)
         model.log.split = "" if split is None else str(split)
@@ -100,7 +100,7 @@ class DenoisingStage:
     def set_tokens(self, forward: Forward, layout: TokenLayout | None, split: SequenceSplit | None, share: RankShare) -> None:
         """The next calls of a forward have these tokens, where a host knows of each call what it has. `share` is this rank's."""
         forward.layout, forward.split, forward.share = layout, split, share
-        forward.metadata = self._metadata_of(forward.model, forward.step, layout, forward.id, share)
+        forward.metadata = _metadata_of(forward.run, forward.model, forward.step, layout, forward.id, share)
         if split is not None:
             forward.model.log.split = str(split)
 
@@ -109,52 +109,34 @@ class DenoisingStage:
         end(forward)
         if forward.step.index is not None and forward.step.num_steps is not None and forward.step.index >= forward.step.num_steps - 1:
             # nobody tells when a run ends; what is left of the last step changes little
-            self._warn_of_dense_run()
+            self._warn_of_dense(forward.run)
 
     def resume(self, forward: Forward) -> None:
         """Of the running forwards of this thread, calls now belong to this one."""
         begin(forward)
 
+    def end_run(self, runner: object) -> None:
+        """The run of `runner` ended: its next forward is step 0."""
+        run = self._runs.of(runner)
+        drop(lambda running: running.run is run)
+        self._end(run)
+
     def reset(self) -> None:
-        """The run ended: the next forward is step 0."""
+        """Every run ended."""
         drop(lambda running: running.stage is self)
-        self._end_run()
+        for run in self._runs:
+            self._end(run)
 
-    def _end_run(self) -> None:
-        self.clock.reset()
-        self._metadata.clear()
-        self._forget_plans()
+    def _end(self, run: Run) -> None:
+        self._warn_of_dense(run)
+        run.end()
 
-    def _warn_of_dense_run(self) -> None:
-        self._run_share.warn((model.backend.name, model.config) for model in self.models if model.backend.is_sparse)
-
-    def _forget_plans(self) -> None:
-        self._warn_of_dense_run()
-        self._run_share.forget()
-        self._forwards.end_run()
-        for model in self.models:
-            for impl in model.impls.values():
-                impl.end_run()
+    def _warn_of_dense(self, run: Run) -> None:
+        run.share.warn((model.backend.name, model.config) for model in self.models if model.backend.is_sparse)
 
     def report(self) -> AttentionReport:
         """What ran so far."""
         return AttentionReport({model.name: model.log.report() for model in self.models}, dict(self.not_served))
-
-    def _metadata_of(
-        self,
-        model: ServedModel,
-        step: Step,
-        layout: TokenLayout | None,
-        forward_id: ForwardId,
-        share: RankShare = WHOLE,
-        image_only: bool = False,
-    ) -> AttentionMetadata:
-        """The metadata of a step, built once and shared by all layers and branches with the same tokens."""
-        key, place = (step, layout, share), (model.name, image_only)
-        cached = self._metadata.get(place)
-        if cached is None or cached[0] != key:
-            cached = self._metadata[place] = (key, build_attn_metadata(model.builder, model.config, *key))
-        return for_forward(cached[1], forward_id)
 
     def attend(
         self,
@@ -199,4 +181,21 @@ class DenoisingStage:
     def _count(self, forward: Forward, layer: int | None, query: Tensor, key: Tensor, record: CallRecord) -> None:
         forward.model.log.add(forward.step.index, layer, record)
         if forward.model.backend.is_sparse and is_self_attention(forward, layer, query, key):
-            self._run_share.add(record)
+            forward.run.share.add(record)
+
+
+def _metadata_of(
+    run: Run,
+    model: ServedModel,
+    step: Step,
+    layout: TokenLayout | None,
+    forward_id: ForwardId,
+    share: RankShare = WHOLE,
+    image_only: bool = False,
+) -> AttentionMetadata:
+    """The metadata of a step, built once and shared by all layers and branches with the same tokens."""
+    key, place = (step, layout, share), (model.name, image_only)
+    cached = run.metadata.get(place)
+    if cached is None or cached[0] != key:
+        cached = run.metadata[place] = (key, build_attn_metadata(model.builder, model.config, *key))
+    return for_forward(cached[1], forward_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -87,6 +88,12 @@ class StepClock:
         self._scheduler = scheduler
         self._schedule: tuple[Any, list[float]] | None = None
         self.reset()
+
+    def another(self) -> StepClock:
+        """One that reads the same scheduler and counts for itself."""
+        clock = copy.copy(self)
+        clock.reset()
+        return clock
 
     def reset(self) -> None:
         """Forget the run: the next forward is step 0 of a new one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -200,18 +201,65 @@ def test_weights_on_disk(name: str, tmp_path: Path) -> None:
     assert handle.report().components["transformer"].dense == 0
 
 
+def _with_a_scheduler_of_its_own(tiny: TinyPipeline) -> TinyPipeline:
+    """Another pipeline of the same transformer."""
+    parts = {key: part for key, part in tiny.pipe.components.items() if key != "scheduler"}
+    return TinyPipeline(type(tiny.pipe)(**parts, scheduler=copy.deepcopy(tiny.pipe.scheduler)), tiny.arguments)
+
+
+def _another_picture() -> dict[str, Any]:
+    return {"generator": torch.Generator().manual_seed(7)}
+
+
+# runs long enough for residuals, and plans that outlast a step
+REMEMBERING = {
+    "permuted_sparse_attn": {**SPARSE, "skip_first_steps": 2},
+    "rain_fusion_attn": {**SPARSE, "skip_first_steps": 2, "plan_refresh_steps": 3},
+}
+
+
+@pytest.mark.parametrize("backend", REMEMBERING)
 @pytest.mark.parametrize("name", ["flux", "wan"])
-def test_two_pipelines_of_one_transformer_in_threads(name: str) -> None:
-    """Each run is in the steps of its own scheduler."""
+def test_two_pipelines_of_one_transformer_in_threads(name: str, backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Each run is in the steps of its own scheduler, and what its layers remember is its own."""
     one = FAMILIES[name]()
-    parts = {key: part for key, part in one.pipe.components.items() if key != "scheduler"}
-    other = TinyPipeline(type(one.pipe)(**parts, scheduler=copy.deepcopy(one.pipe.scheduler)), one.arguments)
-    with ditattn.install(one.pipe, "rain_fusion_attn", **{**SPARSE, "skip_first_steps": 2}) as handle:
-        alone = [one.run(3), other.run(4)]
+    other = _with_a_scheduler_of_its_own(one)
+    with ditattn.install(one.pipe, backend, **REMEMBERING[backend]) as handle:
+        alone = [one.run(10), other.run(11, **_another_picture())]
         before = handle.report().components["transformer"]
         with ThreadPoolExecutor(2) as pool:
-            together = [pool.submit(one.run, 3), pool.submit(other.run, 4)]
+            together = [pool.submit(one.run, 10), pool.submit(other.run, 11, **_another_picture())]
         found = [run.result() for run in together]
     after = handle.report().components["transformer"]
+    assert before.sparse > before.dense > 0
     assert (after.sparse, after.dense) == (2 * before.sparse, 2 * before.dense)
     assert all(torch.equal(expected, latents) for expected, latents in zip(alone, found, strict=True))
+    assert "self-attention calls of this run" not in caplog.text
+
+
+@pytest.mark.parametrize("backend", REMEMBERING)
+def test_a_pipeline_that_runs_between_the_steps_of_another_one(backend: str) -> None:
+    """As for a preview in a callback: the outer run goes on with what its layers remember."""
+    one = FAMILIES["wan"]()
+    other = _with_a_scheduler_of_its_own(one)
+    previews: list[Tensor] = []
+
+    def preview(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 5:
+            previews.append(other.run(4, **_another_picture()))
+        return tensors
+
+    with ditattn.install(one.pipe, backend, **REMEMBERING[backend]):
+        alone, alone_inside = one.run(10), other.run(4, **_another_picture())
+        assert torch.equal(one.run(10, callback_on_step_end=preview), alone)
+    assert torch.equal(previews[0], alone_inside)
+
+
+def test_what_a_finished_pipeline_left_goes_with_it() -> None:
+    tiny = FAMILIES["wan"]()
+    with ditattn.install(tiny.pipe, "permuted_sparse_attn", **SPARSE) as handle:
+        for _ in range(3):
+            _with_a_scheduler_of_its_own(tiny).run(1)
+            gc.collect()
+        # of the pipelines that are gone nothing, and of runs whose runner nobody named
+        assert len(list(handle._stage._runs)) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,12 +51,23 @@ class _NoState(BaseState):
         """Nothing to forget."""
 
 
+class _Pushed(threading.local):
+    """Threads that run one model are in different branches."""
+
+    context: Any = None
+
+
 class _ContextSink(StateManager):
     """Receives `cache_context()`: a string up to diffusers 0.40, an object with the step index from 0.41 on."""
 
     def __init__(self) -> None:
         super().__init__(_NoState)
-        self.pushed: Any = None
+        self._of_thread = _Pushed()
+
+    @property
+    def pushed(self) -> Any:
+        """The context of this thread."""
+        return self._of_thread.context
 
     @property
     def branch(self) -> str | None:
@@ -63,10 +75,10 @@ class _ContextSink(StateManager):
         return self.pushed if self.pushed is None or isinstance(self.pushed, str) else self.pushed.name
 
     def set_context(self, context: Any) -> None:
-        self.pushed = context
+        self._of_thread.context = context
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
-        self.pushed = None
+        self._of_thread.context = None
 
 
 class _ContextHook(ModelHook):
@@ -81,7 +93,7 @@ class _ContextHook(ModelHook):
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.sink.reset()
-        self._stage.reset()
+        self._stage.end_run(_runner(module))
         return module
 
 
@@ -123,6 +135,12 @@ def _listen(module: nn.Module, hook: _ContextHook) -> Callable[[], None]:
     return remove
 
 
+def _runner(module: nn.Module, scheduler: Any = None) -> object:
+    """Whose run goes on: that of the pipeline on the call stack, which its scheduler stands for, or of a loop in this thread."""
+    scheduler = driving_scheduler(module) if scheduler is None else scheduler
+    return threading.current_thread() if scheduler is None else scheduler
+
+
 class _RootHooks:
     """Torch's own hooks on a denoiser, around whatever its `forward` is at the time."""
 
@@ -139,7 +157,9 @@ class _RootHooks:
             check_timesteps(module, arguments)
         elif self._model.layers:
             split = tensor_split(module, unwrapped(module).get_submodule(self._model.layers[0]))
-        self._stage.enter(self._model, arguments, self._sink.pushed, self._sink.branch, driving_scheduler(module), split)
+        scheduler = driving_scheduler(module)
+        context, branch = self._sink.pushed, self._sink.branch
+        self._stage.enter(self._model, arguments, context, branch, scheduler, split, runner=_runner(module, scheduler))
 
     @torch.compiler.disable
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -149,7 +169,7 @@ class _RootHooks:
             self._stage.leave(forward)
         if output is None:
             # it raised, and no pipeline goes on after that
-            self._stage.reset()
+            self._stage.end_run(_runner(module))
 
 
 def add_root_hook(module: nn.Module, stage: DenoisingStage, model: ServedModel) -> Callable[[], None]:
