@@ -139,10 +139,15 @@ def test_torchrun_makes_one_clip_and_one_report(launched: Any, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_two_ranks_share_the_branches_of_one_clip(two_ranks: Any, tmp_path: Path) -> None:
-    statuses, out, err = two_ranks("generate", *GENERATE, "--cfg-parallel")
+@pytest.mark.parametrize(
+    ("degree", "splits"),
+    [(["--cfg-parallel"], ["", ""]), (["--ring-degree", "2"], ["rank 0 of 2 (ring 2)", "rank 1 of 2 (ring 2)"])],
+    ids=["branches", "queries"],
+)
+def test_two_ranks_share_one_clip(two_ranks: Any, tmp_path: Path, degree: list[str], splits: list[str]) -> None:
+    statuses, out, err = two_ranks("generate", *GENERATE, *degree)
     assert statuses == [0, 0], err
-    assert _splits(out, tmp_path) == ["", ""]
+    assert _splits(out, tmp_path) == splits
 
 
 def _splits(out: str, folder: Path) -> list[str]:
