@@ -72,7 +72,7 @@ def test_a_whole_model_with_text_of_two_ranks_is_one_of_one_process(two: Ranks, 
         torch.testing.assert_close(out, part, atol=1e-4, rtol=1e-4)
     for _, report in answers:
         assert report is not None
-        assert (report.sparse, report.dense_reasons) == (alone.sparse, alone.dense_reasons)
+        assert (report.sparse, report.dense) == (alone.sparse, alone.dense)
     assert sum(report.sparse_density for _, report in answers) / 2 == pytest.approx(alone.sparse_density)
 
 

@@ -202,11 +202,11 @@ MODELS = {
         ("krea2", "krea2"),
         ("Krea2ArchConfig", "Krea2DitConfig", "Krea2Transformer2DModel"),
         {
-            "features": 2 * HEAD_SIZE,
+            "features": 4 * HEAD_SIZE,
             "tdim": 32,
             "txtdim": WIDTH,
-            "heads": 2,
-            "kvheads": 1,
+            "heads": 4,
+            "kvheads": 2,
             "layers": 2,
             "channels": 4,
             "txtlayers": 2,
@@ -330,8 +330,17 @@ MODELS = {
     ),
 }
 
-# models whose ranks share the latents: frames, or tokens
-SHARED_AXIS = {"hunyuan_video": 2, "flux": 1, "flux_with_references": 1, "qwen_image": 1, "longcat_image": 1}
+# along which axis sglang's pipelines share the latents between ranks, frames or tokens; None where the model shares its tokens itself
+SHARED_AXIS = {
+    "hunyuan_video": 2,
+    "flux": 1,
+    "flux_with_references": 1,
+    "flux_2": 1,
+    "qwen_image": 1,
+    "longcat_image": 1,
+    "krea_2": 1,
+    "anima": None,
+}
 
 
 def latents_and_texts(model: TinyModel) -> tuple[Tensor, list[Tensor]]:
@@ -343,6 +352,8 @@ def latents_and_texts(model: TinyModel) -> tuple[Tensor, list[Tensor]]:
 def parts(name: str, whole: Tensor, ranks: int) -> list[Tensor]:
     """What ranks have of the latents, or of what a model makes of them: references are shared apart from the target."""
     axis, references = SHARED_AXIS[name], MODELS[name].references
+    if axis is None:
+        return [whole] * ranks
     streams = whole.split([whole.shape[axis] - references, references], dim=axis)
     return [torch.cat(of_rank, dim=axis) for of_rank in zip(*(stream.chunk(ranks, dim=axis) for stream in streams), strict=True)]
 
