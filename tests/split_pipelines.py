@@ -36,6 +36,7 @@ from ditattn.plan.token_order import TokenOrder
 from ditattn.runtime.probe import CellReading
 from tiny_pipelines import TinyPipeline, packed_images
 from tiny_pipelines.footprint import dispatcher_footprint, footprint
+from tiny_pipelines.pipeline import ATTENTION, SIZES
 
 HEADS = 4
 SPARSE = {"sparsity": 0.75, "skip_first_steps": 0, "min_tokens": 0}
@@ -165,9 +166,10 @@ def build(name: str, heads: int = HEADS) -> TinyPipeline:
     """A pipeline whose denoiser has so many heads."""
     with contextlib.ExitStack() as changed:
         # tiny_pipelines.wan is the function
-        for module in ("wan", "image", "video"):
+        for module in ("wan", "video"):
             changed.enter_context(mock.patch.object(sys.modules[f"tiny_pipelines.{module}"], "HEADS", heads))
-        changed.enter_context(mock.patch.dict(packed_images.SIZES, num_attention_heads=heads))
+        for settings in (ATTENTION, SIZES, packed_images.FLUX_SIZES):
+            changed.enter_context(mock.patch.dict(settings, num_attention_heads=heads))
         return {**FAMILIES, **PLANNED, **FURTHER, **GUIDED, **WEIGHTS, **RING, **BOTH}[name]()
 
 

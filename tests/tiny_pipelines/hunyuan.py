@@ -7,11 +7,10 @@ from typing import Any
 import torch
 
 from tiny_pipelines.loop import looped
-from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, noise
+from tiny_pipelines.pipeline import ATTENTION, LAYERS, TinyPipeline, denoiser, first, noise, parts
 
 SHARED: dict[str, Any] = {
-    "num_attention_heads": HEADS,
-    "attention_head_dim": HEAD_SIZE,
+    **ATTENTION,
     "num_refiner_layers": 1,
     "rope_axes_dim": (8, 12, 12),
     "text_embed_dim": 24,
@@ -23,14 +22,19 @@ def hunyuan_video15() -> TinyPipeline:
     from diffusers import (
         AutoencoderKLHunyuanVideo15,
         ClassifierFreeGuidance,
-        FlowMatchEulerDiscreteScheduler,
         HunyuanVideo15Pipeline,
         HunyuanVideo15Transformer3DModel,
     )
 
-    torch.manual_seed(0)
-    transformer = HunyuanVideo15Transformer3DModel(
-        **SHARED, in_channels=9, out_channels=4, num_layers=LAYERS, text_embed_2_dim=16, image_embed_dim=12, task_type="t2v"
+    transformer = denoiser(
+        HunyuanVideo15Transformer3DModel,
+        **SHARED,
+        in_channels=9,
+        out_channels=4,
+        num_layers=LAYERS,
+        text_embed_2_dim=16,
+        image_embed_dim=12,
+        task_type="t2v",
     )
     vae = AutoencoderKLHunyuanVideo15(
         latent_channels=4,
@@ -39,12 +43,11 @@ def hunyuan_video15() -> TinyPipeline:
         spatial_compression_ratio=16,
         temporal_compression_ratio=4,
     )
-    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": transformer, "vae": vae, "guider": ClassifierFreeGuidance(2.0)}
-    pipe = HunyuanVideo15Pipeline(**parts, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None)
+    pipe = HunyuanVideo15Pipeline(**parts(transformer, vae, encoders=2), guider=ClassifierFreeGuidance(2.0))
     text: dict[str, Any] = {}
     for prefix, seed in (("", 1), ("negative_", 2)):
-        text |= {f"{prefix}prompt_embeds": noise(1, 12, 24, seed=seed), f"{prefix}prompt_embeds_mask": first(9, of=12)}
-        text |= {f"{prefix}prompt_embeds_2": noise(1, 5, 16, seed=seed), f"{prefix}prompt_embeds_mask_2": first(3, of=5)}
+        text |= {f"{prefix}prompt_embeds": noise(1, 12, 24, seed=seed), f"{prefix}prompt_embeds_mask": first(9, of=12).long()}
+        text |= {f"{prefix}prompt_embeds_2": noise(1, 5, 16, seed=seed), f"{prefix}prompt_embeds_mask_2": first(3, of=5).long()}
     return TinyPipeline(pipe, {**text, "height": 224, "width": 320, "num_frames": 17})
 
 
@@ -52,8 +55,8 @@ def hunyuan_video_framepack() -> TinyPipeline:
     """HunyuanVideo Framepack: 140 + 70 + 18 tokens of earlier frames before the video, 6 image and 25 text tokens behind it, 13 blocks."""
     from diffusers import HunyuanVideoFramepackTransformer3DModel
 
-    torch.manual_seed(0)
-    transformer = HunyuanVideoFramepackTransformer3DModel(
+    transformer = denoiser(
+        HunyuanVideoFramepackTransformer3DModel,
         **SHARED,
         in_channels=4,
         out_channels=4,
@@ -67,7 +70,7 @@ def hunyuan_video_framepack() -> TinyPipeline:
     rows, columns = 28, 40
     inputs = {
         "prompt_embeds": noise(1, 40, 24),
-        "encoder_attention_mask": first(25, of=40),
+        "encoder_attention_mask": first(25, of=40).long(),
         "pooled_projections": noise(1, 12),
         "image_embeds": noise(1, 6, 16),
         "guidance": torch.tensor([6000.0]),
@@ -80,8 +83,3 @@ def hunyuan_video_framepack() -> TinyPipeline:
         "indices_latents_history_4x": torch.arange(4),
     }
     return looped(transformer, (1, 4, 5, rows, columns), inputs)
-
-
-def first(count: int, of: int) -> torch.Tensor:
-    """A mask of `of` text tokens, the first `count` of them real."""
-    return (torch.arange(of)[None] < count).long()

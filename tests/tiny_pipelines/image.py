@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, noise, picture
+from tiny_pipelines.autoencoders import flat_autoencoder, qwen_autoencoder
+from tiny_pipelines.pipeline import ATTENTION, LAYERS, TinyPipeline, denoiser, noise, parts, picture, prompts
 
 # sums to the head size
 ROPE_AXES = (8, 12, 12)
@@ -65,12 +66,12 @@ def qwen_image_layered() -> TinyPipeline:
     """Qwen-Image Layered: the whole picture, a layer, and the given picture behind them, 40 x 40 tokens each."""
     from diffusers import QwenImageLayeredPipeline
 
-    parts = _qwen_parts(levels=3, use_additional_t_cond=True, use_layer3d_rope=True)
+    made = _qwen_parts(levels=3, use_additional_t_cond=True, use_layer3d_rope=True)
     encoder = nn.Linear(1, 1)
     # all that the pipeline asks of it
     encoder.device, encoder.dtype = torch.device("cpu"), torch.float32
-    parts |= {"text_encoder": encoder, "scheduler": type(parts["scheduler"])(use_dynamic_shifting=True)}
-    pipe = _without_encoding(QwenImageLayeredPipeline(**parts, processor=None))
+    made |= {"text_encoder": encoder, "scheduler": type(made["scheduler"])(use_dynamic_shifting=True)}
+    pipe = _without_encoding(QwenImageLayeredPipeline(**made, processor=None))
     pipe.vae.decode = lambda latents, return_dict: (latents,)
     pipe.image_processor.postprocess = lambda image, output_type: image
     # three channels, since it takes four for latents of this VAE; it takes the words to spare itself a caption, and then the embeddings
@@ -86,38 +87,27 @@ def _without_encoding(pipe: Any) -> Any:
 
 def _qwen_parts(levels: int, **transformer: Any) -> dict[str, Any]:
     """Of any of its pipelines; the VAE halves the size `levels` times."""
-    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+    from diffusers import QwenImageTransformer2DModel
 
-    torch.manual_seed(0)
-    model = QwenImageTransformer2DModel(
+    model = denoiser(
+        QwenImageTransformer2DModel,
         patch_size=2,
         in_channels=16,
         out_channels=4,
         num_layers=LAYERS,
-        attention_head_dim=HEAD_SIZE,
-        num_attention_heads=HEADS,
+        **ATTENTION,
         joint_attention_dim=20,
         axes_dims_rope=ROPE_AXES,
         **transformer,
     )
-    vae = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1] * levels + [2],
-        num_res_blocks=1,
-        temperal_downsample=[level > 0 for level in range(levels)],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    return {"scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": model, "vae": vae, "text_encoder": None, "tokenizer": None}
+    return parts(model, qwen_autoencoder([1] * levels + [2]))
 
 
 def _qwen_arguments(batch: int = 1) -> dict[str, Any]:
     mask = torch.ones(batch, 7, dtype=torch.long)
     return {
-        "prompt_embeds": noise(batch, 7, 20),
+        **prompts(batch, 7, 20),
         "prompt_embeds_mask": mask,
-        "negative_prompt_embeds": noise(batch, 7, 20, seed=2),
         "negative_prompt_embeds_mask": mask.clone(),
         "true_cfg_scale": 2.0,
     }
@@ -133,39 +123,27 @@ def flux_with_hidden_image_tokens() -> TinyPipeline:
 
 
 def _flux_parts() -> dict[str, Any]:
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+    from diffusers import FluxTransformer2DModel
 
-    torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
+    transformer = denoiser(
+        FluxTransformer2DModel,
         patch_size=1,
         in_channels=16,
         num_layers=1,
         num_single_layers=LAYERS - 1,
-        attention_head_dim=HEAD_SIZE,
-        num_attention_heads=HEADS,
+        **ATTENTION,
         joint_attention_dim=40,
         pooled_projection_dim=20,
         axes_dims_rope=ROPE_AXES,
         guidance_embeds=True,
     )
-    vae = AutoencoderKL(
-        latent_channels=4,
-        block_out_channels=(8,),
-        norm_num_groups=2,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-    )
-    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": transformer, "vae": vae}
-    return {**parts, "text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None}
+    return parts(transformer, flat_autoencoder(), encoders=2)
 
 
 def _flux_arguments() -> dict[str, Any]:
     return {
-        "prompt_embeds": noise(1, 10, 40),
+        **prompts(1, 10, 40),
         "pooled_prompt_embeds": noise(1, 20),
-        "negative_prompt_embeds": noise(1, 10, 40, seed=2),
         "negative_pooled_prompt_embeds": noise(1, 20, seed=2),
         "true_cfg_scale": 2.0,
         "height": 60,

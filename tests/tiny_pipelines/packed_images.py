@@ -5,29 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from tiny_pipelines.autoencoders import flat_autoencoder, flux2_autoencoder, qwen_autoencoder
 from tiny_pipelines.loop import looped_by
-from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, enlarge_weights, noise, picture
+from tiny_pipelines.pipeline import (
+    ATTENTION,
+    LAYERS,
+    TinyPipeline,
+    denoiser,
+    enlarge_weights,
+    enlarged_denoiser,
+    first,
+    noise,
+    parts,
+    picture,
+    prompt_masks,
+    prompts,
+)
 
 ROWS, COLUMNS = 30, 44
+# the flat VAE makes one latent of a pixel, and a patch is 2 x 2 latents
+PIXELS = {"height": 2 * ROWS, "width": 2 * COLUMNS}
+# of the latents
+SHAPE = (1, ROWS * COLUMNS, 16)
 # sums to the head size
 ROPE_AXES = (8, 12, 12)
-SIZES: dict[str, Any] = {"num_layers": 1, "num_single_layers": LAYERS - 1, "attention_head_dim": HEAD_SIZE, "num_attention_heads": HEADS}
-
-
-def vae() -> AutoencoderKL:
-    """One that makes one latent of a pixel."""
-    return AutoencoderKL(
-        latent_channels=4,
-        block_out_channels=(8,),
-        norm_num_groups=2,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-    )
+FLUX_SIZES: dict[str, Any] = {**ATTENTION, "num_layers": 1, "num_single_layers": LAYERS - 1}
 
 
 def position_ids(rows: int = ROWS, columns: int = COLUMNS, image: int = 0, width: int = 3) -> Tensor:
@@ -40,26 +45,33 @@ def position_ids(rows: int = ROWS, columns: int = COLUMNS, image: int = 0, width
 
 def flux2(reference: tuple[int, int] | None = None) -> TinyPipeline:
     """Flux 2: one double-stream and one single-stream layer; perhaps a reference image of so many rows and columns of tokens."""
-    from diffusers import AutoencoderKLFlux2, Flux2Pipeline, Flux2Transformer2DModel
+    from diffusers import Flux2Pipeline, Flux2Transformer2DModel
 
-    torch.manual_seed(0)
-    transformer = Flux2Transformer2DModel(
-        **SIZES, in_channels=16, joint_attention_dim=40, timestep_guidance_channels=16, axes_dims_rope=(8, 8, 8, 8)
+    transformer = denoiser(
+        Flux2Transformer2DModel,
+        **FLUX_SIZES,
+        in_channels=16,
+        joint_attention_dim=40,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(8, 8, 8, 8),
     )
-    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",), "block_out_channels": (8,)}
-    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": transformer, "text_encoder": None, "tokenizer": None}
-    pipe = Flux2Pipeline(**parts, vae=AutoencoderKLFlux2(**blocks, latent_channels=4, norm_num_groups=2))
+    pipe = Flux2Pipeline(**parts(transformer, flux2_autoencoder()))
     images = {} if reference is None else {"image": picture(2 * reference[0], 2 * reference[1])}
-    return TinyPipeline(pipe, {"prompt_embeds": noise(1, 10, 40), "height": 2 * ROWS, "width": 2 * COLUMNS, **images})
+    return TinyPipeline(pipe, {"prompt_embeds": noise(1, 10, 40), **PIXELS, **images})
 
 
 def flux3() -> TinyPipeline:
     """Flux 3 with a reference image of 8 x 8 tokens: a layer of the image alone, then a joint one."""
     from diffusers import Flux3Transformer2DModel
 
-    torch.manual_seed(0)
-    transformer = Flux3Transformer2DModel(
-        **SIZES, in_channels=16, cond_in_channels=16, joint_attention_dim=40, timestep_channels=16, axes_dims_rope=(8, 8, 8, 8)
+    transformer = denoiser(
+        Flux3Transformer2DModel,
+        **FLUX_SIZES,
+        in_channels=16,
+        cond_in_channels=16,
+        joint_attention_dim=40,
+        timestep_channels=16,
+        axes_dims_rope=(8, 8, 8, 8),
     )
 
     def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
@@ -73,16 +85,16 @@ def flux3() -> TinyPipeline:
             "image_cond_ids": position_ids(8, 8, image=10, width=4),
         }
 
-    return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 10, 40))
+    return looped_by(transformer, arguments_of, SHAPE, noise(1, 10, 40))
 
 
 def chroma() -> TinyPipeline:
     """Chroma: 12 text tokens of which 9 are real, so that a mask hides tokens before the image."""
     from diffusers import ChromaPipeline, ChromaTransformer2DModel
 
-    torch.manual_seed(0)
-    transformer = ChromaTransformer2DModel(
-        **SIZES,
+    transformer = denoiser(
+        ChromaTransformer2DModel,
+        **FLUX_SIZES,
         in_channels=16,
         joint_attention_dim=40,
         axes_dims_rope=ROPE_AXES,
@@ -90,35 +102,30 @@ def chroma() -> TinyPipeline:
         approximator_hidden_dim=16,
         approximator_layers=1,
     )
-    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": transformer, "text_encoder": None, "tokenizer": None}
-    text = {
-        "prompt_embeds": noise(1, 12, 40),
-        "prompt_attention_mask": torch.arange(12).lt(9).unsqueeze(0),
-        "negative_prompt_embeds": noise(1, 12, 40, seed=2),
-        "negative_prompt_attention_mask": torch.arange(12).lt(4).unsqueeze(0),
-        "guidance_scale": 2.0,
-    }
-    return TinyPipeline(ChromaPipeline(**parts, vae=vae()), {**text, "height": 2 * ROWS, "width": 2 * COLUMNS})
+    pipe = ChromaPipeline(**parts(transformer, flat_autoencoder()))
+    return TinyPipeline(pipe, {**prompts(1, 12, 40), **prompt_masks(9, 4, of=12), "guidance_scale": 2.0, **PIXELS})
 
 
 def bria() -> TinyPipeline:
     """Bria 3.2."""
     from diffusers import BriaPipeline, BriaTransformer2DModel
 
-    torch.manual_seed(0)
-    transformer = BriaTransformer2DModel(**SIZES, in_channels=16, joint_attention_dim=40, axes_dims_rope=list(ROPE_AXES))
-    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": transformer, "text_encoder": None, "tokenizer": None}
-    text = {"prompt_embeds": noise(1, 10, 40), "negative_prompt_embeds": noise(1, 10, 40, seed=2), "guidance_scale": 2.0}
-    return TinyPipeline(BriaPipeline(**parts, vae=vae()), {**text, "height": 2 * ROWS, "width": 2 * COLUMNS})
+    transformer = denoiser(BriaTransformer2DModel, **FLUX_SIZES, in_channels=16, joint_attention_dim=40, axes_dims_rope=list(ROPE_AXES))
+    pipe = BriaPipeline(**parts(transformer, flat_autoencoder()))
+    return TinyPipeline(pipe, {**prompts(1, 10, 40), "guidance_scale": 2.0, **PIXELS})
 
 
 def bria_fibo() -> TinyPipeline:
     """Bria Fibo: 12 text tokens of which 9 are real; every layer gets text of its own."""
     from diffusers import BriaFiboTransformer2DModel
 
-    torch.manual_seed(0)
-    transformer = BriaFiboTransformer2DModel(
-        **SIZES, in_channels=16, joint_attention_dim=40, axes_dims_rope=list(ROPE_AXES), text_encoder_dim=24
+    transformer = denoiser(
+        BriaFiboTransformer2DModel,
+        **FLUX_SIZES,
+        in_channels=16,
+        joint_attention_dim=40,
+        axes_dims_rope=list(ROPE_AXES),
+        text_encoder_dim=24,
     )
     keep = torch.cat([torch.arange(12).lt(9), torch.ones(ROWS * COLUMNS, dtype=torch.bool)])[None, None, None]
 
@@ -133,16 +140,20 @@ def bria_fibo() -> TinyPipeline:
             "joint_attention_kwargs": {"attention_mask": keep},
         }
 
-    return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 12, 40))
+    return looped_by(transformer, arguments_of, SHAPE, noise(1, 12, 40))
 
 
 def longcat_image() -> TinyPipeline:
     """LongCat-Image while editing: an image of 8 x 8 tokens behind the image."""
     from diffusers import LongCatImageTransformer2DModel
 
-    torch.manual_seed(0)
-    transformer = LongCatImageTransformer2DModel(
-        **SIZES, in_channels=16, joint_attention_dim=40, pooled_projection_dim=40, axes_dims_rope=list(ROPE_AXES)
+    transformer = denoiser(
+        LongCatImageTransformer2DModel,
+        **FLUX_SIZES,
+        in_channels=16,
+        joint_attention_dim=40,
+        pooled_projection_dim=40,
+        axes_dims_rope=list(ROPE_AXES),
     )
     offset = torch.tensor([0, 10, 10])
     ids = torch.cat([position_ids(image=1) + offset, position_ids(8, 8, image=2) + offset])
@@ -159,31 +170,29 @@ def longcat_image() -> TinyPipeline:
             "txt_ids": text_ids,
         }
 
-    return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 10, 40))
+    return looped_by(transformer, arguments_of, SHAPE, noise(1, 10, 40))
 
 
 def ovis_image() -> TinyPipeline:
     """Ovis-Image."""
     from diffusers import OvisImagePipeline, OvisImageTransformer2DModel
 
-    torch.manual_seed(0)
-    transformer = OvisImageTransformer2DModel(**SIZES, in_channels=16, out_channels=16, joint_attention_dim=40, axes_dims_rope=ROPE_AXES)
-    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": transformer, "text_encoder": None, "tokenizer": None}
-    negative = {"negative_prompt": None, "negative_prompt_embeds": noise(1, 10, 40, seed=2)}
-    text = {"prompt_embeds": noise(1, 10, 40), **negative, "guidance_scale": 2.0}
-    return TinyPipeline(OvisImagePipeline(**parts, vae=vae()), {**text, "height": 2 * ROWS, "width": 2 * COLUMNS})
+    transformer = denoiser(
+        OvisImageTransformer2DModel, **FLUX_SIZES, in_channels=16, out_channels=16, joint_attention_dim=40, axes_dims_rope=ROPE_AXES
+    )
+    pipe = OvisImagePipeline(**parts(transformer, flat_autoencoder()))
+    return TinyPipeline(pipe, {**prompts(1, 10, 40), "negative_prompt": None, "guidance_scale": 2.0, **PIXELS})
 
 
 def krea2() -> TinyPipeline:
     """Krea 2: 12 text tokens of which 9 are real, of two layers of the text encoder."""
-    from diffusers import AutoencoderKLQwenImage, Krea2Pipeline, Krea2Transformer2DModel
+    from diffusers import Krea2Pipeline, Krea2Transformer2DModel
 
-    torch.manual_seed(0)
-    transformer = Krea2Transformer2DModel(
+    transformer = enlarged_denoiser(
+        Krea2Transformer2DModel,
         in_channels=16,
         num_layers=LAYERS,
-        attention_head_dim=HEAD_SIZE,
-        num_attention_heads=HEADS,
+        **ATTENTION,
         num_key_value_heads=1,
         intermediate_size=48,
         timestep_embed_dim=16,
@@ -196,25 +205,9 @@ def krea2() -> TinyPipeline:
         num_refiner_text_blocks=1,
         axes_dims_rope=ROPE_AXES,
     )
-    enlarge_weights(transformer)
-    autoencoder = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "transformer": transformer}
-    pipe = Krea2Pipeline(**parts, vae=autoencoder, text_encoder=None, tokenizer=None, text_encoder_select_layers=(0, 1))
-    text = {
-        "prompt_embeds": noise(1, 12, 2, 24),
-        "prompt_embeds_mask": torch.arange(12).lt(9).unsqueeze(0),
-        "negative_prompt_embeds": noise(1, 12, 2, 24, seed=2),
-        "negative_prompt_embeds_mask": torch.arange(12).lt(4).unsqueeze(0),
-        "guidance_scale": 2.0,
-    }
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipe = Krea2Pipeline(**parts(transformer, qwen_autoencoder([1, 1]), scheduler), text_encoder_select_layers=(0, 1))
+    text = {**prompts(1, 12, 2, 24), **prompt_masks(9, 4, of=12, name="prompt_embeds_mask"), "guidance_scale": 2.0}
     return TinyPipeline(pipe, {**text, "height": 4 * ROWS, "width": 4 * COLUMNS})
 
 
@@ -222,36 +215,34 @@ def nucleusmoe_image() -> TinyPipeline:
     """NucleusMoE-Image without its experts: 12 text tokens of which 9 are real, as keys after those of the image."""
     from diffusers import NucleusMoEImageTransformer2DModel
 
-    torch.manual_seed(0)
-    transformer = NucleusMoEImageTransformer2DModel(
+    transformer = enlarged_denoiser(
+        NucleusMoEImageTransformer2DModel,
         patch_size=2,
         in_channels=16,
         out_channels=4,
         num_layers=LAYERS,
-        attention_head_dim=HEAD_SIZE,
-        num_attention_heads=HEADS,
+        **ATTENTION,
         num_key_value_heads=1,
         joint_attention_dim=24,
         axes_dims_rope=ROPE_AXES,
         moe_enabled=False,
     )
-    enlarge_weights(transformer)
 
     def arguments_of(latents: Tensor, text: Tensor, timestep: Tensor) -> dict[str, Any]:
         return {
             "hidden_states": latents,
             "img_shapes": [(1, ROWS, COLUMNS)],
             "encoder_hidden_states": text,
-            "encoder_hidden_states_mask": torch.arange(12).lt(9).unsqueeze(0),
+            "encoder_hidden_states_mask": first(9, of=12),
             "timestep": timestep / 1000,
         }
 
-    return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 12, 24))
+    return looped_by(transformer, arguments_of, SHAPE, noise(1, 12, 24))
 
 
 def ideogram4() -> TinyPipeline:
     """Ideogram 4: 12 text tokens of which the last 9 are real, then the image; a second transformer sees the image alone."""
-    from diffusers import AutoencoderKLFlux2, Ideogram4Pipeline, Ideogram4Transformer2DModel
+    from diffusers import Ideogram4Pipeline, Ideogram4Transformer2DModel
 
     class Encoded(Ideogram4Pipeline):
         """Its text encoder is a large one even when tiny."""
@@ -262,22 +253,14 @@ def ideogram4() -> TinyPipeline:
             return text, *self._prepare_ids([max_sequence_length - 3], grid_h, grid_w, max_sequence_length, device)
 
     torch.manual_seed(0)
-    sizes = {"num_layers": LAYERS, "attention_head_dim": HEAD_SIZE, "num_attention_heads": HEADS, "intermediate_size": 48}
+    sizes = {**ATTENTION, "num_layers": LAYERS, "intermediate_size": 48}
     of_text = {"adaln_dim": 16, "llm_features_dim": 24, "mrope_section": (6, 5, 5)}
     transformers = [Ideogram4Transformer2DModel(in_channels=16, **sizes, **of_text) for _ in range(2)]
     for transformer in transformers:
         enlarge_weights(transformer)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",), "block_out_channels": (8,)}
-    pipe = Encoded(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=AutoencoderKLFlux2(**blocks, latent_channels=4, norm_num_groups=2),
-        text_encoder=None,
-        tokenizer=None,
-        transformer=transformers[0],
-        unconditional_transformer=transformers[1],
-    )
+    pipe = Encoded(**parts(transformers[0], flux2_autoencoder()), unconditional_transformer=transformers[1])
     guidance = {"guidance_scale": 2.0, "guidance_schedule": None}
-    return TinyPipeline(pipe, {"prompt": "a cat", "height": 2 * ROWS, "width": 2 * COLUMNS, "max_sequence_length": 12, **guidance})
+    return TinyPipeline(pipe, {"prompt": "a cat", **PIXELS, "max_sequence_length": 12, **guidance})
 
 
 def qwen_image21(use_cache: bool = True) -> TinyPipeline:
@@ -285,17 +268,15 @@ def qwen_image21(use_cache: bool = True) -> TinyPipeline:
     from diffusers import QwenImage21Transformer2DModel
     from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 
-    torch.manual_seed(0)
-    transformer = QwenImage21Transformer2DModel(
+    transformer = enlarged_denoiser(
+        QwenImage21Transformer2DModel,
         in_channels=16,
         out_channels=16,
         num_layers=LAYERS,
-        attention_head_dim=HEAD_SIZE,
-        num_attention_heads=HEADS,
+        **ATTENTION,
         context_in_dim=24,
         axes_dims_rope=ROPE_AXES,
     )
-    enlarge_weights(transformer)
     # in the text encoder's sequence an image has a place for four of its tokens
     places = torch.zeros(1, 9 + 16 + ROWS * COLUMNS // 4, dtype=torch.bool)
     places[:, 5:21], places[:, 25:] = True, True
@@ -315,4 +296,4 @@ def qwen_image21(use_cache: bool = True) -> TinyPipeline:
             **cached,
         }
 
-    return looped_by(transformer, arguments_of, (1, ROWS * COLUMNS, 16), noise(1, 25, 24), image_last=True)
+    return looped_by(transformer, arguments_of, SHAPE, noise(1, 25, 24), image_last=True)

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, noise, picture
+from tiny_pipelines.pipeline import (
+    ATTENTION,
+    HEAD_SIZE,
+    HEADS,
+    LAYERS,
+    SIZES,
+    TinyPipeline,
+    denoiser,
+    first,
+    noise,
+    parts,
+    picture,
+    prompt_masks,
+    prompts,
+)
 
 
 def hunyuan_video() -> TinyPipeline:
     """HunyuanVideo: one double-stream and one single-stream layer; 40 text tokens behind the video, 25 of them real."""
     from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 
-    torch.manual_seed(0)
-    transformer = HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD_SIZE,
+    transformer = denoiser(
+        HunyuanVideoTransformer3DModel,
+        **SIZES,
         num_layers=1,
         num_single_layers=LAYERS - 1,
         num_refiner_layers=1,
@@ -37,10 +46,9 @@ def hunyuan_video() -> TinyPipeline:
         layers_per_block=1,
         norm_num_groups=2,
     )
-    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0), "transformer": transformer, "vae": vae}
-    pipe = HunyuanVideoPipeline(**parts, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None)
-    arguments = {"prompt_embeds": noise(1, 40, 24), "pooled_prompt_embeds": noise(1, 12), "prompt_attention_mask": _first(25, of=40)}
-    return TinyPipeline(pipe, {**arguments, "height": 224, "width": 320, "num_frames": 17})
+    pipe = HunyuanVideoPipeline(**parts(transformer, vae, FlowMatchEulerDiscreteScheduler(shift=7.0), encoders=2))
+    text = {"prompt_embeds": noise(1, 40, 24), "pooled_prompt_embeds": noise(1, 12), "prompt_attention_mask": first(25, of=40).long()}
+    return TinyPipeline(pipe, {**text, "height": 224, "width": 320, "num_frames": 17})
 
 
 def ltx_video() -> TinyPipeline:
@@ -56,22 +64,21 @@ def ltx_condition(*conditions: tuple[int, int]) -> TinyPipeline:
     from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 
     shown = []
-    for number, (first, frames) in enumerate(conditions):
+    for number, (begin, frames) in enumerate(conditions):
         pictures = [picture(32, 32, seed=10 * number + frame) for frame in range(frames)]
-        shown.append(LTXVideoCondition(frame_index=first, **({"image": pictures[0]} if frames == 1 else {"video": pictures})))
+        shown.append(LTXVideoCondition(frame_index=begin, **({"image": pictures[0]} if frames == 1 else {"video": pictures})))
     given = {"conditions": shown} if shown else {}
     return TinyPipeline(LTXConditionPipeline(**_ltx_parts()), {**_ltx_text(), **given, "height": 32, "width": 32, "num_frames": 9})
 
 
 def _ltx_parts() -> dict[str, Any]:
-    from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXVideoTransformer3DModel
+    from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
 
-    torch.manual_seed(0)
-    transformer = LTXVideoTransformer3DModel(
+    transformer = denoiser(
+        LTXVideoTransformer3DModel,
         in_channels=6,
         out_channels=6,
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD_SIZE,
+        **ATTENTION,
         cross_attention_dim=HEADS * HEAD_SIZE,
         num_layers=LAYERS,
         caption_channels=24,
@@ -89,29 +96,21 @@ def _ltx_parts() -> dict[str, Any]:
         upsample_factor=(1, 1),
         patch_size=1,
     )
-    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": transformer, "vae": vae}
-    return {**parts, "text_encoder": None, "tokenizer": None}
+    return parts(transformer, vae)
 
 
 def _ltx_text() -> dict[str, Any]:
-    return {
-        "prompt_embeds": noise(1, 12, 24),
-        "prompt_attention_mask": _first(9, of=12),
-        "negative_prompt_embeds": noise(1, 12, 24, seed=2),
-        "negative_prompt_attention_mask": _first(4, of=12),
-    }
+    masks = prompt_masks(9, 4, of=12)
+    return {**prompts(1, 12, 24), **{name: mask.long() for name, mask in masks.items()}}
 
 
 def cogvideox(scheduler: str = "CogVideoXDPMScheduler", num_layers: int = LAYERS) -> TinyPipeline:
     """CogVideoX: 12 text tokens before the video; its processors call torch's SDPA themselves. `scheduler` is a diffusers class."""
     import diffusers
 
-    torch.manual_seed(0)
-    transformer = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD_SIZE,
-        in_channels=4,
-        out_channels=4,
+    transformer = denoiser(
+        diffusers.CogVideoXTransformer3DModel,
+        **SIZES,
         time_embed_dim=8,
         text_embed_dim=24,
         num_layers=num_layers,
@@ -131,12 +130,5 @@ def cogvideox(scheduler: str = "CogVideoXDPMScheduler", num_layers: int = LAYERS
         norm_num_groups=2,
         temporal_compression_ratio=4,
     )
-    parts: dict[str, Any] = {"scheduler": getattr(diffusers, scheduler)(), "transformer": transformer, "vae": vae}
-    pipe = diffusers.CogVideoXPipeline(**parts, text_encoder=None, tokenizer=None)
-    text = {"prompt_embeds": noise(1, 12, 24), "negative_prompt_embeds": noise(1, 12, 24, seed=2), "guidance_scale": 6.0}
-    return TinyPipeline(pipe, {**text, "height": 224, "width": 320, "num_frames": 17})
-
-
-def _first(count: int, of: int) -> torch.Tensor:
-    """A mask of `of` text tokens, the first `count` of them real."""
-    return (torch.arange(of)[None] < count).long()
+    pipe = diffusers.CogVideoXPipeline(**parts(transformer, vae, getattr(diffusers, scheduler)()))
+    return TinyPipeline(pipe, {**prompts(1, 12, 24), "guidance_scale": 6.0, "height": 224, "width": 320, "num_frames": 17})

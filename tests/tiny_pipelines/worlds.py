@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from tiny_pipelines.loop import looped, with_louder_values, without_zeros
-from tiny_pipelines.pipeline import HEAD_SIZE, HEADS, LAYERS, TinyPipeline, noise
+from tiny_pipelines.pipeline import ATTENTION, HEADS, LAYERS, SIZES, WIDTH, TinyPipeline, denoiser, first, noise, prompts
+
+# of the latents
+SHAPE = (1, 4, 5, 28, 40)
 
 
 def cosmos() -> TinyPipeline:
     """Cosmos: both CFG branches one after the other."""
     from diffusers import CosmosTransformer3DModel
 
-    torch.manual_seed(0)
-    transformer = CosmosTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD_SIZE,
+    transformer = denoiser(
+        CosmosTransformer3DModel,
+        **SIZES,
         num_layers=LAYERS,
         mlp_ratio=2,
         text_embed_dim=24,
@@ -29,28 +29,30 @@ def cosmos() -> TinyPipeline:
         # what it does with padding needs torchvision
         concat_padding_mask=False,
     )
-    return looped(transformer, (1, 4, 5, 28, 40), {**_prompts(), "fps": 16})
+    return looped(transformer, SHAPE, {**prompts(1, 12, 24), "fps": 16})
+
+
+KANDINSKY: dict[str, Any] = {
+    "in_visual_dim": 4,
+    "out_visual_dim": 4,
+    "in_text_dim": 24,
+    "in_text_dim2": 12,
+    "time_dim": 16,
+    "model_dim": WIDTH,
+    "ff_dim": 40,
+    "num_text_blocks": 1,
+    "num_visual_blocks": LAYERS,
+    "axes_dims": (8, 12, 12),
+}
 
 
 def kandinsky5() -> TinyPipeline:
     """Kandinsky 5: latents with the channels last, and a block for the text."""
     from diffusers import Kandinsky5Transformer3DModel
 
-    torch.manual_seed(0)
-    transformer = Kandinsky5Transformer3DModel(
-        in_visual_dim=4,
-        out_visual_dim=4,
-        in_text_dim=24,
-        in_text_dim2=12,
-        time_dim=16,
-        model_dim=HEADS * HEAD_SIZE,
-        ff_dim=40,
-        num_text_blocks=1,
-        num_visual_blocks=LAYERS,
-        axes_dims=(8, 12, 12),
-    )
+    transformer = denoiser(Kandinsky5Transformer3DModel, **KANDINSKY)
     inputs = {
-        **_prompts(),
+        **prompts(1, 12, 24),
         "pooled_projections": noise(1, 12),
         "visual_rope_pos": [torch.arange(size) for size in (5, 14, 20)],
         "text_rope_pos": torch.arange(12),
@@ -62,13 +64,12 @@ def ltx2(keyframe: bool = False) -> TinyPipeline:
     """LTX 2: video and audio, which stays noise here; text in cross-attention; perhaps a keyframe behind the video."""
     from diffusers import LTX2VideoTransformer3DModel
 
-    torch.manual_seed(0)
-    transformer = LTX2VideoTransformer3DModel(
+    transformer = denoiser(
+        LTX2VideoTransformer3DModel,
         in_channels=6,
         out_channels=6,
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD_SIZE,
-        cross_attention_dim=HEADS * HEAD_SIZE,
+        **ATTENTION,
+        cross_attention_dim=WIDTH,
         audio_in_channels=4,
         audio_out_channels=4,
         audio_num_attention_heads=HEADS,
@@ -109,11 +110,10 @@ def mochi() -> TinyPipeline:
     """Mochi: both CFG branches in one batch, 9 and 4 real ones of 12 text tokens behind the video."""
     from diffusers import MochiTransformer3DModel
 
-    torch.manual_seed(0)
-    transformer = MochiTransformer3DModel(
+    transformer = denoiser(
+        MochiTransformer3DModel,
         patch_size=2,
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD_SIZE,
+        **ATTENTION,
         num_layers=LAYERS,
         pooled_projection_dim=16,
         in_channels=4,
@@ -129,12 +129,9 @@ def motif_video() -> TinyPipeline:
     """Motif Video: 6 image and 12 text tokens behind the video, 9 of them real; in the decoder's layer the video once more."""
     from diffusers import MotifVideoTransformer3DModel
 
-    torch.manual_seed(0)
-    transformer = MotifVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD_SIZE,
+    transformer = denoiser(
+        MotifVideoTransformer3DModel,
+        **SIZES,
         num_layers=1,
         num_single_layers=LAYERS - 1,
         num_decoder_layers=1,
@@ -143,20 +140,17 @@ def motif_video() -> TinyPipeline:
         image_embed_dim=16,
         rope_axes_dim=(8, 12, 12),
     )
-    inputs = {**_prompts(), "encoder_attention_mask": torch.arange(12)[None] < 9, "image_embeds": noise(1, 6, 16)}
-    return looped(with_louder_values(transformer), (1, 4, 5, 28, 40), inputs)
+    inputs = {**prompts(1, 12, 24), "encoder_attention_mask": first(9, of=12), "image_embeds": noise(1, 6, 16)}
+    return looped(with_louder_values(transformer), SHAPE, inputs)
 
 
 def helios() -> TinyPipeline:
     """Helios: 140 + 35 + 15 tokens of earlier frames before the video, 12 blocks."""
     from diffusers import HeliosTransformer3DModel
 
-    torch.manual_seed(0)
-    transformer = HeliosTransformer3DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD_SIZE,
-        in_channels=4,
-        out_channels=4,
+    transformer = denoiser(
+        HeliosTransformer3DModel,
+        **SIZES,
         text_dim=24,
         freq_dim=16,
         ffn_dim=40,
@@ -164,45 +158,39 @@ def helios() -> TinyPipeline:
         rope_dim=(8, 12, 12),
         is_amplify_history=True,
     )
-    frames, inputs = 0, _prompts()
+    frames, inputs = 0, prompts(1, 12, 24)
     for name, count in (("long", 4), ("mid", 1), ("short", 1)):
         inputs[f"latents_history_{name}"] = noise(1, 4, count, 28, 40, seed=count)
         inputs[f"indices_latents_history_{name}"] = torch.arange(frames, frames + count)[None]
         frames += count
     inputs["indices_hidden_states"] = torch.arange(frames, frames + 5)[None]
-    return looped(with_louder_values(transformer), (1, 4, 5, 28, 40), inputs)
+    return looped(with_louder_values(transformer), SHAPE, inputs)
 
 
 def allegro() -> TinyPipeline:
     """Allegro: its processors call torch's SDPA themselves."""
     from diffusers import AllegroTransformer3DModel
 
-    torch.manual_seed(0)
-    transformer = AllegroTransformer3DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD_SIZE,
-        in_channels=4,
-        out_channels=4,
+    transformer = denoiser(
+        AllegroTransformer3DModel,
+        **SIZES,
         num_layers=LAYERS,
-        cross_attention_dim=HEADS * HEAD_SIZE,
+        cross_attention_dim=WIDTH,
         sample_width=40,
         sample_height=28,
         sample_frames=5,
         caption_channels=24,
     )
-    return looped(transformer, (1, 4, 5, 28, 40), {**_prompts(), "encoder_attention_mask": (torch.arange(12)[None] < 9).long()})
+    return looped(transformer, SHAPE, {**prompts(1, 12, 24), "encoder_attention_mask": (first(9, of=12)).long()})
 
 
 def easyanimate() -> TinyPipeline:
     """EasyAnimate: 12 text tokens and 7 of a second encoder before the video; text has projections of its own in one layer."""
     from diffusers import EasyAnimateTransformer3DModel
 
-    torch.manual_seed(0)
-    transformer = EasyAnimateTransformer3DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD_SIZE,
-        in_channels=4,
-        out_channels=4,
+    transformer = denoiser(
+        EasyAnimateTransformer3DModel,
+        **SIZES,
         patch_size=2,
         num_layers=LAYERS,
         mmdit_layers=1,
@@ -210,19 +198,16 @@ def easyanimate() -> TinyPipeline:
         text_embed_dim=24,
         text_embed_dim_t5=16,
     )
-    return looped(transformer, (1, 4, 5, 28, 40), {**_prompts(), "encoder_hidden_states_t5": noise(1, 7, 16, seed=3)})
+    return looped(transformer, SHAPE, {**prompts(1, 12, 24), "encoder_hidden_states_t5": noise(1, 7, 16, seed=3)})
 
 
 def consisid() -> TinyPipeline:
     """ConsisID: 12 text tokens before the video, and a face in cross-attention."""
     from diffusers import ConsisIDTransformer3DModel
 
-    torch.manual_seed(0)
-    transformer = ConsisIDTransformer3DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD_SIZE,
-        in_channels=4,
-        out_channels=4,
+    transformer = denoiser(
+        ConsisIDTransformer3DModel,
+        **SIZES,
         time_embed_dim=8,
         text_embed_dim=24,
         num_layers=LAYERS,
@@ -244,30 +229,15 @@ def consisid() -> TinyPipeline:
         LFE_ff_mult=1,
     )
     face = {"id_cond": noise(1, 12, seed=3), "id_vit_hidden": [noise(1, 4, 12, seed=4 + i) for i in range(5)]}
-    return looped(transformer, (1, 5, 4, 28, 40), {**_prompts(), **face})
+    return looped(transformer, (1, 5, 4, 28, 40), {**prompts(1, 12, 24), **face})
 
 
 def kandinsky6() -> TinyPipeline:
     """Kandinsky 6: latents with the channels last; audio beside the video, which stays noise here."""
     from diffusers import Kandinsky6Transformer3DModel
 
-    torch.manual_seed(0)
-    transformer = Kandinsky6Transformer3DModel(
-        in_visual_dim=4,
-        out_visual_dim=4,
-        in_text_dim=24,
-        in_text_dim2=12,
-        time_dim=16,
-        model_dim=HEADS * HEAD_SIZE,
-        ff_dim=40,
-        num_text_blocks=1,
-        num_visual_blocks=LAYERS,
-        axes_dims=(8, 12, 12),
-        visual_cond=False,
-        in_audio_dim=4,
-        out_audio_dim=4,
-    )
-    inputs = {**_prompts(), "pooled_projections": noise(1, 12), "audio_hidden_states": noise(1, 26, 4, seed=3)}
+    transformer = denoiser(Kandinsky6Transformer3DModel, **KANDINSKY, visual_cond=False, in_audio_dim=4, out_audio_dim=4)
+    inputs = {**prompts(1, 12, 24), "pooled_projections": noise(1, 12), "audio_hidden_states": noise(1, 26, 4, seed=3)}
     return looped(with_louder_values(without_zeros(transformer)), (1, 5, 28, 40, 4), inputs)
 
 
@@ -275,10 +245,9 @@ def minimax_h3(keyframe: bool = False) -> TinyPipeline:
     """MiniMax H3: 12 text, 70 reference and 26 audio tokens before the video, 12 blocks; or a keyframe of 14 x 20 as reference."""
     from diffusers import MiniMaxH3Transformer3DModel
 
-    torch.manual_seed(0)
-    transformer = MiniMaxH3Transformer3DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD_SIZE,
+    transformer = denoiser(
+        MiniMaxH3Transformer3DModel,
+        **ATTENTION,
         hidden_size=40,
         num_layers=LAYERS,
         num_refiner_layers=1,
@@ -298,8 +267,7 @@ def minimax_h3(keyframe: bool = False) -> TinyPipeline:
     if keyframe:
         positions[text : text + reference] = torch.cartesian_prod(times[1:2], rows, columns)
     inputs = {
-        "prompt_embeds": noise(1, text, 24),
-        "negative_prompt_embeds": noise(1, text, 24, seed=2),
+        **prompts(1, text, 24),
         "audio_hidden_states": noise(1, audio, 4, seed=3),
         "reference": noise(1, reference, 16, seed=4),
         "timestep_indices": torch.zeros(len(tags), dtype=torch.long),
@@ -314,10 +282,6 @@ def _behind_reference(transformer: Any, latents: Tensor, timestep: Tensor, input
     reference = inputs.pop("reference")
     rows: Tensor = transformer(hidden_states=torch.cat([reference, latents], 1), timestep=timestep / 1000, **inputs, return_dict=False)[0]
     return rows[:, reference.shape[1] :]
-
-
-def _prompts() -> dict[str, Any]:
-    return {"prompt_embeds": noise(1, 12, 24), "negative_prompt_embeds": noise(1, 12, 24, seed=2)}
 
 
 def _without_tuple(transformer: Any, latents: Tensor, timestep: Tensor, inputs: dict[str, Any]) -> Tensor:
