@@ -17,8 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # These know each other by contract only: no method and no selection imports a sibling.
-METHODS = r"ditattn\.backends\.\w+_attn|ditattn\.backends\.(fa|torch_sdpa)"
-STRANGERS = [METHODS, r"ditattn\.backends\.selection\.\w+"]
+# The first group is the neighbour, a file or a folder.
+METHODS = r"(ditattn\.backends\.(?:\w+_attn|fa|torch_sdpa))(\..+)?"
+STRANGERS = [METHODS, r"(ditattn\.backends\.selection\.\w+)"]
 
 # Optional packages and the places that may import them, inside a function or lazily.
 ONLY_IN: dict[str, list[str]] = {
@@ -82,7 +83,8 @@ def complaint(module: str, target: str) -> str | None:
     if root in ONLY_IN_STEM and module.rsplit(".", 1)[-1] not in ONLY_IN_STEM[root]:
         return f"{root} is imported only in files named {', '.join(ONLY_IN_STEM[root])}"
     for room in STRANGERS:
-        if module != target and re.fullmatch(room, module) and re.fullmatch(room, target):
+        here, there = re.fullmatch(room, module), re.fullmatch(room, target)
+        if here is not None and there is not None and here[1] != there[1]:
             return "files of one room do not know each other"
     return None
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 import judge
 import oracle
-from ditattn.backends import permuted_sparse_attn as backend
 from ditattn.backends.base import CallRecord
-from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionBackend, PermutedSparseAttentionConfig
+from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionBackend, PermutedSparseAttentionConfig, brick_choice
 from ditattn.backends.sparse import impl
 from ditattn.errors import ConfigError, UnsupportedCall
 from ditattn.ops.table import CallFacts, choose
@@ -80,13 +79,13 @@ def test_planted_heads_get_the_orders_that_suit_them() -> None:
 def test_the_orders_are_chosen_in_the_last_dense_step_and_last_for_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = planted(LENGTH)
     measured: list[bool] = []
-    error = backend.PermutedSparseAttentionImpl._error
+    error = brick_choice.sample_error
 
-    def watched(self: Any, *arguments: Any) -> Tensor:
+    def watched(*arguments: Any) -> Tensor:
         measured.append(arguments[-1] is not None)
-        return error(self, *arguments)
+        return error(*arguments)
 
-    monkeypatch.setattr(backend.PermutedSparseAttentionImpl, "_error", watched)
+    monkeypatch.setattr(brick_choice, "sample_error", watched)
     layer = Layer(2, 32)
     for step in (0, 1, 1, 2, 3):
         layer.step(step, tensors)
@@ -100,7 +99,7 @@ def test_the_orders_are_chosen_in_the_last_dense_step_and_last_for_the_run(monke
 
 
 def test_given_orders_are_taken_and_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend.PermutedSparseAttentionImpl, "_error", lambda *_: pytest.fail("it chose"))
+    monkeypatch.setattr(brick_choice, "sample_error", lambda *_: pytest.fail("it chose"))
     tensors = planted(LENGTH)
     layer = Layer(2, 32)
     for step in (0, 1, 2):

@@ -12,9 +12,8 @@ from torch import Tensor
 
 import judge
 import oracle
-from ditattn.backends import permuted_sparse_attn as backend
 from ditattn.backends.base import CallRecord
-from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionBackend, PermutedSparseAttentionConfig
+from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionBackend, PermutedSparseAttentionConfig, refresh_steps
 from ditattn.backends.residuals import LEAST_DENSITY, LEAST_SPARSE_STEPS, LEAST_SPARSITY, LEAST_STEPS_FOR_REFRESH, Residuals, refreshes
 from ditattn.backends.sparse import Reason
 from ditattn.plan.reuse import ForwardId
@@ -218,16 +217,16 @@ def test_layers_that_never_run_sparse_keep_nothing() -> None:
 def test_auto_asks_the_memory_of_the_device(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     one = LENGTH * 2 * 32
     for memory, expected in ((one * 256, True), (one * 256 - 256, False), (None, True)):
-        backend._has_room.cache_clear()
-        monkeypatch.setattr(backend, "_memory_bytes", lambda _, memory=memory: memory)
+        refresh_steps._has_room.cache_clear()
+        monkeypatch.setattr(refresh_steps, "_memory_bytes", lambda _, memory=memory: memory)
         caplog.clear()
         with caplog.at_level("WARNING", "ditattn"):
             run = Run().steps(4)
         assert (run.records[0].beside is not None) is expected
         assert ("does without residuals" in caplog.text) is not expected
-    monkeypatch.setattr(backend, "_memory_bytes", lambda _: 1)
+    monkeypatch.setattr(refresh_steps, "_memory_bytes", lambda _: 1)
     assert Run(residual=True).steps(4).records[0].beside is not None
-    backend._has_room.cache_clear()
+    refresh_steps._has_room.cache_clear()
 
 
 def test_the_end_of_a_run_releases_them() -> None:

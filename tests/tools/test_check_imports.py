@@ -20,6 +20,8 @@ import check_imports as checker  # noqa: E402
         ("ditattn.tune.search", "torchmetrics.functional.image", "torchmetrics is imported only under"),
         ("ditattn.backends.rain_fusion_attn", "ditattn.backends.laser_attn", "do not know each other"),
         ("ditattn.backends.fa", "ditattn.backends.block_sparse_attn", "do not know each other"),
+        ("ditattn.backends.rain_fusion_attn", "ditattn.backends.permuted_sparse_attn.means", "do not know each other"),
+        ("ditattn.backends.permuted_sparse_attn.means", "ditattn.backends.rain_fusion_attn", "do not know each other"),
         ("ditattn.backends.selection.mean_pool", "ditattn.backends.selection.antidiagonal", "do not know each other"),
         ("ditattn.runtime.stage", "diffusers.models", "diffusers is imported only under"),
         ("ditattn.ops.block_mean.reference", "triton", "triton is imported only in files named triton"),
@@ -37,6 +39,7 @@ def test_violations(module: str, target: str, reason: str) -> None:
         ("ditattn.ops.dense_attention.ascend", "torch_npu"),
         ("ditattn.backends.selection.mean_pool", "torch"),
         ("ditattn.backends.rain_fusion_attn", "ditattn.backends.sparse"),
+        ("ditattn.backends.permuted_sparse_attn.means", "ditattn.backends.permuted_sparse_attn.head_orders"),
         ("ditattn.backends.rain_fusion_attn", "ditattn.backends.selection.mean_pool"),
     ],
 )
