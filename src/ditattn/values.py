@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Self, Union, get_origin
+from typing import Annotated, Any, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from ditattn.errors import ConfigError, UnknownKey
 
@@ -24,6 +24,15 @@ class KnownKeys(BaseModel):
     """Settings with a fixed set of keys. Immutable; `from_mapping` raises ConfigError instead of pydantic's own error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_flags_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        # to pydantic true is 1
+        kinds = set(_kinds(cls.model_fields[str(info.field_name)].annotation))
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            raise ValueError("Input should be a number, which true and false are not")
+        return value
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -42,6 +51,17 @@ class KnownKeys(BaseModel):
             raise ConfigError("; ".join(sentences(error, cls))) from None
 
 
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types that a key may have."""
+    if get_origin(annotation) in (Union, UnionType):
+        for alternative in get_args(annotation):
+            yield from _kinds(alternative)
+    elif get_origin(annotation) is Annotated:
+        yield from _kinds(get_args(annotation)[0])
+    else:
+        yield annotation
+
+
 def parse_config(text: str) -> dict[str, Any]:
     """Read a configuration as users type it, without validating its keys.
 
@@ -58,7 +78,7 @@ def parse_config(text: str) -> dict[str, Any]:
         return _read_file(Path(text.removeprefix("@")))
     if text.startswith("{"):
         try:
-            return _mapping(json.loads(text), "JSON text")
+            return _mapping(json.loads(text, object_pairs_hook=_each_once), "JSON text")
         except json.JSONDecodeError as error:
             raise ConfigError(f"not valid JSON: {error.msg} at character {error.pos + 1} of {text!r}") from None
     return _read_pairs(text)
@@ -70,11 +90,14 @@ def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"configuration file {path} does not exist")
     try:
-        return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")) or {}, str(path))
+        content = _read_yaml(path.read_text(encoding="utf-8"))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not a text file in UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML or JSON: {' '.join(str(error).split())}") from None
+    return _mapping(content or {}, str(path))
 
 
 def _read_pairs(text: str) -> dict[str, Any]:
@@ -88,10 +111,33 @@ def _read_pairs(text: str) -> dict[str, Any]:
             pairs[-1][1] += "," + piece.strip()
         else:
             raise ConfigError(f"'{text}' is neither an existing .json/.yaml file, nor JSON text, nor k=v,k=v")
-    repeated = {key for key, _ in pairs if [other for other, _ in pairs].count(key) > 1}
+    return {key: parse_value(key, value) for key, value in _each_once(pairs).items()}
+
+
+def _each_once(pairs: Iterable[Sequence[Any]]) -> dict[Any, Any]:
+    """Pairs of key and value as a mapping. JSON and YAML would take the last value of a key without a word."""
+    found: dict[Any, Any] = {}
+    repeated = []
+    for key, value in pairs:
+        if key in found:
+            repeated.append(key)
+        found[key] = value
     if repeated:
-        raise ConfigError(f"given twice: {', '.join(sorted(repeated))}")
-    return {key: parse_value(key, value) for key, value in pairs}
+        raise ConfigError(f"given twice: {', '.join(sorted(map(str, set(repeated))))}")
+    return found
+
+
+class _YamlOfKeysGivenOnce(yaml.SafeLoader):
+    """As yaml.safe_load."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _each_once((key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> Any:
+    # derived from the safe loader
+    return yaml.load(text, _YamlOfKeysGivenOnce)
 
 
 def parse_value(key: str, text: str) -> Any:
@@ -101,7 +147,7 @@ def parse_value(key: str, text: str) -> Any:
         ConfigError: the text means something else in YAML and is broken; names the key.
     """
     try:
-        return yaml.safe_load(text)
+        return _read_yaml(text)
     except yaml.YAMLError:
         raise ConfigError(
             f"{key}: {text!r} cannot be read; words with special characters need quotes inside the quotes of the shell"

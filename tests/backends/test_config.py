@@ -93,6 +93,7 @@ def test_the_automatic_first_steps(num_steps: int | None, dense: int | None) -> 
         ("[1, 2]", "neither an existing"),
         ("half", "neither an existing .json/.yaml file, nor JSON text, nor k=v,k=v"),
         ("sparsity=0.5,sparsity=0.6", "given twice: sparsity"),
+        ('{"sparsity": 0.5, "min_tokens": 0, "sparsity": 0.6}', "given twice: sparsity"),
         ("skip_layers=*", r"skip_layers: '\*' cannot be read"),
         ("sparsity={0.5", "sparsity: '{0.5' cannot be read"),
     ],
@@ -131,6 +132,9 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
         ({"skip_first_steps": 0.2}, "skip_first_steps: 0.2 is neither a number of steps nor a share"),
         ({"skip_first_steps": "120%"}, "between 0% and 100%"),
         ({"skip_first_steps": True}, "skip_first_steps: True is neither"),
+        ({"sparsity": False}, r"sparsity: Input should be a number, which true and false are not \(got False\)"),
+        ({"min_tokens": True}, "min_tokens: Input should be a number"),
+        ({"plan_refresh_steps": True}, "plan_refresh_steps: Input should be a number"),
         ({"skip_last_steps": "some"}, "skip_last_steps: 'some' is neither"),
         ({"skip_layers": "3-1"}, "'3-1' is neither a layer number nor a range"),
         ({"token_order": "hilbert"}, "token_order: .*'tile' or 'raster'"),
@@ -175,6 +179,14 @@ def test_more_layers_than_any_model_has_are_refused(text: str) -> None:
 def test_layers_may_be_a_list_or_a_number() -> None:
     assert RainFusionAttentionConfig.from_mapping({"skip_layers": [0, 3]}).skip_layers == "0,3"
     assert RainFusionAttentionConfig.from_mapping({"skip_layers": 5}).skip_layers == "5"
+
+
+@pytest.mark.parametrize("name", ["twice.yaml", "twice.json"])
+def test_a_file_names_each_key_once(name: str, tmp_path: Path) -> None:
+    text = {"twice.yaml": "attention: {sparsity: 0.5, sparsity: 0.9}", "twice.json": '{"sparsity": 0.5, "sparsity": 0.9}'}[name]
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"{name}: given twice: sparsity"):
+        parse_config(str(tmp_path / name))
 
 
 class _Nested(KnownKeys):

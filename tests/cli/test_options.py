@@ -15,6 +15,7 @@ from ditattn.backends.config import SparseAttentionConfig
 from ditattn.backends.registry import backend_names
 from ditattn.cli import options
 from ditattn.cli.settings import PANELS, CompareSettings, GenerateSettings, Option, TuneSettings, flag
+from ditattn.errors import ConfigError
 
 VERBS = {"generate": GenerateSettings, "compare": CompareSettings, "tune": TuneSettings}
 verbs = pytest.mark.parametrize("verb", VERBS)
@@ -54,10 +55,11 @@ def test_ranges_types_and_defaults_follow_from_the_fields() -> None:
     assert (height.min, height.max, height.show_default, kind) == (1, 1_000_000, "the model's", int | None)
     ssim, kind = declared(TuneSettings, "target_ssim")
     assert (ssim.min, ssim.max, ssim.show_default, kind) == (0, 1, False, float | None)
-    for settings_cls, kind in ((GenerateSettings, int | None), (CompareSettings, list[int] | None)):
+    # one value for `generate`, of which it counts how many were given
+    for settings_cls, metavar in ((GenerateSettings, "<int>"), (CompareSettings, None)):
         seed, found = declared(settings_cls, "seed")
-        assert (seed.min, seed.show_default, found) == (0, "42", kind)
-    assert declared(GenerateSettings, "attention_backend_config")[1] == str | None
+        assert (seed.min, seed.show_default, seed.metavar, found) == (0, "42", metavar, list[int] | None)
+    assert declared(GenerateSettings, "attention_backend_config")[1] == list[str] | None
     assert declared(CompareSettings, "attention_backend_config")[1] == list[str] | None
     assert declared(CompareSettings, "grid")[1] == list[str] | None
     # typer keeps the first name of an annotated option in `default`
@@ -87,3 +89,14 @@ def test_names_and_keys_in_the_help_follow_from_the_registry() -> None:
     assert ", ".join(backend_names()) in help_text
     keys = ", ".join(SparseAttentionConfig.model_fields)
     assert f"Keys of the sparse ones: {keys}." in declared(GenerateSettings, "attention_backend_config")[0].help
+
+
+def test_one_value_is_taken_as_it_is_and_several_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("ditattn.cli.terminal.say", lambda settings, debug: seen.append(settings))
+    command = options.command(GenerateSettings, "ditattn.cli.terminal:say")
+    values = {name: parameter.default for name, parameter in inspect.signature(command).parameters.items()}
+    command(**{**values, "prompt": ["a"], "seed": [0], "attention_backend": ["fa"]})
+    assert seen[0].model_dump(exclude_unset=True) == {"prompt": ["a"], "seed": 0, "attention_backend": "fa"}
+    with pytest.raises(ConfigError, match=r"^--seed was given 2 times: 0, 1\. This command takes one value$"):
+        command(**{**values, "prompt": ["a"], "seed": [0, 1]})

@@ -72,3 +72,11 @@ def test_noise_has_no_quality() -> None:
     assert sentence(A, 30, random_weights=True) == (
         "The model's weights are random, so quality means nothing; a (sparsity 0.9) is the fastest: 1.70x."
     )
+
+
+def test_a_sparse_backend_that_ran_densely_is_said_to() -> None:
+    """Its times differ from dense by chance alone."""
+    one = setting("rain_fusion_attn sparsity=0.5", 46, 1.2)
+    one["statistics"]["overall_density"] = {"median": 1.0, "worst": 1.0}
+    assert "46.0 dB at 1.20x although nothing was left out" in sentence([one])
+    assert "although" not in sentence([setting("laser_attn", 46, 1.2)])

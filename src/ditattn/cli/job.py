@@ -119,7 +119,7 @@ def _find_model(settings: CallSettings) -> ModelFacts:
 
 
 def _demo_model(settings: CallSettings) -> ModelFacts:
-    from ditattn.hosts.diffusers.demo_model import DEFAULTS, find_demo_model
+    from ditattn.hosts.diffusers.demo_model import CAPTION, DEFAULTS, find_demo_model, unknown_words
     from ditattn.hosts.diffusers.load import pipeline_class, read_index
 
     if settings.revision is not None:
@@ -127,6 +127,10 @@ def _demo_model(settings: CallSettings) -> ModelFacts:
     demo = find_demo_model()
     note = "its weights are random, so it makes noise" if demo.random_weights else "small, trained for demonstrations"
     typer.echo(f"no --model-path: taking the demo model of the package ({note})", err=True)
+    unknown = [word for prompt in settings.prompt for word in unknown_words(demo, prompt)]
+    if unknown:
+        listed = ", ".join(f"'{word}'" for word in dict.fromkeys(unknown))
+        typer.echo(f"the demo model does not know {listed}; its captions read like '{CAPTION}'", err=True)
     index = read_index(str(demo.path))
     return ModelFacts(str(demo.path), str(index["_class_name"]), pipeline_class(index), True, demo.random_weights, dict(DEFAULTS))
 

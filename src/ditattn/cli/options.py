@@ -11,7 +11,8 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from ditattn.cli.settings import PANELS, CallSettings, CommandOptions, Option, flag, read_settings
+from ditattn.cli.settings import PANELS, CallSettings, CommandOptions, CompareSettings, Option, TuneSettings, flag, read_settings
+from ditattn.errors import ConfigError
 
 __all__ = ["command"]
 
@@ -26,7 +27,7 @@ def command(settings_cls: type[CallSettings], target: str) -> Callable[..., None
     declared = _in_order(settings_cls)
 
     def run(**values: Any) -> None:
-        given = {key: _given(declared[key], values[_name(key, declared[key])]) for key in declared}
+        given = {key: _given(key, declared[key], values[_name(key, declared[key])]) for key in declared}
         config, debug = given.pop("config"), given.pop("debug")
         settings = read_settings(settings_cls, {key: value for key, value in given.items() if value is not None}, config)
         module, _, function = target.partition(":")
@@ -57,17 +58,39 @@ def _name(key: str, field: FieldInfo) -> str:
     return f"no_{key}" if field.default is True else key
 
 
-def _given(field: FieldInfo, value: Any) -> Any:
-    """The value of the key; None if the option was not given."""
+def _given(key: str, field: FieldInfo, value: Any) -> Any:
+    """The value of the key; None if the option was not given.
+
+    Raises:
+        ConfigError: an option that takes one value here, and several in other commands, was given several times.
+    """
     if isinstance(value, bool):
         return (not field.default) if value else None
-    return None if value == [] else value
+    if not isinstance(value, list):
+        return value
+    if not value or _takes_several(field):
+        return value or None
+    if len(value) > 1:
+        raise ConfigError(f"{flag(key)} was given {len(value)} times: {', '.join(map(str, value))}. This command takes one value")
+    return value[0]
+
+
+def _takes_several(field: FieldInfo) -> bool:
+    return _option(field).repeated or get_origin(_plain_type(field.annotation)[0]) is list
+
+
+def _looks_repeatable(key: str, field: FieldInfo) -> bool:
+    """True if whoever repeats the option may expect every value to count: settings, and what other commands take several of."""
+    fields = (cls.model_fields.get(key) for cls in (CompareSettings, TuneSettings))
+    return get_origin(_plain_type(field.annotation)[0]) is dict or any(_takes_several(other) for other in fields if other is not None)
 
 
 def _parameter(key: str, field: FieldInfo) -> inspect.Parameter:
     option, name = _option(field), _name(key, field)
     kind, constraints = _plain_type(field.annotation)
-    is_switch, is_list = kind is bool, option.repeated or get_origin(kind) is list
+    is_switch, is_list = kind is bool, _takes_several(field)
+    # click would take the last of several values without a word
+    counted = not is_list and _looks_repeatable(key, field)
     element, of_elements = _plain_type(get_args(kind)[0]) if get_origin(kind) is list else (kind, [])
     # mappings are typed as text, see `parse_config`
     element = element if element in (bool, int, float) else str
@@ -76,14 +99,14 @@ def _parameter(key: str, field: FieldInfo) -> inspect.Parameter:
         # typer would add --no-strict beside --strict
         *([flag(name)] if is_switch else []),
         # a switch takes no value; without a name typer shows <bool>
-        metavar="" if is_switch else option.metavar,
+        metavar="" if is_switch else option.metavar or (f"<{element.__name__}>" if counted else None),
         rich_help_panel=option.panel,
         help=option.help,
         show_default=_shown_default(option, field) or False,
         min=next((bound.ge for bound in bounds if hasattr(bound, "ge")), None),
         max=next((bound.le for bound in bounds if hasattr(bound, "le")), None),
     )
-    annotation: Any = bool if is_switch else (list[element] | None if is_list else element | None)  # type: ignore[valid-type]
+    annotation: Any = bool if is_switch else (list[element] | None if is_list or counted else element | None)  # type: ignore[valid-type]
     default = False if is_switch else None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, shown])
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,8 @@ from ditattn.errors import ConfigError
 __all__ = ["DraftFiles", "check_file_name", "check_folder", "check_plain_name", "default_name", "numbered", "write_media"]
 
 MEDIA = (".mp4", ".png")
+# what somebody who names it expects to get
+OTHER_MEDIA = (".avi", ".bmp", ".gif", ".jpeg", ".jpg", ".mkv", ".mov", ".tif", ".tiff", ".webm", ".webp")
 
 # file systems take 255 bytes, not characters; endings, numbers and what marks a draft come on top
 NAME_BYTES = 200
@@ -47,7 +50,7 @@ def check_file_name(name: str, suffix: str) -> str:
     """
     check_plain_name(name)
     ending = Path(name).suffix.lower()
-    if ending in MEDIA and ending != suffix:
+    if ending in (*MEDIA, *OTHER_MEDIA) and ending != suffix:
         raise ConfigError(f"--output-file-name '{name}' ends in {ending}, but the result is a {suffix} file")
     return name[: -len(ending)] if ending in MEDIA else name
 
@@ -69,8 +72,11 @@ def check_folder(folder: Path, called: str) -> None:
         place = place.parent
     if not place.is_dir():
         raise ConfigError(f"{called}: {place} is not a folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(f"{called}: cannot write to {place}")
+    try:
+        # tried, since root may do everything where nothing can be made, and network shares allow less than they say
+        os.rmdir(tempfile.mkdtemp(prefix=".ditattn-", dir=place))
+    except OSError as error:
+        raise ConfigError(f"{called}: cannot write to {place} ({error.strerror})") from None
 
 
 def numbered(path: Path, number: int, count: int) -> Path:

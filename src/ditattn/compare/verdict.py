@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from ditattn.backends.registry import load_backend
 from ditattn.compare.setting import setting_label
 
 __all__ = ["verdict"]
@@ -18,12 +19,22 @@ NAMED_SETTINGS = 3
 
 @dataclass(frozen=True)
 class _Point:
-    """A setting: decibels of its worst clip, and its median speed-up."""
+    """A setting: decibels of its worst clip, its median speed-up, and whether a sparse backend left nothing out."""
 
     backend: str
     label: str
     psnr: float
     speed_up: float
+    computed_all: bool
+
+    @classmethod
+    def of(cls, one: Mapping[str, Any]) -> _Point:
+        """From the record of a setting."""
+        statistics, backend = one["statistics"], one["backend"]
+        density = statistics.get("overall_density")
+        caching = one.get("step_cache") is not None
+        computed_all = density is not None and density["median"] == 1 and not caching and load_backend(backend).is_sparse
+        return cls(backend, setting_label(one["name"]), statistics["psnr"]["worst"], statistics["speed_up"]["median"], computed_all)
 
     @property
     def name(self) -> str:
@@ -31,7 +42,7 @@ class _Point:
 
     def words(self) -> str:
         quality = "every pixel" if math.isinf(self.psnr) else f"{self.psnr:.1f} dB"
-        return f"{quality} at {self.speed_up:.2f}x"
+        return f"{quality} at {self.speed_up:.2f}x" + (" although nothing was left out" if self.computed_all else "")
 
     def is_beaten_by(self, other: _Point) -> bool:
         no_worse = other.psnr >= self.psnr and other.speed_up >= self.speed_up
@@ -47,10 +58,7 @@ def verdict(settings: Sequence[Mapping[str, Any]], *, num_clips: int, target_psn
         target_psnr: decibels to keep; None names the best choices at every quality.
         random_weights: the model's pictures are noise, and their quality means nothing.
     """
-    points = [
-        _Point(one["backend"], setting_label(one["name"]), one["statistics"]["psnr"]["worst"], one["statistics"]["speed_up"]["median"])
-        for one in settings
-    ]
+    points = [_Point.of(one) for one in settings]
     fastest = max(points, key=lambda point: point.speed_up)
     if random_weights:
         return f"The model's weights are random, so quality means nothing; {fastest.name} is the fastest: {fastest.speed_up:.2f}x."

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ditattn.errors import ModelNotLoaded
 from ditattn.hosts.diffusers import demo_model
-from ditattn.hosts.diffusers.demo_model import DEFAULTS, RANDOM_MODEL, build_random_model, find_demo_model
+from ditattn.hosts.diffusers.demo_model import CAPTION, DEFAULTS, RANDOM_MODEL, build_random_model, find_demo_model, unknown_words
 from ditattn.hosts.diffusers.load import load_pipeline
 
 
@@ -107,3 +107,17 @@ def test_half_precision_keeps_the_vae_in_full(tmp_path):
     build_random_model(tmp_path)
     pipe = load_pipeline(str(tmp_path), dtype=torch.bfloat16, device="cpu")
     assert (pipe.vae.dtype, pipe.transformer.dtype, pipe.text_encoder.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("caption", "unknown"),
+    [
+        (CAPTION, []),
+        (CAPTION.upper() + "!", []),
+        ("", []),
+        ("Ein roter Kreis, ein Kreis", ["Ein", "roter", "Kreis", "ein"]),
+        ("红色的圆 on a red background", ["红色的圆"]),
+    ],
+)
+def test_words_that_the_demo_model_does_not_know(caption, unknown):
+    assert unknown_words(find_demo_model(), caption) == unknown

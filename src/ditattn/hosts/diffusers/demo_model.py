@@ -21,7 +21,7 @@ import torch
 from ditattn.errors import ModelNotLoaded
 from ditattn.hosts.diffusers.load import no_loading_bars
 
-__all__ = ["DEFAULTS", "DemoModel", "build_random_model", "find_demo_model"]
+__all__ = ["CAPTION", "DEFAULTS", "DemoModel", "build_random_model", "find_demo_model", "unknown_words"]
 
 DEFAULTS: dict[str, Any] = {
     "height": 64,
@@ -32,6 +32,9 @@ DEFAULTS: dict[str, Any] = {
     "guidance_scale": 3.0,
 }
 """What the demo model is made for: 17 frames of 64 x 64 are 17 x 16 x 16 = 4352 tokens, 34 blocks of 128."""
+
+CAPTION = "a big red circle moves right on a blue background"
+"""The form of the captions that it understands."""
 
 TRAINED = Path(__file__).resolve().parents[2] / "demo_weights"
 
@@ -101,6 +104,17 @@ def find_demo_model() -> DemoModel:
         except OSError as error:
             raise ModelNotLoaded(f"cannot write the demo model to {path.parent}: {error.strerror or error}; set XDG_CACHE_HOME") from error
     return DemoModel(path, random_weights=True)
+
+
+def unknown_words(model: DemoModel, caption: str) -> list[str]:
+    """Words of a caption that the demo model's tokenizer does not know, each once: to the model they are all the same."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model.path / "tokenizer" / "tokenizer.json"))
+    encoded, unknown = tokenizer.encode(caption), tokenizer.token_to_id("<unk>")
+    tokens = zip(encoded.ids, encoded.offsets, strict=True)
+    found = dict.fromkeys(caption[start:stop] for number, (start, stop) in tokens if number == unknown)
+    return [word for word in found if any(map(str.isalnum, word))]
 
 
 def cache_folder() -> Path:
