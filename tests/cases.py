@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -42,9 +43,9 @@ class Case:
         return self.name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
-    """Tensors and options of one call. Query `[B, S, H, D]`, key and value `[B, T, G, D]`."""
+    """Tensors and options of one call. Query `[B, S, H, D]`, key and value `[B, T, G, D]`. Nothing writes to them once it was judged."""
 
     query: Tensor
     key: Tensor
@@ -191,6 +192,12 @@ def build(case: Case, dtype: torch.dtype, device: str = "cpu") -> Problem:
     plan = None if case.plan is None else _plan(case, generator, device)
     tail = PooledTail.of(key, value, None, lengths, case.block_size) if case.tail else None
     return Problem(query, key, value, case.scale, case.causal, lengths, mask, plan, tail)
+
+
+@lru_cache(maxsize=4)
+def shared(case: Case, dtype: torch.dtype, device: str = "cpu") -> Problem:
+    """`build`, once for the implementations that follow each other on a case; what is exact is then computed once, too."""
+    return build(case, dtype, device)
 
 
 def _placed(x: Tensor, layout: str, dtype: torch.dtype, device: str) -> Tensor:

@@ -33,3 +33,21 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--implementation", metavar="ROW", help="leave out what tests an op's other implementations: make test-isa asks for cpu"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--implementation")
+    if wanted is None:
+        return
+    tested = {item: item.callspec.params["name"] for item in items if "name" in getattr(getattr(item, "callspec", None), "params", ())}
+    # where none is tested, as of a CPU that cannot run the kernels, nothing is left, and pytest fails
+    kept = [item for item in items if tested.get(item, wanted) == wanted] if wanted in tested.values() else []
+    chosen = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = kept

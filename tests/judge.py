@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -46,6 +47,11 @@ def possible(table: tuple[Implementation, ...], facts: CallFacts) -> list[str]:
     return [name for name in names if name not in COMPILED_PER_SHAPE]
 
 
+# implementations that follow each other on a problem are judged by the same numbers
+once = lru_cache(maxsize=4)
+
+
+@once
 def rounding_floor(problem: Problem) -> float:
     """Relative error that no implementation can promise to stay below, whatever torch's luck on one small problem.
 
@@ -61,6 +67,7 @@ def rounding_floor(problem: Problem) -> float:
     return 2**-24 * max(4.0, largest) + half
 
 
+@once
 def torch_result(problem: Problem) -> Tensor:
     """SDPA on the same problem; rows that see no key are zero, as the contract says."""
     seen = oracle.visible(problem.query, problem.key, attn_mask=problem.attn_mask, plan=problem.plan, **_without_scale(problem))
@@ -96,6 +103,7 @@ def _without_scale(problem: Problem) -> dict[str, object]:
     return {name: value for name, value in problem.options.items() if name != "scale"}
 
 
+@once
 def exact_result(problem: Problem) -> tuple[Tensor, Tensor]:
     """The oracle's output and log-sum-exp."""
     options = {"attn_mask": problem.attn_mask, "plan": problem.plan, "tail": problem.tail, **problem.options}
@@ -124,9 +132,16 @@ def check_output(out: Tensor, problem: Problem, computes_in: torch.dtype | None 
     assert worst <= worst_allowed, f"worst element is off by {worst:.2e}, allowed {worst_allowed:.2e}"
 
 
+@once
 def rounded(problem: Problem, dtype: torch.dtype) -> Problem:
     """The same problem with its tensors in another dtype."""
     return replace(problem, query=problem.query.to(dtype), key=problem.key.to(dtype), value=problem.value.to(dtype))
+
+
+@once
+def _with_rounded_means(problem: Problem, dtype: torch.dtype) -> Problem:
+    assert problem.tail is not None
+    return replace(problem, tail=replace(problem.tail, key=problem.tail.key.to(dtype).float()))
 
 
 def coarser(table: tuple[Implementation, ...], name: str) -> torch.dtype | None:
@@ -148,8 +163,7 @@ def check_lse(lse: Tensor, problem: Problem, computes_in: torch.dtype | None = N
         slack += (exact_result(rounded(problem, computes_in))[1] - exact)[~blind].abs().max().item() if bool((~blind).any()) else 0.0
     if problem.tail is not None and (dtype := computes_in or problem.query.dtype) != torch.float32 and bool((~blind).any()):
         # the means may be multiplied in the call's dtype
-        key = problem.tail.key.to(dtype).float()
-        slack += (exact_result(replace(problem, tail=replace(problem.tail, key=key)))[1] - exact)[~blind].abs().max().item()
+        slack += (exact_result(_with_rounded_means(problem, dtype))[1] - exact)[~blind].abs().max().item()
     error = (lse - exact)[~blind].abs()
     if error.numel():
         allowed = 4 * rounding_floor(problem) + 2**-22 * exact[~blind].abs() + slack

@@ -45,7 +45,7 @@ FAMILIES: dict[str, Callable[[], TinyPipeline]] = {
     "flux": tiny_pipelines.flux,
     "flux kontext": tiny_pipelines.flux_kontext,
     "qwen image": tiny_pipelines.qwen_image,
-    "ltx video": lambda: _without_text_mask(tiny_pipelines.ltx_video()),
+    "ltx video": tiny_pipelines.ltx_video,
 }
 """Of every family with a plan for context parallelism in diffusers, and Flux 2 and ChronoEdit below."""
 
@@ -60,12 +60,13 @@ PLANNED: dict[str, Callable[[], TinyPipeline]] = {
 FURTHER: dict[str, Callable[[], TinyPipeline]] = {
     "flux kontext, two grids": lambda: tiny_pipelines.flux_kontext((30, 44)),
     "qwen image edit": tiny_pipelines.qwen_image_edit,
-    "ltx video with a condition": lambda: _without_text_mask(tiny_pipelines.ltx_condition((4, 1))),
+    "ltx video with a condition": lambda: tiny_pipelines.ltx_condition((4, 1)),
     "flux 2": packed_images.flux2,
     "chronoedit": tiny_pipelines.chronoedit,
     "qwen image of padded words": lambda: _with_padding(tiny_pipelines.qwen_image()),
     "wan with token timesteps": tiny_pipelines.wan_with_token_timesteps,
     "wan of odd sizes": lambda: _resized(tiny_pipelines.wan(), height=144, width=208, num_frames=37),
+    "ltx video of a pipeline for conditions": tiny_pipelines.ltx_condition,
 }
 """Sequences of several grids, further families that diffusers has a plan for, and 10 x 9 x 13 tokens."""
 
@@ -99,8 +100,26 @@ RING: dict[str, Callable[[], TinyPipeline]] = {
     "flux of 12 words": lambda: _with_words(tiny_pipelines.flux(), 12),
     "hunyuan video": tiny_pipelines.hunyuan_video,
     "cogvideox with rotary positions": PLANNED["cogvideox with rotary positions"],
+    "ltx video": tiny_pipelines.ltx_video,
+    "ltx video behind a video": lambda: tiny_pipelines.ltx_condition((3, 5)),
 }
-"""Those whose cross-attention diffusers can gather on a CPU. Two ranks share 6 x 16 x 16 tokens by whole frames of two blocks each."""
+"""Two ranks share 6 x 16 x 16 tokens by whole frames of two blocks each."""
+
+
+BOTH: dict[str, Callable[[], TinyPipeline]] = {
+    "wan": tiny_pipelines.wan,
+    "wan in whole blocks": RING["wan in whole blocks"],
+    "flux of 12 words": RING["flux of 12 words"],
+    "flux kontext of 12 words, two grids": lambda: _with_words(tiny_pipelines.flux_kontext((30, 44)), 12),
+    "qwen image of 12 words": lambda: _with_words(tiny_pipelines.qwen_image(), 12),
+    "flux 2 of 12 words": lambda: _with_words(packed_images.flux2(), 12),
+    "chronoedit": tiny_pipelines.chronoedit,
+    "hunyuan video": tiny_pipelines.hunyuan_video,
+    "cogvideox with rotary positions": PLANNED["cogvideox with rotary positions"],
+    "ltx video": tiny_pipelines.ltx_video,
+    "ltx video behind a video": RING["ltx video behind a video"],
+}
+"""Those for both degrees together: diffusers has no uneven split there, so four ranks must share every stream equally."""
 
 
 class PlanWatch:
@@ -109,6 +128,7 @@ class PlanWatch:
     def __init__(self) -> None:
         self.masks: list[Tensor] = []
         self.orders: list[TokenOrder] = []
+        self.query_orders: list[Any] = []
         self.errors: list[float] = []
         self.rows: list[Any] = []
 
@@ -117,9 +137,15 @@ class PlanWatch:
             if record.plan is not None:
                 self.masks.append(record.plan.to_mask())
                 self.orders.append(record.order)
+                self.query_orders.append(record.query_order)
                 self.rows.append(getattr(metadata, "rows", None))
                 if record.query_order is not None and not getattr(metadata, "tail", False):
                     self.errors.append(_off(record, query, key, value, out, impl.softmax_scale, metadata.known_key_lengths))
+
+    @property
+    def dealt(self) -> list[int]:
+        """How many queries each call had after rows were dealt out, calls alone before which they were."""
+        return [rows.num_tokens for rows in self.rows if rows is not None and rows.dealt is not None]
 
 
 def _off(record: CallRecord, query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float, lengths: Any) -> float:
@@ -144,7 +170,7 @@ def build(name: str, heads: int = HEADS) -> TinyPipeline:
             changed.enter_context(mock.patch.object(sys.modules[f"tiny_pipelines.{module}"], "HEADS", heads))
         for settings in (ATTENTION, SIZES, packed_images.FLUX_SIZES):
             changed.enter_context(mock.patch.dict(settings, num_attention_heads=heads))
-        return {**FAMILIES, **PLANNED, **FURTHER, **GUIDED, **WEIGHTS, **RING}[name]()
+        return {**FAMILIES, **PLANNED, **FURTHER, **GUIDED, **WEIGHTS, **RING, **BOTH}[name]()
 
 
 @cache
@@ -155,14 +181,8 @@ def whole(name: str) -> TinyPipeline:
 @cache
 def split(name: str, degrees: tuple[tuple[str, Any], ...]) -> TinyPipeline:
     tiny = build(name)
-    model = tiny.pipe.transformer
-    enable_context_parallelism(model, cp_plan=_with_timesteps(model) if name == "ltx video with a condition" else None, **dict(degrees))
+    enable_context_parallelism(tiny.pipe.transformer, **dict(degrees))
     return tiny
-
-
-def _with_timesteps(model: Any) -> dict[str, Any]:
-    """diffusers' plan for LTX-Video leaves the timesteps whole that conditions give to every token."""
-    return {**model._cp_plan, "": {**model._cp_plan[""], "timestep": ContextParallelInput(split_dim=1, expected_dims=2)}}
 
 
 def run(tiny: TinyPipeline, backend: str, config: Mapping[str, Any], steps: int = 1) -> tuple[Tensor, list[Tensor], Any]:
@@ -195,15 +215,30 @@ def compare_ring(name: str, backend: str, config: Mapping[str, Any], degrees: Ma
         handle.watch(watch)
         out = tiny.run(1)
     report = handle.report().components["transformer"]
-    wrong = []
-    if plans and not report.own_blocks and "ulysses_degree" not in degrees:
+    wrong, ulysses = [], degrees.get("ulysses_degree", 1)
+    if plans and not report.own_blocks:
+        share, place_of_heads = HEADS // ulysses, dist.get_rank() % ulysses
+        plans = [mask[:, place_of_heads * share :][:, :share] for mask in plans]
         length = watch.orders[0].length
         place = watch.orders[0].inverse if watch.orders[0].inverse is not None else torch.arange(length)
-        # of one stream, so that nothing interleaves
-        blocks = place[watch.rows[0].tokens()].sort().values[::128] // 128
+        blocks = place[watch.query_orders[0].apply(watch.rows[0].tokens().unsqueeze(0))[0]][::128] // 128
         wrong = [float((mask != other[:, :, blocks]).float().mean()) for mask, other in zip(watch.masks, plans, strict=True)]
-    dealt = [rows.num_tokens for rows in watch.rows if rows is not None and rows.dealt is not None]
-    return {"error": float((out - expected).abs().max()), "wrong": wrong, "off": watch.errors, "report": report, "dealt": dealt}
+    return {"error": float((out - expected).abs().max()), "wrong": wrong, "off": watch.errors, "report": report, "dealt": watch.dealt}
+
+
+def compiled(name: str, degrees: Mapping[str, Any]) -> dict[str, Any]:
+    """A split denoiser whose blocks are compiled beside one whose blocks are not: largest difference, queries after each deal, reports."""
+    watches, found, reports = [PlanWatch(), PlanWatch()], [], []
+    for watch in watches:
+        tiny = build(name)
+        enable_context_parallelism(tiny.pipe.transformer, **degrees)
+        if watch is watches[1]:
+            tiny.pipe.transformer.compile_repeated_blocks(backend="eager")
+        with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE) as handle:
+            handle.watch(watch)
+            found.append(tiny.run(1))
+        reports.append(handle.report().components["transformer"])
+    return {"error": float((found[1] - found[0]).abs().max()), "dealt": [watch.dealt for watch in watches], "reports": reports}
 
 
 def probed(name: str, backend: str, degrees: Mapping[str, Any]) -> tuple[list[CellReading], list[CellReading]]:
@@ -334,6 +369,13 @@ def three_heads() -> tuple[str, float, set[int]]:
     return refusal, float((out - expected).abs().max()), {mask.shape[1] for mask in ours}
 
 
+def odd_words_for_both_degrees() -> str:
+    """What is said of ten words for four ranks, where diffusers has no uneven split."""
+    tiny = build("flux")
+    enable_context_parallelism(tiny.pipe.transformer, ulysses_degree=2, ring_degree=2)
+    return _message(lambda: run(tiny, "torch_sdpa", {}))
+
+
 def both_orders() -> dict[str, Any]:
     """Installed before the split and after it; what is left of either when it is undone."""
     before, after = build("wan"), build("wan")
@@ -397,7 +439,7 @@ def refusals() -> dict[str, str]:
     for block in odd.pipe.transformer.blocks:
         block.attn1.processor._parallel_config = None
     conditions = build("ltx video with a condition")
-    enable_context_parallelism(conditions.pipe.transformer, ulysses_degree=2)
+    _split_by(conditions, conditions.pipe.transformer._cp_plan)
     messages["timesteps of tokens"] = _message(lambda: run(conditions, "torch_sdpa", {}))
     messages["processor without it"] = _message(lambda: run(odd, "torch_sdpa", {}))
     q, k = torch.zeros(1, 4, 4, 32), torch.zeros(1, 4, 2, 32)
@@ -445,8 +487,11 @@ def _in_head_groups(groups: int) -> Iterator[None]:
 
 
 def _with_words(tiny: TinyPipeline, count: int) -> TinyPipeline:
-    for key in ("prompt_embeds", "negative_prompt_embeds"):
-        tiny.arguments[key] = tiny.arguments[key].repeat(1, 2, 1)[:, :count]
+    for name, given in list(tiny.arguments.items()):
+        if name in ("prompt_embeds", "negative_prompt_embeds"):
+            tiny.arguments[name] = given.repeat(1, 2, 1)[:, :count]
+        elif name in ("prompt_embeds_mask", "negative_prompt_embeds_mask") and given is not None:
+            tiny.arguments[name] = given.repeat(1, 2)[:, :count]
     return tiny
 
 
@@ -472,14 +517,4 @@ def _with_rotary_positions(build_cogvideox: Callable[[], TinyPipeline]) -> TinyP
 
 def _resized(tiny: TinyPipeline, **size: int) -> TinyPipeline:
     tiny.arguments |= size
-    return tiny
-
-
-def _without_text_mask(tiny: TinyPipeline) -> TinyPipeline:
-    """diffusers 0.42.1 cannot split LTX-Video's masked cross-attention between heads."""
-
-    def drop(_module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "encoder_attention_mask": None}
-
-    tiny.pipe.transformer.register_forward_pre_hook(drop, with_kwargs=True)
     return tiny

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import benchmarks.parallel as bench
 import pytest
-from benchmarks.kept_pairs import GRID, kept_pairs, over_mean
+from benchmarks.kept_pairs import CONDITIONED, VIDEO, kept_pairs, over_mean
 
 CONFIG = SimpleNamespace(num_attention_heads=4, attention_head_dim=64)
 WHOLE = 17 * 16 * 16 * 4 * 64 * 4
@@ -37,12 +37,20 @@ def test_every_rank_has_a_line_and_the_slowest_is_named() -> None:
 @pytest.mark.parametrize("backend", ["block_sparse_attn", "rain_fusion_attn", "permuted_sparse_attn"])
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_ranks_differ_by_less_than_a_tenth_at_the_size_of_real_videos(backend: str, ranks: int) -> None:
-    pairs = kept_pairs(backend, GRID, ranks, 0.75, deals=True)
+    pairs = kept_pairs(backend, VIDEO, ranks, 0.75, deals=True)
     assert max(pairs) < 1.1 * sum(pairs) / ranks
 
 
+@pytest.mark.parametrize(("backend", "ranks"), [("block_sparse_attn", 4), ("rain_fusion_attn", 8)])
+def test_so_they_do_where_conditions_stand_before_the_video(backend: str, ranks: int) -> None:
+    pairs = kept_pairs(backend, CONDITIONED, ranks, 0.75, deals=True)
+    assert max(pairs) < 1.1 * sum(pairs) / ranks
+    alone = kept_pairs(backend, CONDITIONED, ranks, 0.75, deals=False)
+    assert max(alone) > 1.4 * sum(alone) / ranks
+
+
 def test_without_the_deal_the_first_rank_works_longest() -> None:
-    pairs = kept_pairs("rain_fusion_attn", GRID, 8, 0.75, deals=False)
+    pairs = kept_pairs("rain_fusion_attn", VIDEO, 8, 0.75, deals=False)
     assert max(pairs) == pairs[0] > 1.7 * sum(pairs) / 8
 
 

@@ -19,6 +19,7 @@ from ditattn.cli import ranks
 from ditattn.cli.app import run
 from ditattn.errors import ConfigError
 from ditattn.values import parse_config
+from ranks import run_command
 
 PROMPT = "a big red circle moves right on a blue background"
 PATIENCE_S = 1200
@@ -83,14 +84,24 @@ def test_a_partner_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.fixture
-def launched(tmp_path: Path, wan_folder: Path) -> Iterator[Any]:
+def arguments_of(tmp_path: Path, wan_folder: Path) -> Any:
+    """A verb with the options of a tiny clip, and further ones."""
+
+    def arguments(verb: str, *further: str) -> list[str]:
+        options = ["--model-path", str(wan_folder), "--prompt", PROMPT, "--height", "64", "--width", "64", "--num-frames", "5"]
+        return [verb, *options, "--output-path", str(tmp_path), "--output-file-name", "clip", "--device", "cpu", *further]
+
+    return arguments
+
+
+@pytest.fixture
+def launched(arguments_of: Any) -> Iterator[Any]:
     """Starts two ranks by torchrun, in a process group of their own; whatever is left of them afterwards is ended."""
     started: list[subprocess.Popen[str]] = []
 
-    def launch(*arguments: str, verb: str = "generate") -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ditattn", verb]
-        command += ["--model-path", str(wan_folder), "--prompt", PROMPT, "--height", "64", "--width", "64"]
-        command += ["--num-frames", "5", "--output-path", str(tmp_path), "--output-file-name", "clip", "--device", "cpu", *arguments]
+    def launch(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ditattn"]
+        command += arguments_of("generate", *arguments)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -106,33 +117,59 @@ def launched(tmp_path: Path, wan_folder: Path) -> Iterator[Any]:
         process.wait()
 
 
+@pytest.fixture
+def two_ranks(arguments_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs the command as two ranks: (exit statuses, stdout, stderr). `launched` shows once that torchrun's own do the same."""
+
+    def run_two(verb: str, *further: str) -> tuple[list[int], str, str]:
+        return run_command(arguments_of(verb, *further), 2, tmp_path_factory.mktemp("said"))
+
+    return run_two
+
+
+GENERATE = ("--num-inference-steps", "2", "--attention-backend", "rain_fusion_attn")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("degree", [["--ulysses-degree", "2"], ["--cfg-parallel"]])
-def test_two_ranks_make_one_clip_and_one_report(launched: Any, tmp_path: Path, degree: list[str]) -> None:
-    process = launched("--num-inference-steps", "2", "--attention-backend", "rain_fusion_attn", *degree)
+def test_torchrun_makes_one_clip_and_one_report(launched: Any, tmp_path: Path) -> None:
+    process = launched(*GENERATE, "--ulysses-degree", "2")
     out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, err
+    assert _splits(out, tmp_path) == ["rank 0 of 2 (Ulysses 2)", "rank 1 of 2 (Ulysses 2)"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("degree", "splits"),
+    [(["--cfg-parallel"], ["", ""]), (["--ring-degree", "2"], ["rank 0 of 2 (ring 2)", "rank 1 of 2 (ring 2)"])],
+    ids=["branches", "queries"],
+)
+def test_two_ranks_share_one_clip(two_ranks: Any, tmp_path: Path, degree: list[str], splits: list[str]) -> None:
+    statuses, out, err = two_ranks("generate", *GENERATE, *degree)
+    assert statuses == [0, 0], err
+    assert _splits(out, tmp_path) == splits
+
+
+def _splits(out: str, folder: Path) -> list[str]:
+    """How each rank's report says that the clip was split; there is one clip and one record."""
     assert out.count("wrote ") == 1
     assert "seconds by rank" in out
-    record = json.loads((tmp_path / "clip.json").read_text(encoding="utf-8"))
-    splits = [report["components"]["transformer"]["split"] for report in record["attention_of_ranks"]]
-    assert splits == (["", ""] if degree == ["--cfg-parallel"] else ["rank 0 of 2 (Ulysses 2)", "rank 1 of 2 (Ulysses 2)"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.json", "clip.mp4"]
+    assert sorted(path.name for path in folder.iterdir()) == ["clip.json", "clip.mp4"]
+    record = json.loads((folder / "clip.json").read_text(encoding="utf-8"))
+    return [report["components"]["transformer"]["split"] for report in record["attention_of_ranks"]]
 
 
 @pytest.mark.slow
-def test_two_ranks_compare_as_one_process_does(launched: Any, tmp_path: Path, wan_folder: Path) -> None:
+def test_two_ranks_compare_as_one_process_does(two_ranks: Any, arguments_of: Any, tmp_path: Path) -> None:
     options = ["--num-inference-steps", "2", "--attention-backend", "rain_fusion_attn", "--attention-backend-config"]
     options += ["sparsity=0.75,skip_first_steps=0,min_tokens=0", "--no-reference-cache"]
-    process = launched(*options, "--ulysses-degree", "2", verb="compare")
-    out, err = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, err
+    statuses, out, err = two_ranks("compare", *options, "--ulysses-degree", "2")
+    assert statuses == [0, 0], err
     assert out.count("wrote ") == 1
     assert err.count("densities are means over the 2 processes") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.html", "clip.json"]
     together = json.loads((tmp_path / "clip.json").read_text(encoding="utf-8"))
-    alone = ["--model-path", str(wan_folder), "--prompt", PROMPT, "--height", "64", "--width", "64", "--num-frames", "5", "--device", "cpu"]
-    assert run(["compare", *alone, *options, "--output-path", str(tmp_path), "--output-file-name", "alone"]) == 0
+    assert run([*arguments_of("compare", *options), "--output-file-name", "alone"]) == 0
     expected = json.loads((tmp_path / "alone.json").read_text(encoding="utf-8"))["settings"][0]
     (found,) = together["settings"]
     assert found["statistics"]["psnr"]["median"] == pytest.approx(expected["statistics"]["psnr"]["median"], abs=0.1)
@@ -149,12 +186,11 @@ EVERY_SECOND_CALL = {"spatial_attention_block_skip_range": 2, "spatial_attention
 @pytest.mark.parametrize(
     "cache", [(), ("--cache", "pyramid_attention_broadcast", "--cache-config", json.dumps(EVERY_SECOND_CALL))], ids=["alone", "step cache"]
 )
-def test_two_ranks_tune_in_lockstep(launched: Any, tmp_path: Path, cache: tuple[str, ...]) -> None:
+def test_two_ranks_tune_in_lockstep(two_ranks: Any, tmp_path: Path, cache: tuple[str, ...]) -> None:
     options = ["--num-inference-steps", "4", "--target-psnr", "5", "--budget-runs", "2", "--attention-backend-config", "min_tokens=0"]
-    process = launched(*options, "--ulysses-degree", "2", *cache, verb="tune")
-    out, err = process.communicate(timeout=PATIENCE_S)
-    # 3: it may be slower than dense on the clock; torchrun makes its own status of it
-    assert process.returncode == 0 or "exitcode  : 3" in err, err
+    statuses, out, err = two_ranks("tune", *options, "--ulysses-degree", "2", *cache)
+    # 3: it may be slower than dense on the clock
+    assert statuses in ([0, 0], [3, 3]), err
     assert out.count("wrote ") == 1
     (state,) = tmp_path.glob("*.state.json")
     known = json.loads(state.read_text(encoding="utf-8"))

@@ -148,6 +148,12 @@ def test_a_ranks_queries_stand_in_the_spans_of_their_grids(
             for head in standing:
                 assert torch.equal(owner[head] == number, inside)
                 assert torch.equal((owner[head] == number) & first_frame[head], frame)
+        if order.forward is None or order.forward.ndim == 1:
+            kind, own = 2 * owner + first_frame, set(rows.tokens().tolist())
+            blocks = [block for block in order.apply(torch.arange(order.length).view(1, -1))[0].split(128) if len(block) == 128]
+            pure = [set(block.tolist()) for block in blocks if len(kind[block].unique()) == 1 and owner[block[0]] >= 0]
+            whole = {frozenset(block) for block in pure if block <= own}
+            assert {frozenset(block.tolist()) for block in standing[0].split(128)[: len(whole)]} == whole
         parts = found.blocks_of_grids()
         assert (parts[0][0], parts[-1][1]) == (0, -(-found.length // 128))
 

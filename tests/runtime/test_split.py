@@ -172,6 +172,26 @@ def test_a_row_may_keep_nothing_of_another_ranks_keys(monkeypatch: pytest.Monkey
     torch.testing.assert_close(out, exact)
 
 
+@pytest.mark.parametrize("backend", ["rain_fusion_attn", "block_sparse_attn"])
+def test_a_plan_serves_no_other_rank_of_the_same_sizes(backend: str) -> None:
+    """Ranks are processes of their own, and yet: a denoiser that is split in the middle of a run makes its plans anew."""
+    cls = load_backend(backend)
+    config = cls.get_config_cls().from_mapping({**SPARSE, "plan_refresh_steps": 100})
+    stage = DenoisingStage(StepClock())
+    stage.models.append(ServedModel("transformer", FAMILY, None, cls, config, ["blocks.0.attn"]))
+    tensors = [x[:, GATHERED.tokens()] for x in qkv()]
+    half = (VIDEO + TEXT) // 2
+    parts = [slice(None), slice(None), slice(None), slice(0, half), slice(half, None), slice(half, None)]
+    splits = [None, SPLIT, SequenceSplit(2, 1, 1), SequenceSplit(1, 2, 0), SequenceSplit(1, 2, 1), SequenceSplit(1, 2, 1)]
+    reused = []
+    for step, (split, part) in enumerate(zip(splits, parts, strict=True)):
+        forward = stage.enter(stage.models[0], {**ARGUMENTS, "timestep": 900 - 10 * step}, split=split)
+        attend(tensors[0][:, part], *tensors[1:])
+        stage.leave(forward)
+        reused.append(stage.report().components["transformer"].reused_plans)
+    assert reused == [0, 0, 0, 0, 0, 1]
+
+
 @pytest.mark.parametrize("backend", ["torch_sdpa", "rain_fusion_attn"])
 def test_a_call_that_nobody_gathered_is_refused(backend: str) -> None:
     q, k, v = (x[:, : (VIDEO + TEXT) // 2] for x in qkv())

@@ -53,8 +53,8 @@ class AttentionConfig(KnownKeys):
         """Validate `values`. Raises as `KnownKeys.from_mapping`; who reads a step cache too has taken its key out before."""
         if STEP_CACHE_KEY in values:
             raise UnknownKey(
-                f"{STEP_CACHE_KEY}: these keys were tuned beside a step cache ({values[STEP_CACHE_KEY]}), which cannot be switched on from "
-                "here: without this key they run without it, as far as nobody else switches it on"
+                f"{STEP_CACHE_KEY}: these keys were tuned beside a step cache ({values[STEP_CACHE_KEY]}), which cannot be switched on "
+                "from here: take this key out to run without it"
             )
         return super().from_mapping(values)
 

@@ -228,6 +228,8 @@ class ModelFamily:
         split_plan: model configuration -> how context parallelism splits the tokens, for classes that the host has no plan of its own for:
             by path of a module, by name of an argument or number of a result, which axis of a tensor of how many axes; a bare axis is
             where the parts of the module's result are put together. None: not known.
+        whole_keys: regular expression of the cross-attention modules whose keys `split_plan` leaves whole on every rank: they exchange
+            nothing, and the plan comes before the host's own, which splits them.
         never_split: model configuration -> why context parallelism would be wrong for such a model; None where it is right.
         masks_stay_whole: there its masks are those of all tokens in the model's order, on every rank.
         notes: one sentence for the compatibility matrix.
@@ -260,6 +262,7 @@ class ModelFamily:
     checkpoint_folders: Mapping[str, str] = field(default_factory=dict)
     streams: Callable[[TokenLayout], tuple[int, ...]] | None = None
     split_plan: Callable[[Any], SplitPlan] | None = None
+    whole_keys: str = ""
     never_split: Callable[[Any], str | None] = lambda _: None
     masks_stay_whole: bool = False
     notes: str = ""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ditattn.models.base import ModelFamily, TokenLayout, one_stream
+from ditattn.models.base import ModelFamily, SplitAxis, SplitPlan, TokenLayout, one_stream
 from ditattn.plan.token_grids import TokenGrid
 
 __all__ = ["LTX_VIDEO"]
@@ -86,11 +86,23 @@ def _videos(run: TokenGrid, steps: list[float], pace: list[float]) -> list[Token
     return grids
 
 
+def split_plan(config: Any) -> SplitPlan:
+    """The video and the timesteps of its tokens, the text whole: between heads its mask cannot be split."""
+    tokens, positions = SplitAxis(1, 3), SplitAxis(1, 3)
+    return {
+        "": {"hidden_states": tokens, "timestep": SplitAxis(1, 2)},
+        "rope": {0: positions, 1: positions},
+        "proj_out": tokens,
+    }
+
+
 LTX_VIDEO = ModelFamily(
     name="LTX-Video",
     transformer_classes=("LTXVideoTransformer3DModel",),
     layout=layout,
     self_attention=r"transformer_blocks\.\d+\.attn1",
     streams=one_stream,
+    split_plan=split_plan,
+    whole_keys=r"transformer_blocks\.\d+\.attn2",
     notes="conditions outside the video (`LTXConditionPipeline`) have blocks of their own",
 )

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ditattn.plan.block_plan import BLOCK_SIZE
-from ditattn.plan.split import GatheredRows, GatheredTokens
-from ditattn.plan.token_order import TokenOrder, token_order
+from ditattn.plan.split import GatheredRows, GatheredTokens, row_order
+from ditattn.plan.token_order import TokenOrder, token_order, within
 
 __all__ = ["Deal", "deal_rows"]
 
@@ -40,12 +40,12 @@ class Deal:
 
 
 def deal_rows(gathered: GatheredTokens, parts: int, order_facts: tuple[Any, ...], sparsity: float) -> Deal | None:
-    """The deal of a video without further grids; None if every row stays where it is. Cached.
+    """The deal of a sequence with videos; None if every row stays where it is. Cached.
 
     Args:
         gathered: the whole sequence.
         parts: neighbouring parts of it that a place in the ring has.
-        order_facts: arguments of `token_order`.
+        order_facts: arguments of `token_order`, of an order on the host.
         sparsity: asked for rows that keep some keys.
     """
     with torch.inference_mode(False):
@@ -57,7 +57,7 @@ def _cached(gathered: GatheredTokens, parts: int, order_facts: tuple[Any, ...], 
     order, places = token_order(*order_facts), range(gathered.ranks // parts)
     own = [GatheredRows(gathered, place * parts, parts).tokens() for place in places]
     standing = [tokens if order.inverse is None else order.inverse[tokens] for tokens in own]
-    receiver = _receivers(order, standing, sparsity)
+    receiver = _receivers(order, own, standing, sparsity)
     goes_to = [receiver[stands] for stands in standing]
     at_home = [(to < 0) | (to == place) for place, to in enumerate(goes_to)]
     if all(bool(home.all()) for home in at_home):
@@ -68,34 +68,52 @@ def _cached(gathered: GatheredTokens, parts: int, order_facts: tuple[Any, ...], 
     return Deal(tokens, stay, sends)
 
 
-def _receivers(order: TokenOrder, standing: list[Tensor], sparsity: float) -> Tensor:
+def _receivers(order: TokenOrder, own: list[Tensor], standing: list[Tensor], sparsity: float) -> Tensor:
     """int64 `[S]`: the place in the ring that computes the row at each place of the order; -1 where it is its owner."""
-    start, stop = order.first_frame
-    whole = (stop - start) // BLOCK_SIZE
-    counts = _shares(order, standing, sparsity, whole)
-    receiver = torch.full((order.length,), -1)
-    # the first place's own rows go on where the first frame ends, so its blocks come last
-    places = torch.cat([torch.full((counts[place] * BLOCK_SIZE,), place) for place in [*range(1, len(counts)), 0]])
-    receiver[start : start + whole * BLOCK_SIZE] = places
+    starts = [
+        block
+        for grid in order.all_grids
+        for start, stop in grid.first_frame
+        for block in range(start, start + (stop - start) // BLOCK_SIZE * BLOCK_SIZE, BLOCK_SIZE)
+    ]
+    owner, receiver = torch.full((order.length,), -1), torch.full((order.length,), -1)
+    for place, stands in enumerate(standing):
+        owner[stands] = place
+    dealt = within(torch.arange(order.length), [(start, start + BLOCK_SIZE) for start in starts])
+    left = [tokens[~dealt[stands]] for tokens, stands in zip(own, standing, strict=True)]
+    shares = _shares([_work(order, tokens, sparsity) for tokens in left], len(starts))
+    takers = _takers([owner[start : start + BLOCK_SIZE] for start in starts], shares)
+    for start, place in zip(starts, takers, strict=True):
+        receiver[start : start + BLOCK_SIZE] = place
     return receiver
 
 
-def _shares(order: TokenOrder, standing: list[Tensor], sparsity: float, whole: int) -> list[int]:
-    """How many whole blocks of the first frame each place gets: every next one goes to who has least to do."""
-    (start, stop), (first, last) = order.first_frame, order.video
-    always = (stop - start + order.length - (last - first)) / order.length
-    density = 1 - sparsity + sparsity * always
-    dealt = start + whole * BLOCK_SIZE
-    work = []
-    for stands in standing:
-        text = int(((stands < first) | (stands >= last)).sum())
-        rest = int(((stands >= dealt) & (stands < stop)).sum())
-        others = len(stands) - text - int(((stands >= start) & (stands < stop)).sum())
-        # the block in which the first frame ends is computed whole
-        straddling = BLOCK_SIZE if rest else 0
-        work.append(text + straddling + density * (others - max(straddling - rest, 0)))
-    counts = [0] * len(work)
-    for _ in range(whole):
+def _takers(owners: list[Tensor], shares: list[int]) -> list[int]:
+    """Who computes each block, of which each place takes its share: who has all its rows, the last blocks first, then others in turn.
+
+    An owner's own rows go on where its first frame ends.
+    """
+    left, takers = list(shares), [-1] * len(owners)
+    for number, rows in reversed(list(enumerate(owners))):
+        home = int(rows[0])
+        if left[home] and bool((rows == home).all()):
+            takers[number], left[home] = home, left[home] - 1
+    others = iter([place for place in [*range(1, len(left)), 0] for _ in range(left[place])])
+    return [next(others) if taker < 0 else taker for taker in takers]
+
+
+def _work(order: TokenOrder, tokens: Tensor, sparsity: float) -> float:
+    """Of these queries, those in blocks that keep every key, and the part of the others that the sparsity leaves."""
+    always = float(order.protected_blocks(BLOCK_SIZE, True, "cpu").float().mean())
+    whole = row_order(tokens, order).order.protected_blocks(BLOCK_SIZE, True, "cpu")
+    num_whole = int(whole.repeat_interleave(BLOCK_SIZE)[: len(tokens)].sum())
+    return num_whole + (1 - sparsity + sparsity * always) * (len(tokens) - num_whole)
+
+
+def _shares(work: list[float], blocks: int) -> list[int]:
+    """How many of so many blocks each place takes beside the work that it has: every next one goes to who has least to do."""
+    work, counts = list(work), [0] * len(work)
+    for _ in range(blocks):
         least = work.index(min(work))
         counts[least] += 1
         work[least] += BLOCK_SIZE

@@ -6,6 +6,7 @@ gathered sequence is `[text of rank 0, image of rank 0, text of rank 1, ...]`: n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ditattn.plan.block_plan import BLOCK_SIZE
-from ditattn.plan.token_order import OrderedGrid, Span, TokenOrder
+from ditattn.plan.token_order import OrderedGrid, Span, TokenOrder, within
 
-__all__ = ["GatheredRows", "GatheredTokens", "HeadShare", "RowOrder"]
+__all__ = ["GatheredRows", "GatheredTokens", "HeadShare", "RowOrder", "row_order"]
 
 
 @dataclass(frozen=True)
@@ -133,21 +134,25 @@ class GatheredRows:
         return sum(_share(length, rank, self.gathered.ranks) for rank in ranks for length in self.gathered.streams)
 
     def ordered(self, order: TokenOrder, device: torch.device | str = "cpu") -> RowOrder:
-        """The queries as they stand in an order of the model's tokens, on `device`. Reads the order from its device.
+        """The queries as they stand in an order of the model's tokens: `row_order`."""
+        return row_order(self.tokens(), order, device)
 
-        Of one grid, blocks of 128 that are a rank's own as a whole come first, so that what it has of others shifts none of them.
-        """
-        tokens = self.tokens()
-        places = tokens if order.inverse is None else order.inverse.cpu()[..., tokens]
-        forward, spans = _grid_by_grid(places, order) if order.grids else _whole_blocks_first(places, order)
-        places = places.gather(-1, forward)
-        index = torch.arange(len(tokens))
-        start = places[..., index // BLOCK_SIZE * BLOCK_SIZE]
-        together = (places - start == index % BLOCK_SIZE) & (start % BLOCK_SIZE == 0)
-        complete = len(tokens) % BLOCK_SIZE == 0 or bool((places[..., -1] == order.length - 1).all())
-        forward = forward.to(device)
-        own_blocks = not (complete and bool(together.all()))
-        return RowOrder(replace(spans, forward=forward, inverse=forward.argsort(-1), length=len(tokens)), own_blocks)
+
+def row_order(tokens: Tensor, order: TokenOrder, device: torch.device | str = "cpu") -> RowOrder:
+    """Queries that are the model's tokens `tokens` as they stand in an order of all of them, on `device`. Reads the order from its device.
+
+    Blocks of 128 that are here as a whole come first, so that what is here of others shifts none of them.
+    """
+    places = tokens if order.inverse is None else order.inverse.cpu()[..., tokens]
+    forward, spans = _whole_blocks_first(places, order)
+    places = places.gather(-1, forward)
+    index = torch.arange(len(tokens))
+    start = places[..., index // BLOCK_SIZE * BLOCK_SIZE]
+    together = (places - start == index % BLOCK_SIZE) & (start % BLOCK_SIZE == 0)
+    complete = len(tokens) % BLOCK_SIZE == 0 or bool((places[..., -1] == order.length - 1).all())
+    forward = forward.to(device)
+    own_blocks = not (complete and bool(together.all()))
+    return RowOrder(replace(spans, forward=forward, inverse=forward.argsort(-1), length=len(tokens)), own_blocks)
 
 
 def _share(length: int, rank: int, ranks: int) -> int:
@@ -157,82 +162,51 @@ def _share(length: int, rank: int, ranks: int) -> int:
 def _whole_blocks_first(places: Tensor, order: TokenOrder) -> tuple[Tensor, TokenOrder]:
     """Which of the places comes next, int64 like `places`, and the spans.
 
-    Whole blocks of the first frame, whole blocks of the other frames, what is left of both, all other tokens; where heads have an order
-    each, all have as many of each.
+    Grid after grid the whole blocks of its first frame and those of its other frames; then, again grid after grid, what is left of both;
+    then all other tokens. Where heads have an order each, all have as many of each: which tokens are a grid's or a first frame's is the
+    same in every head.
     """
-    (start, stop), (first, last) = order.first_frame, order.video
-    in_frame, in_video = (places >= start) & (places < stop), (places >= first) & (places < last)
-    block = places // BLOCK_SIZE
-    # blocks of one kind alone; what counts as whole has all its tokens here
-    whole_frame = in_frame & _has_all(block, in_frame, order.length)
-    whole_video = in_video & ~in_frame & _has_all(block, in_video & ~in_frame, order.length)
-    num_frame, num_video = (int(whole.sum(-1).min()) for whole in (whole_frame, whole_video))
-    kind = torch.full_like(places, 4)
-    kind[in_video], kind[in_frame] = 3, 2
-    for whole, number, count in ((whole_video, 1, num_video), (whole_frame, 0, num_frame)):
-        # of heads with more of them only the first ones
-        earlier = torch.where(whole, places, order.length).argsort(-1).argsort(-1)
-        kind[whole & (earlier < count)] = number
+    grids = order.all_grids
+    block, other = places // BLOCK_SIZE, 4 * len(grids)
+    kind, counts = torch.full_like(places, other), [0] * other
+    for number, grid in enumerate(grids):
+        in_frame = within(places, grid.first_frame)
+        for offset, inside in enumerate((in_frame, within(places, grid.tokens) & ~in_frame)):
+            first, left = 2 * number + offset, 2 * (len(grids) + number) + offset
+            # blocks of one kind alone; what counts as whole has all its tokens here, and of heads with more of them only the first ones
+            whole = inside & _has_all(block, inside, order.length)
+            counts[first] = int(whole.sum(-1).min())
+            counts[left] = int(inside.sum(-1).max()) - counts[first]
+            earlier = torch.where(whole, places, order.length).argsort(-1).argsort(-1)
+            kind[inside] = left
+            kind[whole & (earlier < counts[first])] = first
+    ends = list(itertools.accumulate(counts, initial=0))
+    placed = tuple(_placed(ends, number, len(grids)) for number in range(len(grids)))
     forward = (kind * order.length + places).argsort(-1)
-    # in every head of as many tokens
-    of_frame, of_video = (int(inside.sum(-1).max()) for inside in (in_frame, in_video))
-    left = num_frame + num_video
-    parts = ((0, num_frame), (left, left + of_frame - num_frame))
-    apart = num_video > 0 and num_frame < of_frame
-    grids = (OrderedGrid(((0, of_video),), parts),) if apart else ()
-    return forward, replace(order, first_frame=(0, num_frame if apart else of_frame), video=(0, of_video), grids=grids)
+    spans = replace(order, first_frame=placed[0].first_frame[0], video=(0, ends[-1]), grids=placed)
+    is_plain = not order.grids and len(placed[0].first_frame) == 1
+    return forward, replace(spans, grids=()) if is_plain else spans
+
+
+def _placed(ends: list[int], number: int, grids: int) -> OrderedGrid:
+    """Where one of several grids stands: its whole blocks, and what is left of it, the longer part first."""
+    first, left = 2 * number, 2 * (grids + number)
+    tokens = _joined((ends[first], ends[first + 2]), (ends[left], ends[left + 2]))
+    frame = _joined((ends[first], ends[first + 1]), (ends[left], ends[left + 1]))
+    return OrderedGrid(tuple(sorted(tokens, key=lambda span: span[0] - span[1])), frame)
+
+
+def _joined(first: Span, second: Span) -> tuple[Span, ...]:
+    """Two spans as they stand, without empty ones, and as one where the second begins as the first ends."""
+    if second[0] == second[1] or first[0] == first[1]:
+        return (first,) if second[0] == second[1] else (second,)
+    return ((first[0], second[1]),) if first[1] == second[0] else (first, second)
 
 
 def _has_all(block: Tensor, inside: Tensor, length: int) -> Tensor:
     """bool like `block`: all tokens of a place's block are among those inside."""
     counts = torch.zeros(*block.shape[:-1], length // BLOCK_SIZE + 1, dtype=torch.long).scatter_add_(-1, block, inside.long())
     return counts.gather(-1, block) == BLOCK_SIZE
-
-
-def _grid_by_grid(places: Tensor, order: TokenOrder) -> tuple[Tensor, TokenOrder]:
-    """Which of the places comes next, and the spans, of a sequence of several grids.
-
-    Where heads have an order each, what is left of a grid behind its whole blocks are other tokens in each head, and a rank has more of
-    them in one head than in another. There tokens stand as in an order that has all of a grid together.
-    """
-    standing, spans = _together(places, order) if places.ndim == 2 else (places, order)
-    forward = standing.argsort(-1)
-    standing = standing.gather(-1, forward)
-    spans = replace(
-        spans,
-        first_frame=_span(standing, spans.first_frame),
-        video=_span(standing, spans.video),
-        grids=tuple(_grid(standing, grid) for grid in spans.grids),
-    )
-    return forward, spans
-
-
-def _together(places: Tensor, order: TokenOrder) -> tuple[Tensor, TokenOrder]:
-    """Places in an order that has all of a grid together, and the spans of that order."""
-    spans = [span for grid in order.grids for span in grid.tokens]
-    index = torch.cat([torch.arange(*span) for span in spans] + [torch.arange(order.video[1], order.length)])
-    moved = index.argsort()
-
-    def together(parts: tuple[Span, ...]) -> tuple[Span, ...]:
-        return tuple((int(moved[start]), int(moved[start]) + stop - start) for start, stop in parts if start < stop)
-
-    grids = tuple(OrderedGrid(_joined(together(grid.tokens)), _joined(together(grid.first_frame))) for grid in order.grids)
-    return moved[places], replace(order, grids=grids)
-
-
-def _joined(spans: tuple[Span, ...]) -> tuple[Span, ...]:
-    """Spans one behind the other as one."""
-    return ((spans[0][0], spans[-1][1]),) if spans else ()
-
-
-def _grid(places: Tensor, grid: OrderedGrid) -> OrderedGrid:
-    return OrderedGrid(tuple(_span(places, span) for span in grid.tokens), tuple(_span(places, span) for span in grid.first_frame))
-
-
-def _span(places: Tensor, span: Span) -> Span:
-    """How many places lie before each end; every head of `[G, R]` has as many."""
-    start, stop = (int((places < end).sum()) // (places.shape[0] if places.ndim == 2 else 1) for end in span)
-    return start, stop
 
 
 @lru_cache(maxsize=32)

@@ -9,6 +9,7 @@ vector per key head.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,7 +20,7 @@ from ditattn.errors import ConfigError, UnsupportedCall
 from ditattn.plan.block_plan import BLOCK_SIZE, num_blocks
 from ditattn.plan.token_grids import TokenGrid, grids_of_sequence
 
-__all__ = ["TILE", "OrderedGrid", "Span", "TokenOrder", "grids_first", "reordered", "token_order"]
+__all__ = ["TILE", "OrderedGrid", "Span", "TokenOrder", "grids_first", "reordered", "token_order", "within"]
 
 TILE = 8
 
@@ -58,6 +59,11 @@ class TokenOrder:
     video: Span
     length: int
     grids: tuple[OrderedGrid, ...] = ()
+
+    @property
+    def all_grids(self) -> tuple[OrderedGrid, ...]:
+        """Where every grid stands, also where there is one alone."""
+        return self.grids or (OrderedGrid((self.video,), (self.first_frame,)),)
 
     def check_length(self, length: int) -> None:
         """Raise UnsupportedCall unless the order is one of `length` tokens: what its index vectors hold is not read."""
@@ -110,11 +116,10 @@ class TokenOrder:
         """
         start = torch.arange(num_blocks(self.length, block_size), device=device) * block_size
         stop = (start + block_size).clamp(max=self.length)
-        grids = self.grids or (OrderedGrid((self.video,), (self.first_frame,)),)
         protected = torch.ones_like(start, dtype=torch.bool)
-        for grid in grids:
+        for grid in self.all_grids:
             protected = protected & (_overlap(start, stop, grid.tokens) < stop - start)
-        for grid in grids if first_frame else ():
+        for grid in self.all_grids if first_frame else ():
             protected = protected | (_overlap(start, stop, grid.first_frame) > 0)
         return protected
 
@@ -140,6 +145,14 @@ def _overlap(start: Tensor, stop: Tensor, spans: tuple[Span, ...]) -> Tensor:
     for first, last in spans:
         shared = shared + (stop.clamp(max=last) - start.clamp(min=first)).clamp(min=0)
     return shared
+
+
+def within(places: Tensor, spans: Sequence[Span]) -> Tensor:
+    """bool like `places`: in one of the spans."""
+    inside = torch.zeros_like(places, dtype=torch.bool)
+    for start, stop in spans:
+        inside |= (places >= start) & (places < stop)
+    return inside
 
 
 def reordered(x: Tensor, order: Tensor) -> Tensor:

@@ -78,9 +78,9 @@ def with_dealt_rows(metadata: AttentionMetadata, keeps_first_frame_rows: bool, d
     if not isinstance(metadata, SparseAttentionMetadata) or metadata.rows is None or not keeps_first_frame_rows:
         return None
     grid, is_short = metadata.latent_shape, (metadata.num_tokens or 0) < metadata.config.least_tokens(device_type)
-    if grid is None or metadata.further_grids or not metadata.whole_first_frames or is_short or why_not_this_step(metadata) is not None:
+    if grid is None or not metadata.whole_first_frames or is_short or why_not_this_step(metadata) is not None:
         return None
-    facts = (metadata.token_order, grid, metadata.num_prefix_tokens, metadata.num_suffix_tokens)
+    facts = (metadata.token_order, grid, metadata.num_prefix_tokens, metadata.num_suffix_tokens, "cpu", metadata.further_grids)
     deal = deal_rows(metadata.rows.gathered, metadata.rows.parts, facts, metadata.sparsity)
     return None if deal is None else replace(metadata, rows=replace(metadata.rows, dealt=deal))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from ditattn.errors import UnsupportedCall, UnsupportedModel
 from ditattn.models import ModelFamily, TokenLayout
@@ -21,12 +24,15 @@ class SequenceSplit:
         ring: ranks that keep their queries and gather all keys and values.
         rank: this one, of ulysses * ring; ranks that differ in their Ulysses place only are neighbours.
         even: every stream must be a multiple of the number of ranks.
+        exchange_rows: where the host can: `[B, R, H, D]` and how many rows go to each place of the ring and how many come from each ->
+            those that came.
     """
 
     ulysses: int
     ring: int
     rank: int
     even: bool = True
+    exchange_rows: Callable[[Tensor, list[int], list[int]], Tensor] | None = field(default=None, compare=False, repr=False)
 
     @property
     def ranks(self) -> int:
@@ -34,8 +40,10 @@ class SequenceSplit:
 
     @property
     def anything(self) -> str:
-        """The key of diffusers' configuration that allows uneven parts."""
-        return "ulysses_anything" if self.ring == 1 else "ring_anything"
+        """What allows uneven parts in diffusers' configuration: a key, which it takes with one degree alone."""
+        if self.ring > 1 and self.ulysses > 1:
+            return "one degree alone with ulysses_anything=True or ring_anything=True"
+        return f"ContextParallelConfig(..., {'ulysses_anything' if self.ring == 1 else 'ring_anything'}=True)"
 
     def __str__(self) -> str:
         degrees = [f"{name} {degree}" for name, degree in (("Ulysses", self.ulysses), ("ring", self.ring)) if degree > 1]
@@ -120,7 +128,7 @@ def _gathered_tokens(split: SequenceSplit, family: ModelFamily, layout: TokenLay
     if split.even and uneven:
         raise UnsupportedCall(
             f"{split.ranks} ranks cannot share {' and '.join(map(str, uneven))} tokens equally: choose a size or a text length that is a "
-            f"multiple of {split.ranks}, or ContextParallelConfig(..., {split.anything}=True)"
+            f"multiple of {split.ranks}, or {split.anything}"
         )
     return GatheredTokens(streams, split.ranks)
 

@@ -6,18 +6,18 @@ Pure torch: how a host (diffusers) calls in here is the business of the host's a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
 from ditattn.backends.base import AttentionMetadata, CallRecord
-from ditattn.backends.sparse import SparseAttentionImpl, SparseAttentionMetadata
 from ditattn.models import TokenLayout
+from ditattn.ops.calls import DenseCall
 from ditattn.plan.reuse import ForwardId
 from ditattn.runtime.branches import ForwardCounter
+from ditattn.runtime.dealing import attend_dealt, dealt_metadata, is_dealt
 from ditattn.runtime.forward import Forward, begin, drop, end
-from ditattn.runtime.metadata import build_attn_metadata, for_forward, with_dealt_rows
+from ditattn.runtime.metadata import build_attn_metadata, for_forward
 from ditattn.runtime.native import asked
 from ditattn.runtime.probe import Probe
 from ditattn.runtime.report import AttentionReport
@@ -91,11 +91,18 @@ class DenoisingStage:
         forward = Forward(self, model, step, forward_id, layout, metadata, split=split, share=share)
         if model.image_layers and layout is not None:
             forward.image_metadata = self._metadata_of(model, step, layout.without_text(), forward_id, image_only=True)
-        forward.dealt = _dealt(forward, arguments)
+        forward.dealt = dealt_metadata(forward, arguments)
         forward.key_mask = model.family.key_mask(model.model_config, arguments)
         model.log.split = "" if split is None else str(split)
         begin(forward)
         return forward
+
+    def set_tokens(self, forward: Forward, layout: TokenLayout | None, split: SequenceSplit | None, share: RankShare) -> None:
+        """The next calls of a forward have these tokens, where a host knows of each call what it has. `share` is this rank's."""
+        forward.layout, forward.split, forward.share = layout, split, share
+        forward.metadata = self._metadata_of(forward.model, forward.step, layout, forward.id, share)
+        if split is not None:
+            forward.model.log.split = str(split)
 
     def leave(self, forward: Forward) -> None:
         """The forward ended, with or without an exception."""
@@ -160,8 +167,15 @@ class DenoisingStage:
         scale: float | None = None,
     ) -> Tensor:
         """Serve one attention call of a running forward: `[B, S, H, D]` in and out."""
-        model, layer = forward.model, next_layer(forward, query, key)
         call = asked(query, key, value, attn_mask, is_causal, scale)
+        if is_dealt(forward, query, key):
+            return attend_dealt(forward, call, lambda dealt: self._served(forward, dealt))
+        return self._served(forward, call)
+
+    def _served(self, forward: Forward, call: DenseCall) -> Tensor:
+        """A call of the queries that this rank computes, measured and counted."""
+        query, key = call.query, call.key
+        model, layer = forward.model, next_layer(forward, query, key)
         # a call that raised and is made again must not count twice
         forward.records.clear()
         with model.log.stopwatch.measure(query.device):
@@ -186,15 +200,3 @@ class DenoisingStage:
         forward.model.log.add(forward.step.index, layer, record)
         if forward.model.backend.is_sparse and is_self_attention(forward, layer, query, key):
             self._run_share.add(record)
-
-
-def _dealt(forward: Forward, arguments: Mapping[str, Any]) -> SparseAttentionMetadata | None:
-    """Metadata of the calls before which ranks of a ring deal out rows."""
-    if forward.share.rows is None:
-        return None
-    impl_cls = forward.model.backend.get_impl_cls()
-    keeps = issubclass(impl_cls, SparseAttentionImpl) and impl_cls.keeps_first_frame_rows
-    # some models take their tokens in lists
-    values = chain.from_iterable(value if isinstance(value, list) else [value] for value in arguments.values())
-    device_type = next(value.device.type for value in values if isinstance(value, Tensor))
-    return with_dealt_rows(forward.metadata, keeps, device_type)

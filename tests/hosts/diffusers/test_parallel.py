@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
+import split_calls
 import split_pipelines
 from pairwise import each_with_one
 from ranks import Ranks
 
 # fp32, latents of order 1: exact kernels sum in another order, and a denoiser makes more of it
 BOUND = 1e-4
+# two places of a ring share their tokens by whole blocks of every order but those of permuted_sparse_attn
+IN_WHOLE_BLOCKS = ("wan in whole blocks", "ltx video", "ltx video behind a video")
 SPARSE_BACKENDS = ("block_sparse_attn", "rain_fusion_attn", "permuted_sparse_attn")
 
 
@@ -103,16 +106,35 @@ def test_ring_is_exact_over_its_own_plan(two: Ranks, name: str, backend: str) ->
         # a short last block of kept keys counts as it is: a share of blocks is a little more than its share of pairs
         assert 0.2 <= report.sparse_density < 0.9
         # images have no first frame, and permuted_sparse_attn keeps none of its rows whole
-        is_video = name.startswith(("wan", "hunyuan", "cogvideox"))
+        is_video = name.startswith(("wan", "hunyuan", "cogvideox", "ltx"))
         # where its first frame has no whole block, nothing is dealt
         assert name in ("chronoedit", "wan of odd sizes") or bool(found["dealt"]) == (is_video and backend != "permuted_sparse_attn")
         # heads of permuted_sparse_attn choose their bricks by a rank's own queries
-        together = name == "wan in whole blocks" and backend != "permuted_sparse_attn"
+        together = name in IN_WHOLE_BLOCKS and backend != "permuted_sparse_attn"
         assert together == (report.own_blocks == 0)
         if together:
             assert len(found["wrong"]) == report.sparse
             assert max(found["wrong"]) == 0
             assert found["error"] < BOUND
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees"),
+    [
+        ("wan", {"ring_degree": 2}),
+        pytest.param("flux", {"ring_degree": 2}, marks=pytest.mark.long),
+        pytest.param("wan", {"ulysses_degree": 2}, marks=pytest.mark.long),
+    ],
+)
+def test_compiled_blocks_do_as_others(two: Ranks, name: str, degrees: dict[str, int]) -> None:
+    for found in two.run(split_pipelines.compiled, name, degrees):
+        assert found["error"] < BOUND
+        eager, compiled = found["reports"]
+        assert compiled.sparse == eager.sparse == compiled.calls > 0
+        assert compiled.sparse_density == eager.sparse_density
+        # rows of the first frame are dealt out inside the operation that a graph knows
+        assert found["dealt"][0] == found["dealt"][1]
+        assert bool(found["dealt"][1]) == (name == "wan" and "ring_degree" in degrees)
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +144,51 @@ def four() -> Iterator[Ranks]:
     ranks.close()
 
 
-@pytest.mark.parametrize("name", ["wan", "flux of 12 words"])
-@pytest.mark.parametrize("backend", ["torch_sdpa", "block_sparse_attn", "permuted_sparse_attn"])
+TWO_BY_TWO = {"ulysses_degree": 2, "ring_degree": 2}
+
+
+@pytest.mark.parametrize(("name", "backend"), each_with_one(split_pipelines.BOTH, ("torch_sdpa", *SPARSE_BACKENDS)))
 def test_both_degrees_together(four: Ranks, name: str, backend: str) -> None:
-    degrees = {"ulysses_degree": 2, "ring_degree": 2}
-    for rank, found in enumerate(four.run(split_pipelines.compare_ring, name, backend, everything(backend), degrees)):
+    for rank, found in enumerate(four.run(split_pipelines.compare_ring, name, backend, everything(backend), TWO_BY_TWO)):
         assert found["error"] < BOUND
         assert found["report"].split == f"rank {rank} of 4 (Ulysses 2, ring 2)"
+        assert (found["report"].sparse == 0) == (backend == "torch_sdpa")
+
+
+@pytest.mark.parametrize(("name", "backend"), each_with_one(split_pipelines.BOTH, SPARSE_BACKENDS))
+def test_both_degrees_together_are_exact_over_their_own_plans(four: Ranks, name: str, backend: str) -> None:
+    config = {**split_pipelines.SPARSE, **({"tail": False} if backend == "permuted_sparse_attn" else {})}
+    for found in four.run(split_pipelines.compare_ring, name, backend, config, TWO_BY_TWO):
+        report = found["report"]
+        assert len(found["off"]) == report.sparse == report.calls > 0
+        assert max(found["off"]) < 2e-5
+        assert 0.2 <= report.sparse_density < 0.9
+        together = name in IN_WHOLE_BLOCKS and backend != "permuted_sparse_attn"
+        assert together == (report.own_blocks == 0)
+        if together:
+            assert len(found["wrong"]) == report.sparse
+            assert max(found["wrong"]) == 0
+            assert found["error"] < BOUND
+
+
+@pytest.mark.parametrize("backend", SPARSE_BACKENDS)
+@pytest.mark.parametrize("degrees", [{"ulysses_degree": 4}, {"ring_degree": 4}, TWO_BY_TWO], ids=["Ulysses", "ring", "both"])
+def test_calls_of_random_sizes(four: Ranks, backend: str, degrees: dict[str, int]) -> None:
+    for sparsity in (0, everything(backend)["sparsity"], 0.75):
+        if sparsity == 0.75 and backend == "permuted_sparse_attn" and degrees == {"ulysses_degree": 4}:
+            # its budget is one for the heads of a rank: compared in whole pipelines
+            continue
+        calls = [call for found in four.run(split_calls.random_calls, backend, sparsity, degrees, 4) for call in found]
+        assert [call for call in calls if call["sparse"] != (sparsity > 0) or len(call["off"]) != 1] == []
+        # exact over its plan is a call in a wrong order of tokens too, but it keeps other tokens than the text's
+        assert [call for call in calls if max(call["off"]) > 2e-5 or not call["text kept"]] == []
+        assert sparsity < 0.75 or min(call["density"] for call in calls) < 0.7
+
+
+def test_words_that_both_degrees_together_cannot_share_are_refused(four: Ranks) -> None:
+    for message in four.run(split_pipelines.odd_words_for_both_degrees):
+        assert "4 ranks cannot share 10 tokens equally" in message
+        assert "or one degree alone" in message
 
 
 @pytest.mark.parametrize("name", ["wan", "ltx video"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -80,6 +81,36 @@ def test_names_and_keys_are_checked() -> None:
     assert parse_step_cache("faster", {"spatial_attention_timestep_skip_range": [1, 9]}).keys == {
         "spatial_attention_timestep_skip_range": (1, 9)
     }
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "SeaCacheConfig"), reason="before diffusers 0.41 there is no SeaCache")
+@pytest.mark.parametrize("cache_first", [True, False], ids=["cache first", "install first"])
+def test_sea_beside_install(cache_first: bool) -> None:
+    """test_step_caches.py has the others; this one serves fewer models."""
+    tiny, cache = (
+        tiny_pipelines.wan(transformer=transformer(num_layers=4)),
+        parse_step_cache("sea", {"threshold": 100.0, "cache_end_steps": 0}),
+    )
+    plain = tiny.run(4)
+    off = add_step_cache(tiny.pipe, cache, 4)
+    alone = tiny.run(4)
+    off()
+    assert not torch.equal(alone, plain)
+    for backend, keys in (("torch_sdpa", {}), ("rain_fusion_attn", {"sparsity": 0.5, "skip_first_steps": 1, "min_tokens": 0})):
+        with contextlib.ExitStack() as undo:
+            turns = [
+                lambda: undo.callback(add_step_cache(tiny.pipe, cache, 4)),
+                lambda backend=backend, keys=keys: undo.enter_context(ditattn.install(tiny.pipe, backend, **keys)),
+            ]
+            on = [turn() for turn in (turns if cache_first else reversed(turns))]
+            made = tiny.run(4)
+            handle = on[1 if cache_first else 0]
+            report = handle.report().components["transformer"]
+        calls_of_each_step = 2 * 4
+        assert calls_of_each_step < report.calls < 4 * calls_of_each_step
+        assert torch.equal(made, alone) is (backend == "torch_sdpa")
+        assert report.dense == (report.calls if backend == "torch_sdpa" else calls_of_each_step)
+        assert torch.equal(tiny.run(4), plain)
 
 
 TUNED: dict[str, Any] = {"sparsity": 0.5, "min_tokens": 0, "step_cache": {"name": "first_block", "keys": {"threshold": 0.1}}}

@@ -1,4 +1,4 @@
-"""What one of several processes does, over gloo: sglang's layers under its Ulysses, and its whole Wan."""
+"""What one of several processes does, over gloo: sglang's layers under its Ulysses, and its whole models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sglang.multimodal_gen.runtime.platforms.plugins import apply_plugin_hooks, 
 
 from ditattn.hosts.sglang.serving import serving  # noqa: E402
 from ditattn.runtime.report import ComponentReport  # noqa: E402
-from hosts.sglang import server, tiny_wan  # noqa: E402
+from hosts.sglang import server, tiny_models, tiny_wan  # noqa: E402
 
 KINDS = {"USPAttention": USPAttention, "UlyssesAttention": UlyssesAttention}
 Answer = tuple[Tensor, ComponentReport | None]
@@ -38,10 +38,10 @@ def _meet() -> tuple[int, int]:
     return rank, count
 
 
-def layer(kind: str, name: str, config: dict[str, Any], qkv: list[Tensor]) -> Answer:
+def layer(kind: str, name: str, config: dict[str, Any], qkv: list[Tensor], latents: tuple[int, ...] = server.LATENTS) -> Answer:
     """One call of a layer: this rank's tokens of the result, and its report."""
     rank, count = _meet()
-    server_args, batch = server.serve(name, **config), server.request()
+    server_args, batch = server.serve(name, **config), server.request(latents)
     made = KINDS[kind](num_heads=qkv[0].shape[2], head_size=server.HEAD_SIZE, causal=False, prefix="blocks.0.attn1")
     with torch.no_grad(), server.forward_of(1, batch, server_args):
         out = made(*(x.chunk(count, dim=1)[rank].contiguous() for x in qkv))
@@ -67,3 +67,14 @@ def wan(name: str, config: dict[str, Any], latents: tuple[int, ...], share: str)
             out = pipeline.gather_latents_for_sp(out)
     report = serving().last_report
     return out, None if report is None else report.components["transformer"]
+
+
+def model(name: str, config: dict[str, Any]) -> Answer:
+    """One forward of a model with text: this rank's part of the result, and its report."""
+    rank, count = _meet()
+    tiny = tiny_models.MODELS[name]
+    latents, texts = tiny_models.latents_and_texts(tiny)
+    with tiny_wan.reference_norms():
+        part = tiny_models.parts(name, latents, count)[rank].contiguous()
+        out = tiny_models.one_forward(tiny, "rain_fusion_attn", config, part, texts[0])
+    return out, serving().end_of_stage().components["transformer"]

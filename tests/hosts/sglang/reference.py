@@ -12,7 +12,13 @@ from ditattn.backends.registry import load_backend
 
 
 def sparse(
-    backend_name: str, config: dict[str, Any], qkv: list[Tensor], latents: tuple[int, ...], step: int, steps: int
+    backend_name: str,
+    config: dict[str, Any],
+    qkv: list[Tensor],
+    latents: tuple[int, ...],
+    step: int,
+    steps: int,
+    num_suffix_tokens: int = 0,
 ) -> tuple[Tensor, float]:
     """The result and the density of the plan; by the reference implementation, where the method adds no means of what it drops."""
     heads, head_size = qkv[0].shape[2:]
@@ -25,6 +31,7 @@ def sparse(
         patch_size=(1, 2, 2),
         config=backend.get_config_cls().from_mapping(config),
         num_steps=steps,
+        num_suffix_tokens=num_suffix_tokens,
     )
     out = impl.forward(*qkv, metadata)
     [record] = records

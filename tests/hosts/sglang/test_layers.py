@@ -224,6 +224,16 @@ def test_an_image_is_one_frame(serve: Serve, qkv: list[Tensor]) -> None:
     assert (report.sparse, report.token_grids) == (1, {"1x32x48": 1})
 
 
+@pytest.mark.parametrize(("prefix", "sparse", "reasons"), [("mova_video", 1, {}), ("Wan", 0, {"unknown geometry": 1})])
+def test_stages_that_build_no_metadata(serve: Serve, qkv: list[Tensor], prefix: str, sparse: int, reasons: dict[str, int]) -> None:
+    serve("rain_fusion_attn", prefix=prefix, sparsity=0.75, min_tokens=0, skip_first_steps=1)
+    layer = build()
+    with set_forward_context(current_timestep=1, attn_metadata=None, forward_batch=request()):
+        layer(*qkv)
+    report = serving().end_of_stage().components["transformer"]
+    assert (report.sparse, report.dense_reasons) == (sparse, reasons)
+
+
 def test_text_behind_the_video_is_kept_whole(serve: Serve) -> None:
     qkv = list(torch.randn(3, 1, TOKENS + 77, HEADS, HEAD_SIZE))
     server_args, batch = serve("rain_fusion_attn", prefix="Hunyuan", sparsity=0.75, **NOW), request()

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import judge
-from cases import DEVICES, DTYPES, TAIL_CASES, Case, Problem, build
+from cases import DEVICES, DTYPES, TAIL_CASES, Case, Problem, build, shared
 from ditattn.errors import UnsupportedCall
 from ditattn.ops.block_sparse_attention import TABLE, block_sparse_attention, block_sparse_attention_with_lse, tail_merge
 from ditattn.ops.block_sparse_attention.pure_torch import run as run_torch
@@ -48,7 +48,7 @@ def attend(problem: Problem, name: str, tail: PooledTail | None, **options: obje
 
 @pytest.mark.parametrize(("name", "case", "dtype", "device"), COMBINATIONS)
 def test_error_is_in_proportion_to_torch(name: str, case: Case, dtype: torch.dtype, device: str) -> None:
-    problem = build(case, dtype, device)
+    problem = shared(case, dtype, device)
     out, lse = attend(problem, name, problem.tail)
     judge.check_output(out, problem, judge.coarser(TABLE, name))
     judge.check_lse(lse, problem, judge.coarser(TABLE, name))

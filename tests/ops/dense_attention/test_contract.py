@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import judge
-from cases import DENSE_CASES, DEVICES, DTYPES, Case, build
+from cases import DENSE_CASES, DEVICES, DTYPES, Case, build, shared
 from ditattn.errors import BackendUnavailable, UnsupportedCall
 from ditattn.ops.dense_attention import TABLE, dense_attention
 
@@ -31,7 +31,7 @@ def _taken(name: str, device: str) -> list[torch.dtype]:
 
 @pytest.mark.parametrize(("name", "case", "dtype", "device"), COMBINATIONS)
 def test_error_is_in_proportion_to_torch(name: str, case: Case, dtype: torch.dtype, device: str) -> None:
-    problem = build(case, dtype, device)
+    problem = shared(case, dtype, device)
     judge.check_output(
         dense_attention(problem.query, problem.key, problem.value, **problem.options, attn_mask=problem.attn_mask, implementation=name),
         problem,

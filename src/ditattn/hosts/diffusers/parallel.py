@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -19,9 +20,8 @@ from torch import Tensor, nn
 
 from ditattn.errors import UnsupportedCall, UnsupportedModel
 from ditattn.models import ModelFamily, unwrapped
-from ditattn.plan.deal import Deal
 from ditattn.runtime.attend import attend
-from ditattn.runtime.forward import Forward, running
+from ditattn.runtime.forward import running
 from ditattn.runtime.split import SequenceSplit, TensorSplit
 
 __all__ = [
@@ -40,7 +40,8 @@ def sequence_split(module: nn.Module) -> SequenceSplit | None:
         return None
     rank = config._ring_local_rank * config.ulysses_degree + config._ulysses_local_rank
     even = not (config.ulysses_anything or config.ring_anything)
-    return SequenceSplit(config.ulysses_degree, config.ring_degree, rank, even)
+    exchange = partial(_exchanged_rows, group=config._ring_mesh.get_group()) if config.ring_degree > 1 else None
+    return SequenceSplit(config.ulysses_degree, config.ring_degree, rank, even, exchange)
 
 
 def tensor_split(module: nn.Module, attention: nn.Module) -> TensorSplit | None:
@@ -115,7 +116,7 @@ def attend_in_parallel(
     if forward is not None and forward.split is None:
         raise UnsupportedCall(f"{forward.model.name}: an attention processor is set for context parallelism, its denoiser is not")
     if forward is None or torch.compiler.is_compiling():
-        return _exchanged(query, key, value, attn_mask, dropout_p, scale, config, attend, None)
+        return _exchanged(query, key, value, attn_mask, dropout_p, scale, config, attend)
     watch = forward.model.log.communication
     with ExitStack() as stretch:
         stretch.enter_context(watch.measure(query.device))
@@ -126,7 +127,7 @@ def attend_in_parallel(
             stretch.enter_context(watch.measure(query.device))
             return out
 
-        return _exchanged(query, key, value, attn_mask, dropout_p, scale, config, attend_between, forward)
+        return _exchanged(query, key, value, attn_mask, dropout_p, scale, config, attend_between)
 
 
 def _exchanged(
@@ -138,14 +139,10 @@ def _exchanged(
     scale: float | None,
     config: Any,
     compute: Any,
-    forward: Forward | None,
 ) -> Tensor:
-    """Exchanges around `compute`, which gets the whole sequence of this rank's heads, or its own queries and everybody's keys.
-
-    A compiled graph knows no `forward`.
-    """
+    """Exchanges around `compute`, which gets the whole sequence of this rank's heads, or its own queries and everybody's keys."""
     if config.context_parallel_config.ring_degree > 1:
-        return _with_all_keys(query, key, value, attn_mask, dropout_p, scale, config.context_parallel_config, compute, forward)
+        return _with_all_keys(query, key, value, attn_mask, dropout_p, scale, config.context_parallel_config, compute)
 
     if attn_mask is not None and attn_mask.shape[-1] == key.shape[1]:
         # diffusers 0.42.1 pads uneven parts to equal ones and cuts the end alone: of three ranks' masks the padding stays in the middle
@@ -183,7 +180,6 @@ def _with_all_keys(
     scale: float | None,
     degrees: Any,
     compute: Any,
-    forward: Forward | None,
 ) -> Tensor:
     """One rectangular call where diffusers' ring merges a call for each rank, which it gathers all keys for too.
 
@@ -195,41 +191,10 @@ def _with_all_keys(
     if degrees.ulysses_degree > 1:
         query, key, value = (attention_dispatch.SeqAllToAllDim.apply(group, x, 2, 1) for x in (query, key, value))
     key, value = _gathered(torch.stack([key, value]), 2, degrees._ring_mesh, degrees)
-    rows = None if forward is None or forward.dealt is None else forward.share.rows
-    if forward is not None and rows is not None and (query.shape[1], key.shape[1]) == (rows.num_tokens, sum(rows.gathered.streams)):
-        out = _dealt(query, key, value, attn_mask, dropout_p, scale, degrees, compute, forward)
-    else:
-        out = compute(query, key, value, attn_mask, dropout_p, False, scale)
+    out: Tensor = compute(query, key, value, attn_mask, dropout_p, False, scale)
     if degrees.ulysses_degree > 1:
         out = attention_dispatch.SeqAllToAllDim.apply(group, out, 1, 2)
     return out
-
-
-def _dealt(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Any,
-    dropout_p: float,
-    scale: float | None,
-    degrees: Any,
-    compute: Any,
-    forward: Forward,
-) -> Tensor:
-    """Rows that keep every key go to ranks that have less to do, and their results come back."""
-    assert forward.dealt is not None
-    rows = forward.dealt.rows
-    assert rows is not None
-    assert isinstance(rows.dealt, Deal)
-    deal, place, group = rows.dealt, rows.place, degrees._ring_mesh.get_group()
-    stay, sent = (index.to(query.device) for index in (deal.stay[place], torch.cat(deal.sends[place])))
-    to_each, from_each = deal.sizes(place)
-    came = _exchanged_rows(query.index_select(1, sent), to_each, from_each, group)
-    with forward.dealing():
-        out: Tensor = compute(torch.cat([query.index_select(1, stay), came], 1), key, value, attn_mask, dropout_p, False, scale)
-    returned = _exchanged_rows(out[:, len(stay) :], from_each, to_each, group)
-    own = torch.empty_like(query)
-    return own.index_copy_(1, stay, out[:, : len(stay)]).index_copy_(1, sent, returned)
 
 
 def _exchanged_rows(x: Tensor, to_each: list[int], from_each: list[int], group: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,9 +24,23 @@ def _plan(module: Any) -> Any:
     """How the module's tokens are split: diffusers' own plan, or that of the family; None if there is none."""
     own = unwrapped(module)
     family, plan = family_of(own), getattr(own, "_cp_plan", None)
-    if plan is not None or family is None or family.split_plan is None:
+    if family is None or family.split_plan is None or (plan is not None and not family.whole_keys):
         return plan
     return {path: _in_diffusers_words(part) for path, part in family.split_plan(own.config).items()}
+
+
+def _leave_keys_whole(module: Any, pattern: str) -> None:
+    """Cross-attention whose keys are whole on every rank exchanges nothing."""
+    for path, part in module.named_modules():
+        if re.fullmatch(pattern, path):
+            part.processor._parallel_config = None
+
+
+def _one_for_all_tokens(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A timestep that a pipeline gives as `[B, 1]` is no row of tokens that could be split."""
+    timestep = kwargs.get("timestep")
+    one = isinstance(timestep, torch.Tensor) and timestep.ndim == 2 and timestep.shape[1] == 1
+    return args, {**kwargs, "timestep": timestep[:, 0]} if one else kwargs  # type: ignore[index]
 
 
 def _in_diffusers_words(part: Any) -> Any:
@@ -44,8 +59,8 @@ def _in_diffusers_words(part: Any) -> Any:
 def enable_context_parallelism(module: Any, cp_plan: Any = None, mesh: Any = None, **degrees: Any) -> None:
     """`module.enable_parallelism` of diffusers with a `ContextParallelConfig` of these degrees.
 
-    `cp_plan` is the model's own unless given, or its family's where diffusers has none; `mesh` has the dimensions ring and ulysses and is
-    made of all ranks unless given.
+    `cp_plan` is the model's own unless given, or its family's where diffusers has none that serves; `mesh` has the dimensions ring and
+    ulysses and is made of all ranks unless given.
 
     It divides by the number of accelerators to find this rank's device, also on a machine that has none (seen in 0.42.1): there torch is
     made to count the CPU as one while it looks.
@@ -61,6 +76,11 @@ def enable_context_parallelism(module: Any, cp_plan: Any = None, mesh: Any = Non
         module.enable_parallelism(config=config, cp_plan=plan)
     finally:
         torch.accelerator.device_count = count
+    own = unwrapped(module)
+    family = family_of(own)
+    if cp_plan is None and family is not None and family.whole_keys:
+        _leave_keys_whole(own, family.whole_keys)
+        own.register_forward_pre_hook(_one_for_all_tokens, with_kwargs=True)
 
 
 def _mesh(module: nn.Module, branches: int, degrees: Mapping[str, Any]) -> Any:

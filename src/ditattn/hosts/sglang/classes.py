@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ditattn.errors import UnsupportedCall
 from ditattn.hosts.sglang.config import NAMES, global_keys, parse_setting
-from ditattn.hosts.sglang.serving import Layer, logger, serving, watch_requests
+from ditattn.hosts.sglang.serving import Layer, logger, serving
+from ditattn.hosts.sglang.stages import watch_requests
 
 # arguments of sglang's layers that change nothing here: how its own kernels are chosen, and how projections outside attention are quantised
 WITHOUT_EFFECT = frozenset({"allow_cudnn_sdp", "quant_config"})
@@ -115,6 +116,9 @@ def _backend_class(name: str) -> Any:
 
     class Backend(AttentionBackend):
         """Ring attention and packed sequences of several lengths are not served; sglang says so when it builds such a layer."""
+
+        # sglang's denoising stage builds metadata for the names that it knows as sparse
+        has_metadata_of_ditattn = load_backend(name).is_sparse
 
         @staticmethod
         def get_enum() -> Any:

@@ -12,7 +12,7 @@ from ditattn.backends.registry import load_backend
 from ditattn.backends.setting import Setting
 from ditattn.errors import ConfigError
 
-__all__ = ["NAMES", "asks_for_ours", "global_keys", "model_prefix", "parse_setting"]
+__all__ = ["NAMES", "asks_for_ours", "global_keys", "model_prefix", "parse_setting", "pipeline_config"]
 
 NAMES = ("laser_attn", "block_sparse_attn", "rain_fusion_attn")
 """Names that sglang's `--attention-backend` takes on every device and that are ours as well."""
@@ -28,8 +28,12 @@ def global_keys() -> dict[str, Any]:
 
 def model_prefix() -> str:
     """What sglang's configuration calls the denoiser, in lower case; empty where it does not."""
-    pipeline = getattr(_server_args(), "pipeline_config", None)
-    return str(getattr(getattr(pipeline, "dit_config", None), "prefix", "")).lower()
+    return str(getattr(getattr(pipeline_config(), "dit_config", None), "prefix", "")).lower()
+
+
+def pipeline_config() -> Any:
+    """sglang's configuration of the pipeline; None before it has read its arguments."""
+    return getattr(_server_args(), "pipeline_config", None)
 
 
 def _server_args() -> Any:

@@ -6,11 +6,12 @@ tokens' grid is in the metadata that it builds for a step, and the number of a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from ditattn.backends.registry import load_backend
 from ditattn.backends.setting import Setting
-from ditattn.hosts.sglang.config import model_prefix
+from ditattn.hosts.sglang.config import model_prefix, pipeline_config
+from ditattn.hosts.sglang.sequences import Latents, ModelSequence, call_tokens, latents_of, sequence_of
 from ditattn.models import ModelFamily, TokenLayout
 from ditattn.ops.contract import refuse_gradients
 from ditattn.plan.split import HeadShare
@@ -31,12 +33,9 @@ from ditattn.runtime.split import WHOLE, RankShare, SequenceSplit
 from ditattn.runtime.stage import DenoisingStage
 from ditattn.runtime.step import Step, StepClock
 
-__all__ = ["Layer", "Serving", "logger", "serving", "watch_requests"]
+__all__ = ["Layer", "Serving", "logger", "serving"]
 
-END_OF_A_STAGE = "sglang.multimodal_gen.runtime.pipelines_core.stages.base.PipelineStage.__call__"
-
-# models whose text stands behind the video, by the prefix of their configuration; of others only the video is known
-TEXT_BEHIND_VIDEO = frozenset({"hunyuan"})
+Found = TypeVar("Found")
 
 CACHED_KEYS = "causal attention with more keys than queries"
 
@@ -49,24 +48,42 @@ def logger() -> Any:
 
 
 def _layout(config: Any, arguments: Mapping[str, Any]) -> TokenLayout:
-    """The video of a step's metadata.
+    """The grids of a request. Raises ValueError where they are not known."""
+    latents: Latents | None = arguments["latents"]
+    if latents is None:
+        raise ValueError("the latents are of a form that is not known here")
+    return latents.layout()
 
-    Raises:
-        ValueError: no metadata, latents of another form, or gathered tokens of a model with text.
-    """
-    metadata = arguments["metadata"]
-    shape = getattr(metadata, "raw_latent_shape", None)
-    if shape is None:
-        raise ValueError("sglang built no metadata for this step")
-    if arguments["has_text"] and arguments["is_split"]:
-        raise ValueError("where the text of gathered tokens stands is not known")
-    batch, channels, *sizes = (int(size) for size in shape)
-    frames, rows, columns = sizes if len(sizes) == 3 else (1, *sizes)
-    patch = tuple(metadata.patch_size)
-    return TokenLayout((batch, channels, frames, rows, columns), (1, *patch[1:]) if len(sizes) == 2 else patch)
+
+def _known(find: Callable[..., Found], *facts: Any) -> Found | None:
+    """A form of sglang's that is not known is no error: calls run densely and are counted as "unknown geometry"."""
+    try:
+        return find(*facts)
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        logger().debug("tokens of a call are not known: %s", error)
+        return None
 
 
 FAMILY = ModelFamily(name="sglang", transformer_classes=(), layout=_layout, self_attention=r".*")
+
+
+@dataclass
+class ServedForward:
+    """A forward that runs.
+
+    Attributes:
+        forward: as the stage knows it.
+        sequence: of its model.
+        latents: of its request; None where they are not known.
+        called: numbers of the layers that were called.
+        kind: of the last call: its tokens, the ranks that gathered them, whether they are text alone.
+    """
+
+    forward: Forward
+    sequence: ModelSequence
+    latents: Latents | None
+    called: set[int] = field(default_factory=set)
+    kind: tuple[int, int, bool] | None = None
 
 
 class RequestClock(StepClock):
@@ -88,9 +105,9 @@ class Serving:
     def __init__(self) -> None:
         self.stage = DenoisingStage(RequestClock())
         self.last_report: AttentionReport | None = None
+        self._request: Any = None
         self._context: Any = None
-        self._forwards: dict[str, Forward] = {}
-        self._called: dict[str, set[int]] = {}
+        self._forwards: dict[str, ServedForward] = {}
 
     def model(self, component: str, setting: Setting) -> ServedModel:
         """The denoiser of that name; a new one where it was served otherwise before."""
@@ -98,53 +115,81 @@ class Serving:
         for model in self.stage.models:
             if model.name == component and (model.backend, model.config) == (backend, setting.config):
                 return model
-        family = replace(FAMILY, suffix_varies=model_prefix() in TEXT_BEHIND_VIDEO)
-        made = ServedModel(component, family, None, backend, setting.config, [], layers_by_count=False)
+        made = ServedModel(component, FAMILY, None, backend, setting.config, [], layers_by_count=False)
         self.stage.models = [*(model for model in self.stage.models if model.name != component), made]
         return made
 
+    @contextlib.contextmanager
+    def serves(self, request: Any) -> Iterator[None]:
+        """Within a denoising stage of this request. Some stages do not say in a forward's context which it is."""
+        before, self._request = self._request, request
+        try:
+            yield
+        finally:
+            self._request = before
+
+    def request_of(self, context: Any) -> Any:
+        """The request that a forward is for; None where it is no denoiser's."""
+        if context is None:
+            return None
+        if context.forward_batch is None and context.attn_metadata is not None:
+            return self._request
+        return context.forward_batch
+
     def attend(self, layer: Layer, context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One call of a denoiser, `[B, S, H, D]` in and out."""
-        forward = self._forward(layer, context, query)
+        served = self._forward(layer, context)
+        forward = served.forward
         self.stage.resume(forward)
         forward.layer = layer.number
+        self._set_tokens(served, layer, query)
         if layer.causal and query.shape[1] != key.shape[1]:
             # sglang's queries are the last tokens of the keys, ours the first
             self.stage.count_native(forward, query, key, CACHED_KEYS)
             return layer.theirs(query, key, value)
         return self.stage.attend(forward, query, key, value, None, layer.causal, layer.scale)
 
-    def _forward(self, layer: Layer, context: Any, query: Tensor) -> Forward:
+    def _forward(self, layer: Layer, context: Any) -> ServedForward:
         """The forward that a call belongs to: another context, or a layer that was called already, means another one."""
         if context is not self._context:
             self._leave()
             self._context = context
         name = layer.model.name
-        called = self._called.setdefault(name, set())
-        if name not in self._forwards or layer.number in called:
-            if name in self._forwards:
-                self.stage.leave(self._forwards.pop(name))
-            called.clear()
-            self._forwards[name] = self._enter(layer, context, query)
-        called.add(layer.number)
+        if name in self._forwards and layer.number in self._forwards[name].called:
+            self.stage.leave(self._forwards.pop(name).forward)
+        if name not in self._forwards:
+            self._forwards[name] = self._enter(layer, context)
+        self._forwards[name].called.add(layer.number)
         return self._forwards[name]
 
-    def _enter(self, layer: Layer, context: Any, query: Tensor) -> Forward:
+    def _enter(self, layer: Layer, context: Any) -> ServedForward:
         check_layers(layer.model.config, len(layer.model.layers), layer.model.name)
-        ranks = layer.num_heads // query.shape[2]
-        arguments = {"metadata": context.attn_metadata, "has_text": layer.model.family.suffix_varies, "is_split": ranks > 1}
+        request, sequence = self.request_of(context), sequence_of(model_prefix())
+        latents = _known(latents_of, sequence, context.attn_metadata, request, pipeline_config())
+        step = Step(_index_of_step(context), _num_steps(request), "sglang")
+        return ServedForward(self.stage.enter(layer.model, {"latents": latents}, driver=step), sequence, latents)
+
+    def _set_tokens(self, served: ServedForward, layer: Layer, query: Tensor) -> None:
+        """Layers of one forward differ in what they see: the text alone, the video alone, both."""
+        num_tokens, ranks = query.shape[1], layer.num_heads // query.shape[2]
+        kind = num_tokens, ranks, served.sequence.sees_text_alone(layer.path)
+        if kind == served.kind:
+            return
+        served.kind = kind
+        tokens = None
+        if served.latents is not None:
+            tokens = _known(call_tokens, served.sequence, served.latents, layer.path, num_tokens, ranks)
+        layout, gathered = (None, None) if tokens is None else tokens
         split, share = None, WHOLE
         if ranks > 1:
             place = _ulysses_rank()
-            split, share = SequenceSplit(ranks, 1, place), RankShare(heads=HeadShare(place, ranks, layer.num_heads))
-        step = Step(_index_of_step(context), _num_steps(context.forward_batch), "sglang")
-        return self.stage.enter(layer.model, arguments, driver=step, split=split, share=share)
+            split, share = SequenceSplit(ranks, 1, place), RankShare(gathered, heads=HeadShare(place, ranks, layer.num_heads))
+        self.stage.set_tokens(served.forward, layout, split, share)
 
     def _leave(self) -> None:
-        for forward in self._forwards.values():
-            self.stage.leave(forward)
+        for served in self._forwards.values():
+            self.stage.leave(served.forward)
         self._forwards.clear()
-        self._called.clear()
         self._context = None
 
     def end_of_stage(self) -> AttentionReport | None:
@@ -177,6 +222,7 @@ class Layer:
         theirs: what serves calls outside of a denoiser's forward.
 
     Attributes:
+        path: as above; "layer N" where sglang does not say.
         number: its place among the layers of the denoiser; a layer that is built again keeps its own.
     """
 
@@ -184,10 +230,12 @@ class Layer:
         self, model: ServedModel, path: str, num_heads: int, causal: bool, scale: float, theirs: Callable[[Tensor, Tensor, Tensor], Tensor]
     ) -> None:
         self.model, self.num_heads, self.causal, self.scale, self.theirs = model, num_heads, causal, scale, theirs
+        if path and sequence_of(model_prefix()).one_prefix:
+            path = f"{path}, layer {len(model.layers)}"
         if not path or path not in model.layers:
             model.layers.append(path or f"layer {len(model.layers)}")
             path = model.layers[-1]
-        self.number = model.layers.index(path)
+        self.path, self.number = path, model.layers.index(path)
         number = next(_handles)
         _layers[number] = self
         # a tensor: torch.compile would make one graph for each number. sglang builds its models on the meta device
@@ -208,7 +256,7 @@ _layers: WeakValueDictionary[int, Layer] = WeakValueDictionary()
 @torch.library.custom_op("ditattn::attend_sglang", mutates_args=())
 def _attend(query: Tensor, key: Tensor, value: Tensor, handle: Tensor) -> Tensor:
     layer, context = _layers[int(handle)], _forward_context()
-    if context is None or context.forward_batch is None:
+    if serving().request_of(context) is None:
         return layer.theirs(query, key, value).contiguous()
     return serving().attend(layer, context, query, key, value).contiguous()
 
@@ -244,24 +292,3 @@ def _num_steps(batch: Any) -> int | None:
     timesteps = getattr(batch, "timesteps", None)
     known = getattr(batch, "num_inference_steps", None) if timesteps is None else len(timesteps)
     return None if known is None else int(known)
-
-
-def watch_requests() -> None:
-    """Log what ran at the end of every denoising stage: sglang runs each stage of a request by `PipelineStage.__call__`, which no stage
-    replaces."""
-    from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
-
-    if not any(hook is report_of_stage for _, hook, _ in HookRegistry._hooks.get(END_OF_A_STAGE, ())):
-        HookRegistry.register(END_OF_A_STAGE, report_of_stage, HookType.AFTER)
-    HookRegistry.apply_hooks()
-
-
-def report_of_stage(result: Any, stage: Any, batch: Any, server_args: Any) -> None:
-    """sglang's stage ended; `result` stays what it is."""
-    from sglang.multimodal_gen.runtime.disaggregation.roles import RoleType
-
-    if stage.role_affinity != RoleType.DENOISER:
-        return
-    report = serving().end_of_stage()
-    if report is not None and not getattr(batch, "is_warmup", False):
-        logger().info(report.summary())
