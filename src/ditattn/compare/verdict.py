@@ -84,8 +84,18 @@ def _best_choices(faster: Sequence[_Point]) -> str:
     """Settings that no other one beats in both quality and speed, slow and careful ones first."""
     best = sorted((one for one in faster if not any(map(one.is_beaten_by, faster))), key=lambda point: point.speed_up)
     if len(best) > NAMED_SETTINGS:
-        best = [best[0], best[len(best) // 2], best[-1]]
+        best = [best[0], _knee(best), best[-1]]
     return "; ".join(_keeps(backend, list(points)) for backend, points in groupby(best, key=lambda point: point.backend))
+
+
+def _knee(best: Sequence[_Point]) -> _Point:
+    """Between the first and the last, the one that stands highest above the straight line from one to the other; of equal ones the middle."""
+    first, last = best[0], best[-1]
+    # lossless and equally fast ends have no line
+    is_flat = math.isinf(first.psnr) or first.speed_up == last.speed_up
+    slope = 0.0 if is_flat else (last.psnr - first.psnr) / (last.speed_up - first.speed_up)
+    inner = sorted(best[1:-1], key=lambda point: abs(best.index(point) - len(best) // 2))
+    return max(inner, key=lambda point: round(point.psnr - slope * point.speed_up, 3))
 
 
 def _keeps(backend: str, points: Sequence[_Point]) -> str:
