@@ -239,8 +239,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--methods", help=f"comma-separated, of {', '.join(method.name for method in METHODS)}")
     parser.add_argument("--shares", help=f"comma-separated computed shares; default {','.join(map(str, SHARES))}")
     parser.add_argument("--clips", type=int, help=f"how many held-out captions, each with its own seed; default {CLIPS}")
-    for name, value in vars(Size()).items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+    for option in ("--frames", "--height", "--width", "--steps"):
+        parser.add_argument(option, type=int, default=getattr(Size, option.removeprefix("--")))
     parser.add_argument("--model", type=Path, default=TRAINED, help="a folder with other weights of the demo model")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the file of JSON lines")
     parser.add_argument("--cache", type=Path, default=cache_folder() / "fidelity", help="the folder of dense references")

@@ -89,7 +89,7 @@ def _best_choices(faster: Sequence[_Point]) -> str:
 
 
 def _knee(best: Sequence[_Point]) -> _Point:
-    """Between the first and the last, the one that stands highest above the straight line from one to the other; of equal ones the middle."""
+    """The inner one that stands highest above the straight line from the first to the last; of equal ones the middle."""
     first, last = best[0], best[-1]
     # lossless and equally fast ends have no line
     is_flat = math.isinf(first.psnr) or first.speed_up == last.speed_up
