@@ -128,6 +128,8 @@ SKIPPED_LAYERS = Option(
 CACHE_NAMES = "first_block, pyramid_attention_broadcast, faster, mag, taylorseer or sea"
 SAME_AS_FILE = "none, or what the file of --attention-backend-config was tuned beside"
 CACHE_KEYS = "those of diffusers' configuration class: k=v,k=v (threshold=0.1), JSON text, or a file."
+# of the step cache that is named beside it, where there is one alone
+StepCacheKeys = Annotated[Pairs, Option(ATTENTION, f"Its keys, {CACHE_KEYS}", metavar="CONFIG")]
 
 SEEDS = Option(SAMPLING, "Seed of the noise. Repeat it for several: every prompt is made with every seed.")
 
@@ -264,10 +266,7 @@ class GenerateSettings(CallSettings):
             metavar="NAME",
         ),
     ] = None
-    cache_config: Annotated[
-        Pairs,
-        Option(ATTENTION, f"Its keys, {CACHE_KEYS}", metavar="CONFIG"),
-    ] = Field(default_factory=dict)
+    cache_config: StepCacheKeys = Field(default_factory=dict)
     quantization: Annotated[
         str | None,
         Option(
@@ -413,10 +412,7 @@ class TuneSettings(CallSettings):
             metavar="NAME",
         ),
     ] = None
-    cache_config: Annotated[
-        Pairs,
-        Option(ATTENTION, f"Its keys, {CACHE_KEYS}", metavar="CONFIG"),
-    ] = Field(default_factory=dict)
+    cache_config: StepCacheKeys = Field(default_factory=dict)
     output_file_name: Annotated[str | None, Option(OUTPUT, "Name of the .yaml file.", "tune_ and a hash", metavar="NAME")] = None
 
 
