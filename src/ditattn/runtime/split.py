@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from ditattn.errors import UnsupportedCall, UnsupportedModel
 from ditattn.models import ModelFamily, TokenLayout
-from ditattn.plan.split import GatheredRows, GatheredTokens, HeadShare
+from ditattn.plan.split import ExchangeRows, GatheredRows, GatheredTokens, HeadShare
 
 __all__ = ["WHOLE", "RankShare", "SequenceSplit", "TensorSplit", "rank_share"]
 
@@ -32,7 +29,7 @@ class SequenceSplit:
     ring: int
     rank: int
     even: bool = True
-    exchange_rows: Callable[[Tensor, list[int], list[int]], Tensor] | None = field(default=None, compare=False, repr=False)
+    exchange_rows: ExchangeRows | None = field(default=None, compare=False, repr=False)
 
     @property
     def ranks(self) -> int:
