@@ -93,6 +93,8 @@ def sample_error(
 
     Where the ranks of a ring deal out blocks, on this rank's share of the sample.
     """
+    # asked of the call's own queries, by all ranks
+    sparsity = refreshes_of(query, metadata).sparsity
     means = Means.of(query, key, value, metadata, orders, scale)
     if orders.deal is None:
         blocks = _sample(orders.queries, query.device)
@@ -109,7 +111,7 @@ def sample_error(
     by_row = costs.flatten(0, 2)[:, None, None]
     valid_by_row = valid.expand(costs.shape[0], -1).repeat_interleave(costs.shape[1] * costs.shape[2], dim=0)
     forced = orders.forced[0].in_one_row()
-    mask = tail_error.pick(by_row, refreshes_of(query, metadata).sparsity, forced, valid_by_row, LEAST_BLOCKS).view_as(costs)
+    mask = tail_error.pick(by_row, sparsity, forced, valid_by_row, LEAST_BLOCKS).view_as(costs)
     if dense is None:
         return costs.masked_fill(mask, 0).sum((0, 2, 3))
     out = sparse_op.block_sparse_attention(
