@@ -72,6 +72,14 @@ def test_degrees_without_torchrun_say_how_to_start(monkeypatch: pytest.MonkeyPat
     assert "torchrun --nproc-per-node 2 -m ditattn" in capsys.readouterr().err
 
 
+def test_an_uneven_split_by_both_degrees_is_refused_before_weights_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, 0, 4)
+    assert run(["generate", "--prompt", PROMPT, "--ulysses-degree", "2", "--ring-degree", "2", "--uneven-split"]) == 2
+    assert "--uneven-split needs --ulysses-degree 1 or --ring-degree 1" in capsys.readouterr().err
+
+
 def test_the_first_of_several_failures_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, 1)
     monkeypatch.setattr(ranks, "_meeting", torch.distributed.HashStore())

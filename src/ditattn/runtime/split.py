@@ -39,8 +39,8 @@ class SequenceSplit:
     def anything(self) -> str:
         """What allows uneven parts in diffusers' configuration: a key, which it takes with one degree alone."""
         if self.ring > 1 and self.ulysses > 1:
-            return "one degree alone with ulysses_anything=True or ring_anything=True"
-        return f"ContextParallelConfig(..., {'ulysses_anything' if self.ring == 1 else 'ring_anything'}=True)"
+            return "one degree alone with ulysses_anything=True or ring_anything=True (--uneven-split)"
+        return f"ContextParallelConfig(..., {'ulysses_anything' if self.ring == 1 else 'ring_anything'}=True) (--uneven-split)"
 
     def __str__(self) -> str:
         degrees = [f"{name} {degree}" for name, degree in (("Ulysses", self.ulysses), ("ring", self.ring)) if degree > 1]

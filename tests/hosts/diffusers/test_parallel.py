@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import split_calls
 import split_pipelines
+from ditattn.errors import UnsupportedCall
+from ditattn.hosts.diffusers import parallel
 from pairwise import each_with_one
 from ranks import Ranks
 
@@ -322,9 +326,20 @@ def test_the_first_steps_are_as_many_as_in_one_process(two: Ranks) -> None:
 
 def test_three_heads_on_two_ranks(two: Ranks) -> None:
     for rank, (refusal, error, heads) in enumerate(two.run(split_pipelines.three_heads)):
-        assert "ulysses_degree=2 does not divide the 3 heads" in refusal
+        assert "ulysses_degree=2 does not divide the 3 heads: choose 3, or a ring_degree, or ContextParallelConfig" in refusal
+        assert "(--uneven-split)" in refusal
         assert error < BOUND
         assert heads == {2 - rank}
+
+
+@pytest.mark.parametrize(
+    ("anything", "message"), [(False, "ulysses_degree=3 does not divide the 4 heads"), (True, "4 heads are too few for ulysses_degree=3")]
+)
+def test_a_degree_that_no_uneven_split_allows_is_refused_with_those_that_would_do(anything: bool, message: str) -> None:
+    heads = torch.zeros(1, 4, 4, 32)
+    with pytest.raises(UnsupportedCall, match=message) as refused:
+        parallel._check(heads, heads, False, SimpleNamespace(ulysses_degree=3, ulysses_anything=anything))
+    assert str(refused.value).endswith("choose 2 or 4, or a ring_degree")
 
 
 def test_installing_before_or_after_the_split_is_the_same_and_leaving_leaves_no_trace(two: Ranks) -> None:
