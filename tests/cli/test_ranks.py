@@ -93,6 +93,15 @@ def test_a_partner_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ranks.speaks(RuntimeError("[gloo/transport] Connection closed by peer")) == "error: another one of the 2 processes ended"
 
 
+def test_unequal_parts_through_gloo_are_not_taken_for_a_partner_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 0, 3)
+    monkeypatch.setattr(ranks, "_meeting", torch.distributed.HashStore())
+    said = "ProcessGroupGloo::allgather: invalid tensor size at index 1 (expected (1, 1366, 16), got (1, 1365, 16))"
+    told = ranks.speaks(RuntimeError(said))
+    assert told is not None
+    assert "gathers equal parts of a result alone: choose a size whose tokens are a multiple of the degree" in told
+
+
 @pytest.fixture
 def arguments_of(tmp_path: Path, wan_folder: Path) -> Any:
     """A verb with the options of a tiny clip, and further ones."""
