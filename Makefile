@@ -35,6 +35,9 @@ TORCH_TESTS := $(VERSION_TESTS) tests/hosts/diffusers/test_compile.py tests/back
 # the newest glibc that a wheel may ask for: that of torch's own wheels
 MANYLINUX := manylinux_2_28_$(shell uname -m)
 
+# what many processes import is compiled once, the tests' own files too, whatever the caller's environment says
+unexport PYTHONDONTWRITEBYTECODE
+
 # tests run side by side, one thread each; PROCESSES=0 runs them one after the other in one process
 PROCESSES ?= auto
 TESTS := -m pytest -q -n $(PROCESSES) --maxprocesses 8 --dist worksteal
