@@ -69,11 +69,15 @@ compatibility: $(READY)
 	DITATTN_COMPATIBILITY_ANEW=1 $(BIN)/python $(TESTS) -m "shows and not long" --junit-xml=.pytest_cache/shows.xml tests/hosts/diffusers
 	$(BIN)/python tools/family_tables.py .pytest_cache/shows.xml
 
-# the contract of every op on the CPU kernels of older processors; its other implementations know nothing of them
+# the contract of every op on the CPU kernels of older processors; its other implementations know nothing of them. Then attention on the
+# kernels for AMX, with tiles emulated by AVX-512
+EMULATED := $(addprefix tests/ops/,dense_attention/test_contract.py block_sparse_attention/test_contract.py block_sparse_attention/test_tail.py \
+  test_any_layout.py test_cpu_library.py::test_drawn_plans)
 test-isa: $(READY)
 	for isa in baseline avx2; do \
 	  DITATTN_CPU_ISA=$$isa $(BIN)/python $(TESTS) --implementation cpu $(wildcard tests/ops/*/test_contract.py) || exit 1; \
 	done
+	$(BIN)/python $(TESTS) --emulated-tiles --implementation cpu --implementation cpu_fast_fp32 $(EMULATED)
 
 # the adapter against other releases of diffusers. Each goes into a folder of its own, in front of the pinned one on the path; httpx and
 # httpcore are what older ones import and the pinned one does not

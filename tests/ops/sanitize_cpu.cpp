@@ -1,5 +1,5 @@
 // Runs the CPU library over many small shapes in buffers of exactly the right size, for the sanitizers and for targets without torch. With
-// the argument "compare" the smaller results are compared with sums in double. Built by test_cpu_builds.py.
+// the argument "compare" the smaller results are compared with sums in double, with "compare few" at fewer lengths. Built by test_cpu_builds.py.
 #include "library.cpp"
 
 #include <cstdio>
@@ -80,6 +80,27 @@ static std::vector<int64_t> shuffled(int tokens, int orders) {
   return all;
 }
 
+// What a thread that calls a kernel has in its tile registers is as it was when the call ends: another's configuration, or none.
+class KeptTiles {
+#if defined(DITATTN_TILES)
+  TileConfig found_;
+
+ public:
+  explicit KeptTiles(bool loaded) {
+    if (loaded) found_.palette = 1, found_.rows[0] = 3, found_.row_bytes[0] = 12, load_config(found_);
+  }
+  ~KeptTiles() { release_tiles(); }
+  bool changed() const {
+    const TileConfig now = loaded_config();
+    return memcmp(&now, &found_, sizeof now) != 0;
+  }
+#else
+ public:
+  explicit KeptTiles(bool) {}
+  bool changed() const { return false; }
+#endif
+};
+
 static bool compare = false;
 static int compared = 0;
 
@@ -118,7 +139,9 @@ static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool c
     a.tail_key = of(mean_keys, blocks, key_heads, dim), a.tail_value = of(mean_values, blocks, key_heads, dim);
     a.tail_counts = tokens.data();
   }
+  const KeptTiles tiles(causal);
   if (ditattn_attention(&a) != DITATTN_OK) return 1;
+  if (tiles.changed()) return printf("the call left another tile configuration than it found\n"), 1;
   if (!compare || (int64_t)queries * keys * dim > 65 * 254 * 64) return 0;
   compared++;
   const double allowed = a.compute_bf16 || dtype == DITATTN_BF16 ? 2e-2 : dtype == DITATTN_F16 ? 2e-3 : 2e-6, error = error_of(a);
@@ -163,14 +186,17 @@ static int summary(int dim, int dtype, int tokens, int orders) {
 
 int main(int argc, char**) {
   compare = argc > 1;
+  const bool few = argc > 2;
   if (ditattn_init()) return 2;
   int runs = 0, bad = 0;
   // threads share rows, heads and blocks alike at every length: a race shows at a few of them, an access outside only at its own tail
 #ifdef __SANITIZE_THREAD__
-  const std::vector<int> dims{32, 128}, query_lengths{65, 190}, key_lengths{3, 129, 254};
+  constexpr bool threads_only = true;
 #else
-  const std::vector<int> dims{32, 64, 96, 128}, query_lengths{1, 63, 65, 129, 190}, key_lengths{1, 2, 3, 33, 127, 128, 129, 200, 254};
+  constexpr bool threads_only = false;
 #endif
+  std::vector<int> dims{32, 64, 96, 128}, query_lengths{1, 63, 65, 129, 190}, key_lengths{1, 2, 3, 33, 127, 128, 129, 200, 254};
+  if (threads_only || few) dims = {32, 128}, query_lengths = {65, 190}, key_lengths = {3, 129, 254};
   for (int dtype : {0, 1, 2}) {
     for (int dim : dims) for (int queries : query_lengths) for (int keys : key_lengths)
       for (int mode = 0; mode < 5; mode++, runs++) bad += attend(dim, dtype, queries, keys, mode == 4 || mode & 1, mode & 2, 0, mode == 4);

@@ -3,39 +3,9 @@
 // Every operand lies in tiles of 1 KiB (16 rows of 64 bytes), so that a tile load touches 16 consecutive cache lines.
 #pragma once
 #include "bf16.h"
-
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "tiles.h"
 
 namespace {
-
-inline int permit_tiles() {
-  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) ? DITATTN_NOT_PERMITTED : DITATTN_OK;
-}
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 0, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-INLINE void load_config(const TileConfig& c) { __asm__ volatile("ldtilecfg %0" ::"m"(c)); }
-
-INLINE void use_full_tiles() {
-  TileConfig c;
-  c.palette = 1;
-  for (int t = 0; t < 8; t++) { c.row_bytes[t] = 64; c.rows[t] = 16; }
-  load_config(c);
-}
-
-// "memory": tiles are read from what vector code has just written, and the other way round.
-template <int T> INLINE void tile_load(const void* p) { __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(64L), "i"(T) : "memory"); }
-template <int T> INLINE void tile_store(void* p) { __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(64L), "i"(T) : "memory"); }
-template <int T> INLINE void tile_zero() { __asm__ volatile("tilezero %%tmm%c0" ::"i"(T)); }
-template <int C, int A, int B> INLINE void tile_product() {
-  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
-}
 
 // Visits that a panel takes in at once: the output is loaded, rescaled and stored once for all of them.
 constexpr int VISITS = 2;
@@ -74,11 +44,10 @@ template <int D> struct AmxKernel {
 
   // torch keeps a tile configuration per thread between its own calls: leave what was found.
   struct Thread {
-    TileConfig found;
-    Thread() { __asm__ volatile("sttilecfg %0" : "=m"(found)); }
+    const TileConfig found = loaded_config();
     ~Thread() {
       if (found.palette) load_config(found);
-      else __asm__ volatile("tilerelease");
+      else release_tiles();
     }
   };
 
@@ -233,7 +202,7 @@ template <int D> struct AmxKernel {
   static void attend(const Unit& unit, char* memory) {
     Scratch& t = *(Scratch*)memory;
     // here and not once per thread: between two units a Python signal handler may have run torch's own tile code
-    use_full_tiles();
+    load_config(TileConfig::full());
     const int panels = (unit.rows + PQ - 1) / PQ;
     for (int p = 0; p < panels; p++) {
       pack_query(unit, p * PQ, t.panels[p].Q);

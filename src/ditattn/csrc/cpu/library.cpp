@@ -7,7 +7,8 @@
 #if defined(__AVX512BF16__)
 #include "bf16.h"
 #endif
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) || defined(DITATTN_EMULATED_TILES)
+#define DITATTN_TILES
 #include "amx.h"
 #endif
 #include "instruction_sets.h"
@@ -19,7 +20,7 @@
 namespace {
 
 template <int D> int run_attention(DitattnAttention& a) {
-#if defined(__AMX_BF16__)
+#if defined(DITATTN_TILES)
   if (a.compute_bf16) return Attention<AmxKernel<D>>(a).run();
 #elif defined(__AVX512BF16__)
   if (a.compute_bf16) return Attention<Bf16Kernel<D>>(a).run();
@@ -79,7 +80,7 @@ EXPORT int ditattn_check_order(const int64_t* order, int64_t rows, int64_t lengt
 
 // Asks the operating system for what this object needs (AMX tiles); 0 or DITATTN_NOT_PERMITTED.
 EXPORT int ditattn_init() {
-#if defined(__AMX_BF16__)
+#if defined(DITATTN_TILES)
   return permit_tiles();
 #else
   return DITATTN_OK;
