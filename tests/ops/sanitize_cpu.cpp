@@ -101,6 +101,16 @@ class KeptTiles {
 #endif
 };
 
+// Of the arithmetic that a dtype may be multiplied in, one after the other from call to call.
+static int next_parts(int dtype) {
+  static int turn = 0;
+  const int most = ditattn_most_bf16_parts();
+  std::vector<int> possible{0};
+  if (dtype == DITATTN_BF16) possible = {std::min(most, 1)};
+  for (int parts = dtype == DITATTN_F32 ? 1 : 2; parts <= most && dtype != DITATTN_BF16; parts++) possible.push_back(parts);
+  return possible[turn++ % possible.size()];
+}
+
 static bool compare = false;
 static int compared = 0;
 
@@ -123,7 +133,7 @@ static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool c
   a.key_lengths = lengths.data();
   a.batch = 1, a.heads = heads, a.key_heads = key_heads, a.query_length = queries, a.key_length = keys, a.head_dim = dim;
   a.dtype = dtype, a.causal = causal, a.num_threads = 2, a.scale = 0.1f;
-  a.compute_bf16 = ditattn_has_bf16() && dtype != DITATTN_F16 && (dtype == DITATTN_BF16 || queries % 2);
+  a.bf16_parts = next_parts(dtype);
   const std::vector<int64_t> order = shuffled(queries, orders);
   if (orders) a.order = order.data(), a.order_stride = orders > 1 ? queries : 0;
   if (sparse) {
@@ -144,8 +154,9 @@ static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool c
   if (tiles.changed()) return printf("the call left another tile configuration than it found\n"), 1;
   if (!compare || (int64_t)queries * keys * dim > 65 * 254 * 64) return 0;
   compared++;
-  const double allowed = a.compute_bf16 || dtype == DITATTN_BF16 ? 2e-2 : dtype == DITATTN_F16 ? 2e-3 : 2e-6, error = error_of(a);
-  if (error > allowed) printf("D %d dtype %d S %d T %d sparse %d causal %d orders %d tail %d: error %g\n", dim, dtype, queries, keys, sparse, causal, orders, tail, error);
+  const double by_parts[] = {2e-6, 2e-2, 2e-5, 2e-6}, by_dtype[] = {0, 2e-2, 2e-3};
+  const double allowed = std::max(by_parts[a.bf16_parts], by_dtype[dtype]), error = error_of(a);
+  if (error > allowed) printf("D %d dtype %d parts %d S %d T %d sparse %d causal %d orders %d tail %d: error %g\n", dim, dtype, a.bf16_parts, queries, keys, sparse, causal, orders, tail, error);
   return error > allowed;
 }
 

@@ -111,6 +111,9 @@ MUTATIONS = {
     "nothing left as it was": ("else release_tiles();", "else (void)0;", "still loaded|another tile configuration"),
     "another's configuration lost": ("if (found.palette) load_config(found);\n      else ", "", "another tile configuration"),
     "a product of other tiles": ("tile_product<2, 5, 6>();", "tile_product<2, 5, 7>();", "error"),
+    "a pair of two parts left out": ("A[COUNT] = {1, 0, 0}", "A[COUNT] = {0, 0, 1}", "parts 2 .* error"),
+    "a pair of three parts left out": ("A[COUNT] = {2, 1, 1,", "A[COUNT] = {2, 1, 2,", "parts 3 .* error"),
+    "blocks not added up": ("_mm512_fmadd_ps(_mm512_load_ps(o), factor, ", "(", "parts 3 .* error"),
 }
 
 
