@@ -78,11 +78,16 @@ compatibility: $(READY)
 	DITATTN_COMPATIBILITY_ANEW=1 $(BIN)/python $(TESTS) -m "shows and not long" --junit-xml=.pytest_cache/shows.xml tests/hosts/diffusers
 	$(BIN)/python tools/family_tables.py .pytest_cache/shows.xml
 
-# the contract of every op on the CPU kernels of older processors; its other implementations know nothing of them
+# the contract of every op on the CPU kernels of older processors; its other implementations know nothing of them. Then attention on the
+# kernels for AMX, with tiles emulated by AVX-512
+EMULATED := $(addprefix tests/ops/,dense_attention/test_contract.py block_sparse_attention/test_contract.py block_sparse_attention/test_tail.py \
+  test_any_layout.py test_cpu_library.py::test_drawn_plans test_cpu_library.py::test_bf16_parts_run_only_by_name_and_on_a_tile_unit) \
+  tests/bench/test_cpu_attention.py::test_products_from_bf16_parts_are_rows_where_there_is_a_tile_unit
 test-isa: $(READY)
 	for isa in baseline avx2; do \
 	  DITATTN_CPU_ISA=$$isa $(BIN)/python $(TESTS) --implementation cpu $(wildcard tests/ops/*/test_contract.py) || exit 1; \
 	done
+	$(BIN)/python $(TESTS) --emulated-tiles $(addprefix --implementation ,cpu cpu_fast_fp32 cpu_bf16x3 cpu_bf16x6) $(EMULATED)
 
 # the adapter against other releases of diffusers. Each goes into a folder of its own, in front of the pinned one on the path; httpx and
 # httpcore are what older ones import and the pinned one does not
