@@ -73,19 +73,20 @@ def _options() -> argparse.ArgumentParser:
 def run(backend: str, processes: int, options: argparse.Namespace) -> tuple[np.ndarray[Any, Any], list[dict[str, Any]]]:
     """The frames, and what every rank reports."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-            "-m",
-            "benchmarks.parallel",
-        ]
-        command += ["--backend", backend, "--sparsity", str(options.sparsity), "--steps", str(options.steps), "--rank-writes-to", folder]
-        environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1)), "OMP_WAIT_POLICY": "PASSIVE"}
-        subprocess.run(command + ["--ring"] * options.ring, env={**os.environ, **environment}, check=True)
+        arguments = ["--backend", backend, "--sparsity", str(options.sparsity), "--steps", str(options.steps), "--rank-writes-to", folder]
+        start_ranks(processes, arguments + ["--ring"] * options.ring)
         return np.load(Path(folder) / "frames.npy"), json.loads((Path(folder) / "ranks.json").read_text(encoding="utf-8"))
+
+
+def start_ranks(processes: int, arguments: Sequence[str]) -> None:
+    """Run this module with the arguments as so many ranks; returns when they have ended.
+
+    Raises:
+        CalledProcessError: one of them failed.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "benchmarks.parallel"]
+    environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1)), "OMP_WAIT_POLICY": "PASSIVE"}
+    subprocess.run([*command, *arguments], env={**os.environ, **environment}, check=True)
 
 
 def _run_rank(options: argparse.Namespace) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import socket
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import benchmarks.parallel as bench
 import pytest
 from benchmarks.kept_pairs import CONDITIONED, VIDEO, kept_pairs, over_mean
+
+import forked
 
 CONFIG = SimpleNamespace(num_attention_heads=4, attention_head_dim=64)
 WHOLE = 17 * 16 * 16 * 4 * 64 * 4
@@ -66,8 +70,23 @@ def test_every_rank_is_told_over_the_mean() -> None:
     assert over_mean([30, 10, 20]) == "slowest 1.50: 1.50 0.50 1.00"
 
 
+def _forked_ranks(processes: int, arguments: Sequence[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [forked.start("benchmarks.parallel", arguments, {**shared, "RANK": str(rank)}) for rank in range(processes)]
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0] * processes
+
+
 @pytest.mark.slow
-def test_two_processes_make_the_demo_clip_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+# torchrun costs more than what it starts, and tests/cli/test_ranks.py holds that it does the same
+@pytest.mark.parametrize("start", [_forked_ranks, pytest.param(bench.start_ranks, marks=pytest.mark.long)], ids=["forked", "torchrun"])
+def test_two_processes_make_the_demo_clip_of_one(
+    start: Callable[[int, Sequence[str]], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "start_ranks", start)
     # one dense step, one sparse
     bench.main(["--processes", "1", "2", "--steps", "2", "--backend", "rain_fusion_attn"])
     said = capsys.readouterr().out

@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 
+import forked
 from ditattn.cli import ranks
 from ditattn.cli.app import run
 from ditattn.errors import ConfigError
@@ -114,31 +117,53 @@ def arguments_of(tmp_path: Path, wan_folder: Path) -> Any:
 
 
 @pytest.fixture
-def launched(arguments_of: Any) -> Iterator[Any]:
-    """Starts two ranks by torchrun, in a process group of their own; whatever is left of them afterwards is ended."""
-    started: list[subprocess.Popen[str]] = []
+def torchrun(arguments_of: Any) -> Callable[..., tuple[int, str, str]]:
+    """`torchrun` with two ranks: (exit status, stdout, stderr)."""
 
-    def launch(*arguments: str) -> subprocess.Popen[str]:
+    def run_two(*arguments: str) -> tuple[int, str, str]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ditattn"]
-        command += arguments_of("generate", *arguments)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        done = subprocess.run(
+            [*command, *arguments_of("generate", *arguments)], capture_output=True, text=True, env=environment, timeout=PATIENCE_S
         )
-        started.append(process)
-        return process
+        return done.returncode, done.stdout, done.stderr
+
+    return run_two
+
+
+@dataclass
+class Launched:
+    """Two ranks under torchrun's agent: the agent's process, and what all of them say on stderr."""
+
+    agent: BaseProcess
+    errors: TextIO
+
+
+@pytest.fixture
+def launched(arguments_of: Any) -> Iterator[Callable[..., Launched]]:
+    """Starts two ranks as torchrun does, but forked; whatever is left of them afterwards is ended."""
+    started: list[Launched] = []
+
+    def launch(*arguments: str) -> Launched:
+        ours, theirs = os.pipe()
+        environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        agent = forked.start("forked_torchrun", arguments_of("generate", *arguments), environment, theirs, theirs, daemon=False)
+        os.close(theirs)
+        started.append(Launched(agent, open(ours, encoding="utf-8")))  # noqa: SIM115
+        return started[-1]
 
     yield launch
-    for process in started:
-        for pid in [*_children(process.pid), process.pid]:
+    for one in started:
+        for pid in [*_children(one.agent.pid), one.agent.pid]:
             if _alive(pid):
                 os.kill(pid, signal.SIGKILL)
-        process.wait()
+        one.agent.join()
+        one.errors.close()
 
 
 @pytest.fixture
 def two_ranks(arguments_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs the command as two ranks: (exit statuses, stdout, stderr). `launched` shows once that torchrun's own do the same."""
+    """Runs the command as two ranks: (exit statuses, stdout, stderr). `torchrun` shows once that torchrun's own do the same."""
 
     def run_two(verb: str, *further: str) -> tuple[list[int], str, str]:
         return run_command(arguments_of(verb, *further), 2, tmp_path_factory.mktemp("said"))
@@ -150,10 +175,9 @@ GENERATE = ("--num-inference-steps", "2", "--attention-backend", "rain_fusion_at
 
 
 @pytest.mark.slow
-def test_torchrun_makes_one_clip_and_one_report(launched: Any, tmp_path: Path) -> None:
-    process = launched(*GENERATE, "--ulysses-degree", "2")
-    out, err = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, err
+def test_torchrun_makes_one_clip_and_one_report(torchrun: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    status, out, err = torchrun(*GENERATE, "--ulysses-degree", "2")
+    assert status == 0, err
     assert _splits(out, tmp_path) == ["rank 0 of 2 (Ulysses 2)", "rank 1 of 2 (Ulysses 2)"]
 
 
@@ -253,20 +277,21 @@ def test_two_ranks_tune_in_lockstep(two_ranks: Any, tmp_path: Path, cache: tuple
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ended_by", ["a killed rank", "Ctrl-C"])
-def test_all_end_together(launched: Any, tmp_path: Path, ended_by: str) -> None:
-    process = launched("--num-inference-steps", "1000", "--ulysses-degree", "2")
-    errors = iter(process.stderr.readline, "")
+def test_all_end_together(launched: Callable[..., Launched], tmp_path: Path, ended_by: str) -> None:
+    ranks_of_agent = launched("--num-inference-steps", "1000", "--ulysses-degree", "2")
+    agent, errors = ranks_of_agent.agent, ranks_of_agent.errors
     # both have met and work
-    assert next((line for line in errors if line.startswith("denoise")), None) is not None
+    assert next((line for line in iter(errors.readline, "") if line.startswith("denoise")), None) is not None
     time.sleep(2)
-    workers = _children(process.pid)
+    workers = _children(agent.pid)
     assert len(workers) == 2
     if ended_by == "Ctrl-C":
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(agent.pid, signal.SIGINT)
     else:
         os.kill(workers[1], signal.SIGKILL)
-    rest = process.stderr.read()
-    assert process.wait(PATIENCE_S) != 0
+    rest = errors.read()
+    agent.join(PATIENCE_S)
+    assert agent.exitcode not in (0, None)
     deadline_s = time.monotonic() + PATIENCE_S
     while any(map(_alive, workers)) and time.monotonic() < deadline_s:
         time.sleep(0.1)
