@@ -137,8 +137,8 @@ def speaks(error: BaseException) -> str | None:
             return None
     if isinstance(error, RuntimeError) and UNEQUAL_PARTS in str(error):
         return (
-            f"error: gloo, by which processes talk on a CPU, gathers equal parts of a result alone: choose a size whose tokens are a multiple "
-            f"of the degree, or fewer than {rank.count} processes"
+            "error: gloo, by which processes talk on a CPU, gathers equal parts of a result alone: choose a size whose tokens are a "
+            f"multiple of the degree, or fewer than {rank.count} processes"
         )
     if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in PARTNER_GONE):
         return f"error: another one of the {rank.count} processes ended"
