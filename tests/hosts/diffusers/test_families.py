@@ -130,6 +130,7 @@ def test_sparsity_zero_is_native(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize(("name", "backend"), each_with_one(CASES, SPARSE_BACKENDS, start=1, marks=slow))
 def test_keeping_every_block_through_the_sparse_kernel_is_native(name: str, backend: str) -> None:
+    """Layout, masks and calls of a family are the same for every backend, and what a backend makes of them is tested by itself."""
     tiny, native = built(name)
     # of 12 blocks or fewer, a sparsity of 1 % drops none: order, plan, kernel and inverse order run all the same
     least = 1e-4 if backend == "permuted_sparse_attn" else 0.01
