@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import oracle
 from cases import Case, Problem
-from ditattn.ops.table import CallFacts, Implementation, explain
+from ditattn.ops.table import CallFacts, Implementation
 from ditattn.plan.block_plan import BLOCK_SIZE
 
 FACTOR = 1.5
@@ -44,8 +44,8 @@ def facts_of(case: Case, device: str, dtype: torch.dtype, *, lse: bool = False) 
 
 def possible(table: tuple[Implementation, ...], facts: CallFacts) -> list[str]:
     """Names of the implementations that take the call on this machine, and that the generated contract tests run."""
-    names = [verdict.implementation.name for verdict in explain(table, facts) if verdict.reason is None]
-    return [name for name in names if name not in COMPILED_PER_SHAPE]
+    # not `explain`, which measures which of two is faster: what can run is asked at collection, by every process and for every kind of call
+    return [row.name for row in table if row.name not in COMPILED_PER_SHAPE and row.refusal(facts) is None]
 
 
 # implementations that follow each other on a problem are judged by the same numbers

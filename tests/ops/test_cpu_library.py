@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -34,43 +35,54 @@ from ditattn.plan.block_plan import BlockPlan, num_blocks
 from ditattn.plan.token_order import TokenOrder
 
 ROOT = Path(__file__).parents[2]
-CSRC = ROOT / "src/ditattn/csrc/cpu"
 
 needs_kernel = pytest.mark.skipif(cpu_library.problem() is not None, reason=f"no CPU kernels: {cpu_library.problem()}")
 
 
-def _child(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *script.split(" ", 1)], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
-    )
-
+RUNS_HERE = [name for name in cpu_library.VARIANTS if isinstance(cpu_library._load(name), cpu_library.Library)]
 
 # --- instruction sets -------------------------------------------------------------------------------------------------------------------
 
 
 @needs_kernel
-@pytest.mark.parametrize("variant", cpu_library.VARIANTS)
-def test_every_instruction_set_that_runs_here(variant: str) -> None:
-    if variant == cpu_library.selection().sentence():
-        cpu_checks.check_tails()
-        return
-    # one OpenMP thread: torch's spinning threads would make the oracle slow on a busy machine
-    done = _child(str(ROOT / "tests/cpu_checks.py"), DITATTN_CPU_ISA=variant, OMP_NUM_THREADS="1")
-    if "does not have the instructions" in done.stderr or "does not permit" in done.stderr:
-        pytest.skip(f"this CPU cannot run {variant}; it was compiled")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith(f"{variant}: ")
+@pytest.mark.parametrize("part", [cpu_checks.check_cases, cpu_checks.check_tails])
+def test_every_instruction_set_that_runs_here(part: Callable[[Sequence[str]], object]) -> None:
+    assert {"baseline", cpu_library.selection().sentence()} <= set(RUNS_HERE)
+    part(RUNS_HERE)
 
 
 @needs_kernel
 @pytest.mark.parametrize("variant", ["baseline", "avx2", "avx512"])
 def test_every_fp16_number_is_read_and_rounded_as_torch_does(variant: str) -> None:
     """Each variant converts in its own way: instructions of the CPU, or integer arithmetic."""
-    done = _child(str(ROOT / "tests/cpu_checks.py") + " fp16", DITATTN_CPU_ISA=variant, OMP_NUM_THREADS="1")
-    if "does not have the instructions" in done.stderr:
+    if variant not in RUNS_HERE:
         pytest.skip(f"this CPU cannot run {variant}")
+    with cpu_checks.forced(variant):
+        assert cpu_checks.check_fp16() > 2**16
+
+
+@needs_kernel
+@pytest.mark.parametrize("variant", cpu_library.VARIANTS)
+def test_an_instruction_set_is_forced_by_the_environment(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = _select(monkeypatch, variant)
+    if variant in RUNS_HERE:
+        assert chosen.sentence() == variant
+    else:
+        assert "does not have the instructions" in chosen.sentence() or "does not permit" in chosen.sentence()
+
+
+@needs_kernel
+def test_the_environment_of_a_new_process_forces_it() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/cpu_checks.py", "fp16"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        # one OpenMP thread: torch's spinning threads would make the checks slow on a busy machine
+        env={**os.environ, cpu_library.ENVIRONMENT: "baseline", "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith(f"{variant}: ")
+    assert done.stdout.startswith("baseline: ")
 
 
 def _select(monkeypatch: pytest.MonkeyPatch, value: str) -> cpu_library.Selection:
@@ -358,7 +370,7 @@ import signal, sys, threading, time, torch
 # a shell that starts the tests in the background ignores SIGINT, and children inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from ditattn.ops.dense_attention import dense_attention
-x = torch.randn(1, 200_000, 8, 64)
+x = torch.zeros(1, 200_000, 8, 64)
 ticks = 0
 def tick():
     global ticks
