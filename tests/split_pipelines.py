@@ -153,7 +153,7 @@ def _off(record: CallRecord, query: Tensor, key: Tensor, value: Tensor, out: Ten
     assert record.plan is not None
     assert record.order is not None
     assert record.query_order is not None
-    keep = record.plan.to_mask().repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, : query.shape[1], : key.shape[1]]
+    keep = record.plan.to_mask().repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, : record.plan.query_length, : key.shape[1]]
     if lengths is not None:
         keep = keep & (torch.arange(key.shape[1]) < torch.tensor(lengths)[:, None, None, None])
     q, k, v = record.query_order.apply(query), record.order.apply(key), record.order.apply(value)
@@ -194,11 +194,26 @@ def run(tiny: TinyPipeline, backend: str, config: Mapping[str, Any], steps: int 
     return latents, watch.masks, handle.report().components["transformer"]
 
 
+def made_once(make: Callable[[], Any]) -> Any:
+    """What `make` returns on the first rank, on every rank: a run in one piece is the same on all, and they share the cores."""
+    made: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            made[0] = make()
+        except Exception as error:  # noqa: BLE001
+            # the others are waiting
+            made[1] = error
+    dist.broadcast_object_list(made, src=0)
+    if made[1] is not None:
+        raise made[1]
+    return made[0]
+
+
 def compare(name: str, backend: str, config: Mapping[str, Any], degrees: Mapping[str, Any]) -> dict[str, Any]:
     """A split run beside one in one piece: largest error, the share of plan entries that differ from those of this rank's heads, report."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     with _in_head_groups(ranks if backend == "permuted_sparse_attn" else 1):
-        expected, plans, _ = run(whole(name), backend, config)
+        expected, plans, _ = made_once(lambda: run(whole(name), backend, config))
     out, ours, report = run(split(name, tuple(degrees.items())), backend, config)
     share = HEADS // ranks
     of_rank = [mask[:, rank * share : (rank + 1) * share] for mask in plans]
@@ -208,7 +223,7 @@ def compare(name: str, backend: str, config: Mapping[str, Any], degrees: Mapping
 
 def compare_ring(name: str, backend: str, config: Mapping[str, Any], degrees: Mapping[str, Any]) -> dict[str, Any]:
     """A run by each rank's own queries beside one in one piece; where blocks fall together, plan entries that differ from its rows."""
-    expected, plans, _ = run(whole(name), backend, config)
+    expected, plans, _ = made_once(lambda: run(whole(name), backend, config))
     watch = PlanWatch()
     tiny = split(name, tuple(degrees.items()))
     with ditattn.install(tiny.pipe, backend, **config) as handle:
@@ -216,7 +231,8 @@ def compare_ring(name: str, backend: str, config: Mapping[str, Any], degrees: Ma
         out = tiny.run(1)
     report = handle.report().components["transformer"]
     wrong, ulysses = [], degrees.get("ulysses_degree", 1)
-    if plans and not report.own_blocks:
+    # permuted_sparse_attn has a budget for each rank
+    if plans and not report.own_blocks and backend != "permuted_sparse_attn":
         share, place_of_heads = HEADS // ulysses, dist.get_rank() % ulysses
         plans = [mask[:, place_of_heads * share :][:, :share] for mask in plans]
         length = watch.orders[0].length
@@ -243,19 +259,23 @@ def compiled(name: str, degrees: Mapping[str, Any]) -> dict[str, Any]:
 
 def probed(name: str, backend: str, degrees: Mapping[str, Any]) -> tuple[list[CellReading], list[CellReading]]:
     """What a setting would do to a dense run: in one piece, and split, where every rank looks at its own part."""
-    setting, found = Setting.parse(backend, SPARSE), []
-    for tiny, group in ((whole(name), ALONE), (split(name, tuple(degrees.items())), RankGroup(dist.get_rank(), dist.get_world_size()))):
-        workload = PipelineWorkload(tiny.pipe, lambda _prompt, tiny=tiny: {**tiny.arguments, "num_inference_steps": 1}, group=group)
-        (readings,) = workload.probe([setting], Clip("", 0))
-        found.append(readings)
-    return found[0], found[1]
+    setting, group = Setting.parse(backend, SPARSE), RankGroup(dist.get_rank(), dist.get_world_size())
+
+    def readings(tiny: TinyPipeline, group: RankGroup) -> list[CellReading]:
+        workload = PipelineWorkload(tiny.pipe, lambda _: {**tiny.arguments, "num_inference_steps": 1}, group=group)
+        # nobody looks at the pixels
+        with mock.patch.object(tiny.pipe.vae, "decode", lambda latents, return_dict: (latents[:, :3],)):
+            (found,) = workload.probe([setting], Clip("", 0))
+        return found
+
+    return made_once(lambda: readings(whole(name), ALONE)), readings(split(name, tuple(degrees.items())), group)
 
 
 def tensor_parallel(name: str, backend: str, config: Mapping[str, Any], by_hand: bool = False) -> dict[str, Any]:
     """As `compare`, for weights that are split: by diffusers, or by torch's own tool."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     with _in_head_groups(ranks if backend == "permuted_sparse_attn" else 1):
-        expected, plans, of_one = run(whole(name), backend, config)
+        expected, plans, of_one = made_once(lambda: run(whole(name), backend, config))
     tiny = build(name)
     _split_weights(tiny.pipe.transformer, by_hand)
     out, ours, report = run(tiny, backend, config)
@@ -290,7 +310,7 @@ def _split_weights(model: Any, by_hand: bool) -> None:
 
 def guided(name: str, backend: str, config: Mapping[str, Any], degrees: Mapping[str, Any]) -> dict[str, Any]:
     """As `compare`, for ranks that share the branches of guidance; steps enough to share some."""
-    expected, _, of_one = run(build(name), backend, config, steps=4)
+    expected, _, of_one = made_once(lambda: run(whole(name), backend, config, steps=4))
     tiny = build(name)
     split_denoisers(tiny.pipe, cfg_parallel=True, **degrees)
     out, _, report = run(tiny, backend, config, steps=4)
@@ -323,7 +343,7 @@ def fully_sharded() -> dict[str, Any]:
     """Weights that are split where they lie and whole where a layer runs."""
     names = ("1x8x16,1x8x16,4x2x16,4x4x8",) * 2
     config = {**SPARSE, "head_bricks": names}
-    expected, _, _ = run(whole("wan"), "permuted_sparse_attn", config)
+    expected, _, _ = made_once(lambda: run(whole("wan"), "permuted_sparse_attn", config))
     tiny, mesh = build("wan"), init_device_mesh("cpu", (dist.get_world_size(),))
     for part in (*tiny.pipe.transformer.blocks, tiny.pipe.transformer):
         fully_shard(part, mesh=mesh)
@@ -351,7 +371,7 @@ def too_many_bricks() -> str:
 def with_defaults() -> dict[str, Any]:
     """A run by the keys' defaults, whose first dense steps are a share of all."""
     config = {"sparsity": 0.75, "min_tokens": 0}
-    expected, _, of_one = run(whole("wan"), "rain_fusion_attn", config, steps=4)
+    expected, _, of_one = made_once(lambda: run(whole("wan"), "rain_fusion_attn", config, steps=4))
     out, _, report = run(split("wan", (("ulysses_degree", 2),)), "rain_fusion_attn", config, steps=4)
     return {"error": float((out - expected).abs().max()), "report": report, "of one": of_one}
 

@@ -22,6 +22,8 @@ def test_bytes_are_those_of_the_exchange() -> None:
     # half of the own half goes to the other rank, for queries, keys, values and the result
     assert bench.bytes_per_call(CONFIG, 2, ring=False) == 4 * WHOLE // 4
     assert bench.bytes_per_call(CONFIG, 4, ring=True) == 3 * 2 * WHOLE // 4
+    # three quarters of the own queries go to other ranks, and as many results
+    assert bench.bytes_of_deal(CONFIG, 4) == 2 * 3 * WHOLE // 16
 
 
 def test_every_rank_has_a_line_and_the_slowest_is_named() -> None:
@@ -51,6 +53,12 @@ def test_so_they_do_where_conditions_stand_before_the_video(backend: str, ranks:
     assert max(pairs) < 1.1 * sum(pairs) / ranks
     alone = kept_pairs(backend, CONDITIONED, ranks, 0.75, deals=False)
     assert max(alone) > 1.4 * sum(alone) / ranks
+
+
+def test_blocks_of_queries_that_are_dealt_out_leave_ranks_equal_behind_conditions() -> None:
+    pairs, alone = (kept_pairs("permuted_sparse_attn", CONDITIONED, 8, 0.75, deals=deals) for deals in (True, False))
+    assert max(pairs) < 1.02 * sum(pairs) / 8
+    assert max(alone) > 1.08 * sum(alone) / 8
 
 
 def test_without_the_deal_the_first_rank_works_longest() -> None:

@@ -14,6 +14,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TextIO
 
+import imageio_ffmpeg
+import numpy as np
 import pytest
 import torch
 
@@ -73,6 +75,14 @@ def test_degrees_without_torchrun_say_how_to_start(monkeypatch: pytest.MonkeyPat
     assert "torchrun --nproc-per-node 2 -m ditattn" in capsys.readouterr().err
 
 
+def test_an_uneven_split_by_both_degrees_is_refused_before_weights_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, 0, 4)
+    assert run(["generate", "--prompt", PROMPT, "--ulysses-degree", "2", "--ring-degree", "2", "--uneven-split"]) == 2
+    assert "--uneven-split needs --ulysses-degree 1 or --ring-degree 1" in capsys.readouterr().err
+
+
 def test_the_first_of_several_failures_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, 1)
     monkeypatch.setattr(ranks, "_meeting", torch.distributed.HashStore())
@@ -84,6 +94,15 @@ def test_a_partner_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     pretend(monkeypatch, 0)
     monkeypatch.setattr(ranks, "_meeting", torch.distributed.HashStore())
     assert ranks.speaks(RuntimeError("[gloo/transport] Connection closed by peer")) == "error: another one of the 2 processes ended"
+
+
+def test_unequal_parts_through_gloo_are_not_taken_for_a_partner_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 0, 3)
+    monkeypatch.setattr(ranks, "_meeting", torch.distributed.HashStore())
+    said = "ProcessGroupGloo::allgather: invalid tensor size at index 1 (expected (1, 1366, 16), got (1, 1365, 16))"
+    told = ranks.speaks(RuntimeError(said))
+    assert told is not None
+    assert "gathers equal parts of a result alone: choose a size whose tokens are a multiple of the degree" in told
 
 
 @pytest.fixture
@@ -172,6 +191,37 @@ def test_two_ranks_share_one_clip(two_ranks: Any, tmp_path: Path, degree: list[s
     statuses, out, err = two_ranks("generate", *GENERATE, *degree)
     assert statuses == [0, 0], err
     assert _splits(out, tmp_path) == splits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("degree", "backend"),
+    [("ulysses", "rain_fusion_attn"), ("ring", "rain_fusion_attn"), ("ring", "permuted_sparse_attn")],
+)
+def test_four_ranks_share_branches_and_tokens(
+    arguments_of: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, degree: str, backend: str
+) -> None:
+    options = ["--num-inference-steps", "4", "--dtype", "float32", "--attention-backend", backend]
+    options += ["--attention-backend-config", "sparsity=0.75,skip_first_steps=1,min_tokens=0"]
+    shared = arguments_of("generate", *options, f"--{degree}-degree", "2", "--cfg-parallel")
+    statuses, out, err = run_command(shared, 4, tmp_path_factory.mktemp("said"))
+    assert statuses == [0] * 4, err
+    name = {"ulysses": "Ulysses 2", "ring": "ring 2"}[degree]
+    assert _splits(out, tmp_path) == [f"rank {rank % 2} of 2 ({name})" for rank in range(4)]
+    record = json.loads((tmp_path / "clip.json").read_text(encoding="utf-8"))
+    # the first of four steps is dense and made by all, and each rank makes one branch of the others
+    assert [report["components"]["transformer"]["sparse"] for report in record["attention_of_ranks"]] == [3] * 4
+    assert run([*arguments_of("generate", *options), "--output-file-name", "alone"]) == 0
+    together, alone = (frames_of(tmp_path / f"{name}.mp4") for name in ("clip", "alone"))
+    # single values may round otherwise; permuted_sparse_attn has a budget for each rank, and weights are random
+    assert np.abs(together - alone).mean() < (0.01 if backend == "rain_fusion_attn" else 4)
+
+
+def frames_of(path: Path) -> np.ndarray[Any, Any]:
+    """Of a clip, values 0 to 255."""
+    reader = imageio_ffmpeg.read_frames(str(path))
+    next(reader)
+    return np.stack([np.frombuffer(frame, np.uint8) for frame in reader]).astype(int)
 
 
 def _splits(out: str, folder: Path) -> list[str]:

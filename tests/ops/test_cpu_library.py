@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from ditattn.ops import cpu_call, cpu_library, preference
 from ditattn.ops.block_sparse_attention import TABLE, block_sparse_attention
 from ditattn.ops.dense_attention import TABLE as DENSE_TABLE
 from ditattn.ops.dense_attention import dense_attention
-from ditattn.ops.table import CallFacts, choose, explain
+from ditattn.ops.table import CallFacts, Implementation, choose, explain
 from ditattn.plan.block_plan import BlockPlan, num_blocks
 from ditattn.plan.token_order import TokenOrder
 
@@ -155,8 +156,9 @@ def test_drawn_plans(drawn: tuple[Case, torch.Tensor, torch.dtype]) -> None:
     plan = BlockPlan.from_mask(mask, case.query_length, case.key_length)
     problem = build(case, dtype)
     problem = type(problem)(**{**vars(problem), "plan": plan})
-    out = block_sparse_attention(problem.query, problem.key, problem.value, plan, causal=case.causal, implementation="cpu")
-    judge.check_output(out, problem)
+    for name in [name for name in judge.possible(TABLE, judge.facts_of(case, "cpu", dtype)) if name.startswith("cpu")]:
+        out = block_sparse_attention(problem.query, problem.key, problem.value, plan, causal=case.causal, implementation=name)
+        judge.check_output(out, problem, judge.coarser(TABLE, name))
 
 
 @needs_kernel
@@ -426,6 +428,33 @@ def test_fast_fp32_runs_only_by_name() -> None:
     problem = build(Case("fast"), torch.float32)
     fast, exact = (dense_attention(problem.query, problem.key, problem.value, implementation=n) for n in ("cpu_fast_fp32", "cpu"))
     assert 1e-4 < judge.relative_error(fast, exact.double()) < 2e-2
+
+
+@needs_kernel
+@pytest.mark.parametrize(("name", "largest_error"), [("cpu_bf16x3", 3e-5), ("cpu_bf16x6", 1e-6)])
+@pytest.mark.parametrize("table", [TABLE, DENSE_TABLE], ids=["sparse", "dense"])
+def test_bf16_parts_run_only_by_name_and_on_a_tile_unit(name: str, largest_error: float, table: tuple[Implementation, ...]) -> None:
+    assert choose(table, CallFacts("cpu", torch.float32, 64)).name in ("cpu", "torch")
+    if cpu_library.parts_problem():
+        with pytest.raises(BackendUnavailable, match=r"needs the tile unit \(amx\): .*several bf16 products take longer than one of fp32"):
+            choose(table, CallFacts("cpu", torch.float32, 64), (name,))
+        return
+    problem = build(Case("parts"), torch.float32)
+    parts, exact = (dense_attention(problem.query, problem.key, problem.value, implementation=n) for n in (name, "reference"))
+    assert largest_error / 100 < judge.relative_error(parts, exact.double()) < largest_error
+
+
+def test_why_there_is_no_tile_unit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = cpu_library.Library("avx512bf16", 1, None)
+    chosen = cpu_library.Selection(library, None, {"amx": "the operating system does not permit the registers of 'amx'"})
+    monkeypatch.setattr(cpu_library, "selection", lambda: chosen)
+    assert "(amx): the operating system does not permit the registers of 'amx'." in (cpu_library.parts_problem() or "")
+    chosen = cpu_library.Selection(library, None, {})
+    assert "(amx): the kernels chosen here are 'avx512bf16'." in (cpu_library.parts_problem() or "")
+    chosen = cpu_library.Selection(replace(library, most_bf16_parts=3), None, {})
+    assert cpu_library.parts_problem() is None
+    chosen = cpu_library.Selection(None, "no compiler", {})
+    assert cpu_library.parts_problem() == "no compiler"
 
 
 # --- builds -----------------------------------------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ __all__ = [
     "consisid",
     "cosmos",
     "easyanimate",
+    "few_tokens",
     "flux",
     "flux_kontext",
     "flux_with_hidden_image_tokens",
@@ -95,3 +96,18 @@ FAMILIES: dict[str, Callable[[], TinyPipeline]] = {
     "cogvideox": cogvideox,
 }
 """One pipeline of each kind of family, for tests that walk them: `tests/hosts/diffusers/test_families.py` has every family."""
+
+FEW_TOKENS: dict[str, dict[str, int]] = {
+    "wan": {"num_frames": 5},
+    "hunyuan video": {"num_frames": 5},
+    "flux": {"height": 32, "width": 40},
+    "qwen image": {"height": 128, "width": 160},
+    "ltx video": {"num_frames": 3},
+    "cogvideox": {"num_frames": 5},
+}
+
+
+def few_tokens(tiny: TinyPipeline, name: str) -> TinyPipeline:
+    """The same pipeline with 320 to 572 tokens, for tests of which calls run and not of which blocks: attention costs a sixth or less."""
+    tiny.arguments |= FEW_TOKENS[name]
+    return tiny

@@ -14,7 +14,7 @@ from torch._dynamo import reset
 
 import ditattn
 import tiny_pipelines
-from tiny_pipelines import FAMILIES, TinyPipeline
+from tiny_pipelines import FAMILIES, TinyPipeline, few_tokens
 from tiny_pipelines.footprint import footprint
 from tiny_pipelines.pipeline import noise
 from tiny_pipelines.wan import transformer
@@ -39,7 +39,7 @@ ORDERS = [
     "name", [pytest.param(name, marks=[] if name in ("wan", "cogvideox") else [pytest.mark.slow]) for name in FAMILIES]
 )
 def test_projections_fused_in_every_order(name: str) -> None:
-    tiny = FAMILIES[name]()
+    tiny = few_tokens(FAMILIES[name](), name)
     native, model = tiny.run(1), tiny.pipe.transformer
     assert len(ORDERS) == 14
     for order in ORDERS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from ditattn.errors import DenseInStrictMode
 from ditattn.hosts.diffusers.install import Installation, self_attention_modules
 from ditattn.models import family_of
 from pairwise import covering, marks_beyond
-from tiny_pipelines import FAMILIES, TinyPipeline
+from tiny_pipelines import FAMILIES, TinyPipeline, few_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,11 +72,17 @@ def perturb(transformer: nn.Module) -> None:
     registry.register_hook(AttentionProcessorSkipHook(None, skip_attention_scores=True), "skip")
 
 
+@cache
+def natively(name: str, *, perturbed: bool) -> torch.Tensor:
+    tiny = FAMILIES[name]()
+    return native_with(tiny, perturb) if perturbed else tiny.run(3)
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_perturbed_layer_gives_what_native_gives(name: str, order: str) -> None:
     build = FAMILIES[name]
-    unperturbed, native = build().run(3), native_with(build(), perturb)
+    unperturbed, native = natively(name, perturbed=False), natively(name, perturbed=True)
     out, handle = run_with(build(), perturb, order, "torch_sdpa")
     report = handle.report().components["transformer"]
     assert (native - unperturbed).abs().max() > 1e-3
@@ -240,8 +247,8 @@ SOME = covering(HOOKED)
 )
 def test_hooks_of_diffusers_give_what_native_gives(hook: str, name: str, order: str) -> None:
     change, _ = HOOKS[hook]
-    native = native_with(FAMILIES[name](), change)
-    tiny = FAMILIES[name]()
+    native = native_with(few_tokens(FAMILIES[name](), name), change)
+    tiny = few_tokens(FAMILIES[name](), name)
     out, handle = run_with(tiny, change, order, "torch_sdpa")
     assert torch.equal(out, native)
     assert handle.report().components["transformer"].calls > 0

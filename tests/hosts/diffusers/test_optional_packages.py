@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ditattn
-from tiny_pipelines import FAMILIES, TinyPipeline
+from tiny_pipelines import FAMILIES, TinyPipeline, few_tokens
 from tiny_pipelines.footprint import footprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,11 +38,10 @@ def with_adapter(tiny: TinyPipeline) -> None:
 
 @every_family
 def test_an_adapter_loaded_fused_and_unloaded_while_served(name: str) -> None:
-    plain, adapted = FAMILIES[name](), FAMILIES[name]()
+    plain, adapted, tiny = (few_tokens(FAMILIES[name](), name) for _ in range(3))
     with_adapter(adapted)
     expected = {"plain": plain.run(2), "adapted": adapted.run(2)}
     assert not torch.equal(*expected.values())
-    tiny = FAMILIES[name]()
     model = tiny.pipe.transformer
     with ditattn.install(tiny.pipe, "torch_sdpa") as handle:
         close(tiny.run(2), expected["plain"])
@@ -135,13 +134,13 @@ def test_quantised_weights(name: str, package: str, later: bool) -> None:
     if package in ("bitsandbytes", "torchao"):
         pytest.importorskip(package)
     quantise = QUANTISERS[package]
-    plain = FAMILIES[name]()
+    plain = few_tokens(FAMILIES[name](), name)
     exact = plain.run(2)
     quantise(plain.pipe.transformer)
     native = plain.run(2)
     assert not torch.equal(native, exact)
     for backend, settings in (("torch_sdpa", {}), ("rain_fusion_attn", SPARSE)):
-        tiny = FAMILIES[name]()
+        tiny = few_tokens(FAMILIES[name](), name)
         if not later:
             quantise(tiny.pipe.transformer)
         with ditattn.install(tiny.pipe, backend, strict=True, **settings) as handle:
@@ -171,11 +170,10 @@ def test_a_cache_of_blocks_gives_what_it_gives_natively(name: str, later: bool) 
     def cached(tiny: TinyPipeline) -> None:
         cache_dit.enable_cache(tiny.pipe, cache_config=cache_dit.DBCacheConfig(**settings))
 
-    alone = FAMILIES[name]()
+    alone, tiny = (few_tokens(FAMILIES[name](), name) for _ in range(2))
     plain = alone.run(4)
     cached(alone)
     native = alone.run(4)
-    tiny = FAMILIES[name]()
     before = footprint(tiny.pipe)
     if not later:
         cached(tiny)

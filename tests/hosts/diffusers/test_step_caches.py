@@ -20,7 +20,7 @@ from ditattn.hosts.diffusers.install import self_attention_modules
 from ditattn.hosts.diffusers.load import load_pipeline
 from ditattn.models import family_of
 from pairwise import covering, marks_beyond
-from tiny_pipelines import TinyPipeline
+from tiny_pipelines import TinyPipeline, few_tokens
 from tiny_pipelines.footprint import footprint
 from tiny_pipelines.wan import transformer
 
@@ -122,18 +122,18 @@ CACHES = {
 
 def wan() -> TinyPipeline:
     """A call for each branch. Four layers, so that caches skip some that stand between others."""
-    return tiny_pipelines.wan(transformer=transformer(num_layers=4))
+    return few_tokens(tiny_pipelines.wan(transformer=transformer(num_layers=4)), "wan")
 
 
 def cogvideox() -> TinyPipeline:
     """Both branches in one call, and attention that does not go through the dispatcher."""
-    return tiny_pipelines.cogvideox(num_layers=4)
+    return few_tokens(tiny_pipelines.cogvideox(num_layers=4), "cogvideox")
 
 
 def demo() -> TinyPipeline:
     """The model of the package."""
     pipe = load_pipeline(str(find_demo_model().path), dtype=torch.float32, device="cpu")
-    return TinyPipeline(pipe, {"prompt": "a red circle", "height": 32, "width": 64, "num_frames": 9, "guidance_scale": 3.0})
+    return TinyPipeline(pipe, {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 3, "guidance_scale": 3.0})
 
 
 MODELS = {"wan": wan, "cogvideox": cogvideox, "demo model": demo}
