@@ -19,9 +19,9 @@ FILES = {"wan_t2v": {"cat.mp4"}, "flux": {"lighthouse_dense.png", "lighthouse_sp
 
 # what its output says: calls ran sparse
 PRINTS = {
-    "wan_t2v": r"permuted_sparse_attn: 8 sparse at density 0\.\d+ .* / 4 dense \(first steps: 4\)",
-    "flux": r"torch_sdpa: \d+ dense[^\n]*\n.*permuted_sparse_attn: 8 sparse at density 0\.\d+ .* / 4 dense \(first steps: 4\)",
-    "two_denoisers": r"transformer torch_sdpa: \d+ dense[^\n]*\ntransformer_2 permuted_sparse_attn: 8 sparse",
+    "wan_t2v": r"permuted_sparse_attn: 4 sparse at density 0\.\d+ .* / 4 dense \(first steps: 4\)",
+    "flux": r"torch_sdpa: \d+ dense[^\n]*\n.*permuted_sparse_attn: 4 sparse at density 0\.\d+ .* / 4 dense \(first steps: 4\)",
+    "two_denoisers": r"transformer torch_sdpa: \d+ dense[^\n]*\ntransformer_2 permuted_sparse_attn: 4 sparse",
     "own_sampling_loop": r"permuted_sparse_attn: 8 sparse at density 0\.\d+ .* / 4 dense \(first steps: 4\)",
     "custom_backend": r"computed 0\.\d+ of the pairs, mean difference from dense attention 0\.\d+",
 }
