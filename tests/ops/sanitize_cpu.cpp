@@ -206,8 +206,8 @@ int main(int argc, char**) {
 #else
   constexpr bool threads_only = false;
 #endif
-  std::vector<int> dims{32, 64, 96, 128}, query_lengths{1, 63, 65, 129, 190}, key_lengths{1, 2, 3, 33, 127, 128, 129, 200, 254};
-  if (threads_only || few) dims = {32, 128}, query_lengths = {65, 190}, key_lengths = {3, 129, 254};
+  std::vector<int> dims{32, 64, 96, 128}, query_lengths{1, 63, 65, 129, 190}, key_lengths{1, 2, 3, 33, 127, 128, 129, 200, 254, 385};
+  if (threads_only || few) dims = {32, 128}, query_lengths = {65, 190}, key_lengths = {3, 129, 254, 385};
   for (int dtype : {0, 1, 2}) {
     for (int dim : dims) for (int queries : query_lengths) for (int keys : key_lengths)
       for (int mode = 0; mode < 5; mode++, runs++) bad += attend(dim, dtype, queries, keys, mode == 4 || mode & 1, mode & 2, 0, mode == 4);

@@ -14,7 +14,7 @@ from torch import nn
 import ditattn
 import tiny_pipelines
 from ditattn.hosts.diffusers.install import denoisers
-from tiny_pipelines import FAMILIES
+from tiny_pipelines import FAMILIES, few_tokens
 from tiny_pipelines.footprint import HOOK_TABLES, footprint
 from tiny_pipelines.pipeline import TinyPipeline
 
@@ -41,7 +41,7 @@ def traces(module: nn.Module) -> list[str]:
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_copy_of_a_served_model_is_plain(name: str, copied: Callable[[Any], Any]) -> None:
-    tiny = FAMILIES[name]()
+    tiny = few_tokens(FAMILIES[name](), name)
     native = tiny.run(2)
     before = footprint(tiny.pipe)
     with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE) as handle:

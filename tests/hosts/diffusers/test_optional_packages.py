@@ -134,13 +134,13 @@ def test_quantised_weights(name: str, package: str, later: bool) -> None:
     if package in ("bitsandbytes", "torchao"):
         pytest.importorskip(package)
     quantise = QUANTISERS[package]
-    plain = FAMILIES[name]()
+    plain = few_tokens(FAMILIES[name](), name)
     exact = plain.run(2)
     quantise(plain.pipe.transformer)
     native = plain.run(2)
     assert not torch.equal(native, exact)
     for backend, settings in (("torch_sdpa", {}), ("rain_fusion_attn", SPARSE)):
-        tiny = FAMILIES[name]()
+        tiny = few_tokens(FAMILIES[name](), name)
         if not later:
             quantise(tiny.pipe.transformer)
         with ditattn.install(tiny.pipe, backend, strict=True, **settings) as handle:

@@ -23,7 +23,7 @@ from ditattn.hosts.diffusers.install import denoisers
 from ditattn.ops.mx_linear.reference import decoded_weight
 from ditattn.quantization import quantize as quantize_module
 from ditattn.quantization.mx_layer import MXLinear
-from tiny_pipelines import FAMILIES, TinyPipeline
+from tiny_pipelines import FAMILIES, TinyPipeline, few_tokens
 from tiny_pipelines.footprint import footprint
 from tiny_pipelines.wan import transformer
 
@@ -88,7 +88,7 @@ def test_attention_projections_and_feed_forward_and_nothing_else(name: str) -> N
 @every_family
 @pytest.mark.parametrize("method", METHODS)
 def test_every_family_runs_and_is_restored(name: str, method: str) -> None:
-    tiny = FAMILIES[name]()
+    tiny = few_tokens(FAMILIES[name](), name)
     native, before, objects = tiny.run(2), footprint(tiny.pipe), layers(tiny.pipe)
     with ditattn.quantize(tiny.pipe, method) as handle:
         found = tiny.run(2)

@@ -20,11 +20,10 @@ from tiny_pipelines import TinyPipeline, packed_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NUM_STEPS, NUM_LAYERS = 2, 2
+NUM_STEPS, NUM_LAYERS = 1, 2
 # where the first step is dense: schedules that go all the way in the first of two steps show nothing of the second
 NUM_STEPS_OF_SPARSE = 3
 BACKENDS = ("rain_fusion_attn", "block_sparse_attn", "permuted_sparse_attn")
-backends = pytest.mark.parametrize("backend", BACKENDS)
 
 # the pipeline, its token grids as the report writes them, forwards per step
 CASES: dict[str, tuple[Callable[[], TinyPipeline], str, int]] = {
@@ -48,6 +47,10 @@ newest = pytest.mark.skipif(version.parse(diffusers.__version__) < version.parse
 all_cases = pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=newest) for name in BESIDE)])
 
 
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    return [newest] if name in BESIDE else []
+
+
 @cache
 def built(name: str) -> tuple[TinyPipeline, Tensor]:
     """A pipeline, which each test leaves as it was, and its native latents."""
@@ -60,9 +63,20 @@ def native_of_sparse(name: str) -> Tensor:
     return built(name)[0].run(NUM_STEPS_OF_SPARSE)
 
 
+def marks_beside_the_first(name: str, backend: str) -> list[pytest.MarkDecorator]:
+    # so many tokens take as long as all others; two references have as many grids
+    return [*marks_of(name), *([pytest.mark.long] if name == "qwen image layered" and backend != BACKENDS[0] else [])]
+
+
 @pytest.mark.shows("references")
-@all_cases
-@backends
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        pytest.param(name, backend, marks=marks_beside_the_first(name, backend), id=f"{backend}-{name}")
+        for backend in BACKENDS
+        for name in [*CASES, *BESIDE]
+    ],
+)
 def test_density_is_near_what_was_asked(name: str, backend: str) -> None:
     (tiny, _), native = built(name), native_of_sparse(name)
     _, grids, forwards = {**CASES, **BESIDE}[name]
@@ -88,7 +102,7 @@ def test_leaving_leaves_no_trace(name: str) -> None:
     assert torch.equal(tiny.run(NUM_STEPS), native)
 
 
-@pytest.mark.parametrize(("name", "backend"), [*each_with_one(CASES, BACKENDS), *each_with_one(BESIDE, BACKENDS, marks=lambda _: [newest])])
+@pytest.mark.parametrize(("name", "backend"), each_with_one([*CASES, *BESIDE], BACKENDS, marks=marks_of))
 def test_sparsity_zero_is_native(name: str, backend: str) -> None:
     tiny, native = built(name)
     with ditattn.install(tiny.pipe, backend, sparsity=0) as handle:
@@ -97,8 +111,7 @@ def test_sparsity_zero_is_native(name: str, backend: str) -> None:
     assert list(handle.report().components["transformer"].dense_reasons) == ["sparsity 0"]
 
 
-@all_cases
-@backends
+@pytest.mark.parametrize(("name", "backend"), each_with_one([*CASES, *BESIDE], BACKENDS, start=1, marks=marks_of))
 def test_keeping_every_block_through_the_sparse_kernel_is_native(name: str, backend: str) -> None:
     tiny, native = built(name)
     # the nucleus keeps all but a millionth of the mass, where a sparsity above 0 would drop a block of every grid
