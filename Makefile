@@ -71,7 +71,7 @@ test-vllm-omni: $(READY) $(VLLM_OMNI_READY)
 # the released sglang on a machine without a GPU. Part of `make test`, since it adds little: 80 MB to download, 350 MB on the disk beside the
 # torch of .venv, and about two minutes of tests (importing sglang takes longer than most of them)
 test-sglang: $(SGLANG_READY)
-	$(SGLANG_BIN)/python -m pytest -q tests/hosts/sglang
+	$(SGLANG_BIN)/python $(TESTS) --dist loadfile tests/hosts/sglang
 
 # the tables of families in docs/compatibility.md, anew from what the tests show
 compatibility: $(READY)

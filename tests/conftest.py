@@ -67,6 +67,9 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # files with slow tests first, each in one piece: a slow test at the end would leave the other processes idle
+    with_slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in with_slow)
     wanted = config.getoption("--implementation")
     if wanted is None:
         return

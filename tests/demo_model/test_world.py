@@ -56,7 +56,10 @@ def test_frames_do_not_depend_on_which_others_are_drawn():
 
 def test_the_object_stays_inside_for_a_whole_clip():
     clips = [world.place(scene, random.Random(seed)) for seed, scene in enumerate(world.all_scenes())]
-    mask = world.render(clips, torch.arange(world.CLIP_FRAMES))[1]
+    # it moves in a straight line: what is inside in the first and in the last frame is inside between them
+    frames = torch.arange(0, world.CLIP_FRAMES, 4)
+    assert frames[-1] == world.CLIP_FRAMES - 1
+    mask = world.render(clips, frames)[1]
     # a corner of the widest triangle may touch a pixel of the border
     assert max(float(edge.max()) for edge in (mask[..., 0, :], mask[..., -1, :], mask[..., 0], mask[..., -1])) < 0.5
     assert mask[..., 32, 32].mean() > 0.9

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -116,12 +117,8 @@ def render_page(comparison: Comparison, record: Mapping[str, Any], encode: Encod
         record: of the same comparison; every number on the page comes from it.
         encode: `[F, H, W, 3]` uint8, F > 1, as the bytes of an mp4 file.
     """
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=number, first=_first, local_time=local_time)
     rows = _rows(record)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return _template().render(
         record=record,
         rows=rows,
         groups=[(backend, list(group)) for backend, group in groupby(rows, key=lambda row: row.backend)],
@@ -139,6 +136,16 @@ def render_page(comparison: Comparison, record: Mapping[str, Any], encode: Encod
         # "</" would end the script element that holds it
         json=json.dumps(plain(record), ensure_ascii=False, allow_nan=False).replace("</", "<\\/"),
     )
+
+
+@cache
+def _template() -> Any:
+    """Compiling it takes longer than rendering a page."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(number=number, first=_first, local_time=local_time)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def number(value: float | None, digits: int = 2) -> str:
