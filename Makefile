@@ -23,17 +23,26 @@ WHEEL_READY := $(WHEEL_VENV)/.ready
 DIST_READY := dist/.ready
 # releases of diffusers for make test-versions; "newest" is what the index has, pre-releases too
 DIFFUSERS_VERSIONS ?= 0.38.0 0.40.0 newest
+# releases of torch for the same target, the oldest that may be installed first, and where they come from: the package index has builds with
+# CUDA for Linux, ten times as large as those for CPUs (TORCH_INDEX=https://pypi.org/simple does as well)
+TORCH_VERSIONS ?= 2.9.1 newest
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # the adapter, and not what is above it
 VERSION_TESTS := $(addprefix tests/hosts/diffusers/test_,private_names.py dispatcher.py install.py register.py steps_of_runs.py families.py \
   step_caches.py) tests/models
+TORCH_TESTS := $(VERSION_TESTS) tests/hosts/diffusers/test_compile.py tests/backends tests/plan tests/runtime tests/ops \
+  --ignore-glob='*/test_triton.py'
 # the newest glibc that a wheel may ask for: that of torch's own wheels
 MANYLINUX := manylinux_2_28_$(shell uname -m)
+
+# what many processes import is compiled once, the tests' own files too, whatever the caller's environment says
+unexport PYTHONDONTWRITEBYTECODE
 
 # tests run side by side, one thread each; PROCESSES=0 runs them one after the other in one process
 PROCESSES ?= auto
 TESTS := -m pytest -q -n $(PROCESSES) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-all compatibility test-npu test-sglang test-vllm-omni test-isa test-versions test-wheel wheel wheels sdist check-dist check static docs format clean
+.PHONY: demo test test-all compatibility test-npu test-sglang test-vllm-omni test-isa test-versions test-torch-versions test-wheel wheel wheels sdist check-dist check static docs format clean
 
 # a clip from the package's own small model: densely, with the recommended sparse backend at three sparsities, with another one beside it
 demo: $(READY)
@@ -69,11 +78,16 @@ compatibility: $(READY)
 	DITATTN_COMPATIBILITY_ANEW=1 $(BIN)/python $(TESTS) -m "shows and not long" --junit-xml=.pytest_cache/shows.xml tests/hosts/diffusers
 	$(BIN)/python tools/family_tables.py .pytest_cache/shows.xml
 
-# the contract of every op on the CPU kernels of older processors; its other implementations know nothing of them
+# the contract of every op on the CPU kernels of older processors; its other implementations know nothing of them. Then attention on the
+# kernels for AMX, with tiles emulated by AVX-512
+EMULATED := $(addprefix tests/ops/,dense_attention/test_contract.py block_sparse_attention/test_contract.py block_sparse_attention/test_tail.py \
+  test_any_layout.py test_cpu_library.py::test_drawn_plans test_cpu_library.py::test_bf16_parts_run_only_by_name_and_on_a_tile_unit) \
+  tests/bench/test_cpu_attention.py::test_products_from_bf16_parts_are_rows_where_there_is_a_tile_unit
 test-isa: $(READY)
 	for isa in baseline avx2; do \
 	  DITATTN_CPU_ISA=$$isa $(BIN)/python $(TESTS) --implementation cpu $(wildcard tests/ops/*/test_contract.py) || exit 1; \
 	done
+	$(BIN)/python $(TESTS) --emulated-tiles $(addprefix --implementation ,cpu cpu_fast_fp32 cpu_bf16x3 cpu_bf16x6) $(EMULATED)
 
 # the adapter against other releases of diffusers. Each goes into a folder of its own, in front of the pinned one on the path; httpx and
 # httpcore are what older ones import and the pinned one does not
@@ -84,6 +98,16 @@ test-versions: $(READY)
 	    --target .diffusers-versions/$$version $$asked httpx httpcore || exit 1; \
 	  echo "diffusers $$version:"; \
 	  PYTHONPATH=$(CURDIR)/.diffusers-versions/$$version $(BIN)/python $(TESTS) -m "not slow" $(VERSION_TESTS) || exit 1; \
+	done
+
+# kernels, backends and the adapter against other releases of torch, which go in front of the pinned one in the same way, with what each asks for
+test-torch-versions: $(READY)
+	for version in $(TORCH_VERSIONS); do \
+	  asked=$$([ $$version = newest ] && echo torch || echo torch==$$version); \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --index-url $(TORCH_INDEX) \
+	    --target .torch-versions/$$version $$asked || exit 1; \
+	  echo "torch $$version:"; \
+	  PYTHONPATH=$(CURDIR)/.torch-versions/$$version $(BIN)/python $(TESTS) -m "not slow and not long" $(TORCH_TESTS) || exit 1; \
 	done
 
 # dist/: an sdist, and a wheel for this machine's architecture that is built from it
@@ -179,4 +203,4 @@ $(DIST_READY): $(WHEEL_READY) pyproject.toml setup.py MANIFEST.in README.md tool
 	touch $(DIST_READY)
 
 clean:
-	rm -rf $(VENV) $(NPU_VENV) $(SGLANG_VENV) $(VLLM_OMNI) $(DOCS_VENV) $(WHEEL_VENV) site dist build outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .diffusers-versions .torch-versions $(VENV) $(NPU_VENV) $(SGLANG_VENV) $(VLLM_OMNI) $(DOCS_VENV) $(WHEEL_VENV) site dist build outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

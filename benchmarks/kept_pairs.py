@@ -33,7 +33,7 @@ HEAD_SIZE = 32
 def kept_pairs(backend: str, grids: Sequence[Size], ranks: int, sparsity: float, *, deals: bool) -> list[int]:
     """Kept pairs of one head, by rank, for a sequence of grids of which the last is generated.
 
-    `deals`: after whole rows of the first frame were dealt out, where the backend has some.
+    `deals`: after whole rows of the first frame were dealt out, or whole blocks, where the backend does so.
     """
     *further, grid = grids
     starts = list(itertools.accumulate(map(math.prod, grids), initial=0))
@@ -44,7 +44,7 @@ def kept_pairs(backend: str, grids: Sequence[Size], ranks: int, sparsity: float,
     query, key = (torch.randn(1, length, 1, HEAD_SIZE, generator=generator) for _ in range(2))
     found = []
     for rank in range(ranks):
-        share = GatheredRows(GatheredTokens((length,), ranks), rank, 1)
+        share = GatheredRows(GatheredTokens((length,), ranks), rank, 1, exchange=_random_rows if deals else None)
         metadata = cls.get_builder_cls()().build(
             current_timestep=0,
             raw_latent_shape=(1, 1, *grid),
@@ -61,6 +61,11 @@ def kept_pairs(backend: str, grids: Sequence[Size], ranks: int, sparsity: float,
     return found
 
 
+def _random_rows(x: Tensor, _to_each: list[int], from_each: list[int]) -> Tensor:
+    """In place of those that other ranks would send."""
+    return torch.randn(x.shape[0], sum(from_each), *x.shape[2:])
+
+
 def _pairs(cls: Any, query: Tensor, key: Tensor, metadata: Any) -> int:
     class Counted(cls.get_impl_cls()):  # type: ignore[misc]
         def _sparse(self, query: Tensor, *_: Any) -> Tensor:
@@ -71,7 +76,7 @@ def _pairs(cls: Any, query: Tensor, key: Tensor, metadata: Any) -> int:
     impl.forward(query, key, key, metadata)
     (record,) = records
     assert record.plan is not None
-    return round(record.plan.density() * query.shape[1] * key.shape[1])
+    return round(record.plan.density() * record.plan.query_length * key.shape[1])
 
 
 def print_balance(backends: Sequence[str], ranks: Sequence[int], sparsity: float) -> None:
@@ -84,7 +89,7 @@ def print_balance(backends: Sequence[str], ranks: Sequence[int], sparsity: float
                 own, dealt = (kept_pairs(backend, grids, count, sparsity, deals=deals) for deals in (False, True))
                 print(f"  {backend}, {count} ranks: {over_mean(dealt)}", flush=True)
                 if own != dealt:
-                    print(f"    without the deal of the first frame's rows: {over_mean(own)}", flush=True)
+                    print(f"    without a deal: {over_mean(own)}", flush=True)
 
 
 def over_mean(pairs: Sequence[int]) -> str:

@@ -6,8 +6,8 @@
 
 Processes talk through gloo on the CPU, and through nccl or hccl where there are as many devices as processes. On a CPU they share cores, so
 that times show who waits, not what several devices save. PSNR is against the first number of processes with the same backend, and against a
-dense clip of one process: permuted_sparse_attn has a budget for each rank, and under ring plans are a rank's own, so there the clip may
-differ. Bytes are computed from shapes.
+dense clip of one process: permuted_sparse_attn has a budget for each rank, and under ring parts of blocks are a rank's own, so there the
+clip may differ. Bytes are computed from shapes.
 """
 
 from __future__ import annotations
@@ -73,19 +73,20 @@ def _options() -> argparse.ArgumentParser:
 def run(backend: str, processes: int, options: argparse.Namespace) -> tuple[np.ndarray[Any, Any], list[dict[str, Any]]]:
     """The frames, and what every rank reports."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-            "-m",
-            "benchmarks.parallel",
-        ]
-        command += ["--backend", backend, "--sparsity", str(options.sparsity), "--steps", str(options.steps), "--rank-writes-to", folder]
-        environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1)), "OMP_WAIT_POLICY": "PASSIVE"}
-        subprocess.run(command + ["--ring"] * options.ring, env={**os.environ, **environment}, check=True)
+        arguments = ["--backend", backend, "--sparsity", str(options.sparsity), "--steps", str(options.steps), "--rank-writes-to", folder]
+        start_ranks(processes, arguments + ["--ring"] * options.ring)
         return np.load(Path(folder) / "frames.npy"), json.loads((Path(folder) / "ranks.json").read_text(encoding="utf-8"))
+
+
+def start_ranks(processes: int, arguments: Sequence[str]) -> None:
+    """Run this module with the arguments as so many ranks; returns when they have ended.
+
+    Raises:
+        CalledProcessError: one of them failed.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "benchmarks.parallel"]
+    environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1)), "OMP_WAIT_POLICY": "PASSIVE"}
+    subprocess.run([*command, *arguments], env={**os.environ, **environment}, check=True)
 
 
 def _run_rank(options: argparse.Namespace) -> None:
@@ -112,7 +113,8 @@ def _run_rank(options: argparse.Namespace) -> None:
         "communication_ms": report.communication_ms,
         "density": report.sparse_density,
         "own_blocks": report.own_blocks,
-        "bytes": report.calls * bytes_per_call(pipe.transformer.config, count, ring=options.ring),
+        "bytes": report.calls * bytes_per_call(pipe.transformer.config, count, ring=options.ring)
+        + (report.sparse * bytes_of_deal(pipe.transformer.config, count) if options.ring and backend == "permuted_sparse_attn" else 0),
     }
     ranks: list[Any] = [None] * count
     dist.all_gather_object(ranks, own)
@@ -124,9 +126,18 @@ def _run_rank(options: argparse.Namespace) -> None:
 
 def bytes_per_call(config: Any, count: int, *, ring: bool) -> int:
     """What a rank sends in one attention call of the demo model, fp32: its part of four tensors, or its keys and values to all others."""
-    tokens = int(DEFAULTS["num_frames"]) * (DEFAULTS["height"] // 4) * (DEFAULTS["width"] // 4)
-    of_tensor = tokens // count * config.num_attention_heads * config.attention_head_dim * 4
+    of_tensor = _bytes_of_tensor(config, count)
     return 2 * of_tensor * (count - 1) if ring else 4 * of_tensor * (count - 1) // count
+
+
+def bytes_of_deal(config: Any, count: int) -> int:
+    """What a rank of a ring sends beside, where blocks of queries are dealt out: its part of its queries, and of results."""
+    return 2 * _bytes_of_tensor(config, count) * (count - 1) // count
+
+
+def _bytes_of_tensor(config: Any, count: int) -> int:
+    tokens = int(DEFAULTS["num_frames"]) * (DEFAULTS["height"] // 4) * (DEFAULTS["width"] // 4)
+    return tokens // count * config.num_attention_heads * int(config.attention_head_dim) * 4
 
 
 def lines(processes: int, psnr: float, psnr_of_dense: float, ranks: list[dict[str, Any]]) -> list[str]:

@@ -37,9 +37,9 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def draw(grid: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
-    """q, k and v `[1, S, 12, 128]`."""
-    shape = (1, grid[0] * grid[1] * grid[2], HEADS, HEAD_DIM)
+def draw(grid: tuple[int, int, int], heads: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, k and v `[1, S, H, 128]`."""
+    shape = (1, grid[0] * grid[1] * grid[2], heads, HEAD_DIM)
     # drawn in place: a temporary in fp32 would raise the high-water mark before the call
     return [torch.empty(shape, dtype=dtype).normal_(generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 
@@ -47,18 +47,18 @@ def draw(grid: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
 def call(backend: type[AttentionBackend], tensors: list[Tensor], grid: tuple[int, int, int], sparsity: float) -> tuple[Tensor, CallRecord]:
     """One forward past the dense steps."""
     records: list[CallRecord] = []
-    impl = backend.get_impl_cls()(HEADS, HEAD_DIM, observer=records.append)
+    impl = backend.get_impl_cls()(tensors[0].shape[2], HEAD_DIM, observer=records.append)
     metadata = backend.get_builder_cls()().build(
         current_timestep=0, skip_first_steps=0, raw_latent_shape=(1, 16, *grid), patch_size=1, sparsity=sparsity
     )
     return impl.forward(*tensors, metadata), records[0]
 
 
-def measure(name: str, dtype: torch.dtype, sparsity: float) -> dict[str, object]:
+def measure(name: str, dtype: torch.dtype, sparsity: float, heads: int = HEADS) -> dict[str, object]:
     """The row that is printed."""
     backend = get_attn_backend(HEAD_DIM, dtype, pipeline_backend=name)
-    call(backend, draw(SMALL_GRID, dtype), SMALL_GRID, sparsity)
-    tensors = draw(GRID, dtype)
+    call(backend, draw(SMALL_GRID, heads, dtype), SMALL_GRID, sparsity)
+    tensors = draw(GRID, heads, dtype)
     before = resident_bytes()
     if peak_bytes() > before + 2**26:
         raise RuntimeError("the high-water mark lies above the start: measure in a fresh process")
@@ -69,6 +69,7 @@ def measure(name: str, dtype: torch.dtype, sparsity: float) -> dict[str, object]
     return {
         "backend": name,
         "shape": SHAPE,
+        "heads": heads,
         "dtype": str(dtype).removeprefix("torch."),
         "sparsity": sparsity,
         "density": round(record.plan.density(), 4),
@@ -85,8 +86,11 @@ def main() -> None:
     parser.add_argument("--backend", default="rain_fusion_attn")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--sparsity", type=float, default=0.75)
+    parser.add_argument(
+        "--heads", type=int, default=HEADS, help="fewer than the model's take less time; what is kept for all heads weighs more"
+    )
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.backend, getattr(torch, arguments.dtype), arguments.sparsity)))
+    print(json.dumps(measure(arguments.backend, getattr(torch, arguments.dtype), arguments.sparsity, arguments.heads)))
 
 
 if __name__ == "__main__":

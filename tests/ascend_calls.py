@@ -56,12 +56,16 @@ CASES = (
 
 
 def pairs(names: Iterable[str], *, equal_lengths: bool = False) -> list[Any]:
-    """Every case that the implementations take, as pytest parameters (name, case); on demand only those with as many queries as keys."""
+    """Every case that the implementations take, one after the other, as pytest parameters (name, case).
+
+    Args:
+        equal_lengths: only those with as many queries as keys.
+    """
     rows = {row.name.upper(): row for row in TABLE}
     return [
         pytest.param(name, case, id=f"{name.lower()}-{case}")
-        for name in names
         for case in CASES
+        for name in names
         if (case.key_lengths is None or "key_lengths" in rows[name].honours) and (not equal_lengths or case.query_length == case.key_length)
     ]
 

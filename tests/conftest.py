@@ -37,8 +37,33 @@ def _seeded() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--implementation", metavar="ROW", help="leave out what tests an op's other implementations: make test-isa asks for cpu"
+        "--implementation",
+        metavar="ROW",
+        action="append",
+        help="leave out what tests an op's other implementations; may be repeated. make test-isa asks for those of the CPU kernels",
     )
+    parser.addoption(
+        "--emulated-tiles",
+        action="store_true",
+        help="the CPU kernels are those for AMX, with tiles emulated by AVX-512: tests/cpu_builds.py",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--emulated-tiles"):
+        return
+    import cpu_builds
+
+    if problem := cpu_builds.cpu_library.problem():
+        raise pytest.UsageError(f"--emulated-tiles: {problem}")
+    if not cpu_builds.runs_here(cpu_builds.EMULATED):
+        pytest.exit("emulated tiles need a CPU with AVX512_BF16: nothing was tested", returncode=0)
+    # before test modules ask the ops' tables which implementations run here
+    cpu_builds.load_emulated_tiles()
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return "CPU kernels: amx with emulated tiles" if config.getoption("--emulated-tiles") else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -46,8 +71,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if wanted is None:
         return
     tested = {item: item.callspec.params["name"] for item in items if "name" in getattr(getattr(item, "callspec", None), "params", ())}
-    # where none is tested, as of a CPU that cannot run the kernels, nothing is left, and pytest fails
-    kept = [item for item in items if tested.get(item, wanted) == wanted] if wanted in tested.values() else []
+    # where one is not tested, as of a CPU that cannot run the kernels, nothing is left, and pytest fails
+    kept = [item for item in items if tested.get(item, wanted[0]) in wanted] if {*wanted} <= {*tested.values()} else []
     chosen = set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = kept

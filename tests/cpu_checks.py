@@ -1,4 +1,4 @@
-"""Checks of the compiled CPU kernels that also run in a child process, so that each instruction set can be forced:
+"""Checks of the compiled CPU kernels for one instruction set or for several in one process, by force:
 
 DITATTN_CPU_ISA=avx2 python tests/cpu_checks.py
 """
@@ -6,6 +6,9 @@ DITATTN_CPU_ISA=avx2 python tests/cpu_checks.py
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 
@@ -20,30 +23,46 @@ from ditattn.ops.table import PADDED_HEAD_DIMS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_case(case: Case, dtype: torch.dtype) -> None:
+@contextmanager
+def forced(variant: str) -> Iterator[None]:
+    """The kernels of that instruction set serve this process, as `DITATTN_CPU_ISA` chooses them for a new one."""
+    library = cpu_library._load(variant)
+    assert isinstance(library, cpu_library.Library), library
+    with patch.object(cpu_library, "selection", lambda: cpu_library.Selection(library, None, {})):
+        yield
+
+
+def check_case(case: Case, dtype: torch.dtype, variants: Sequence[str] = ()) -> None:
+    """For each of the variants, or for the chosen one; what is exact is computed once."""
     problem = build(case, dtype)
-    tensors = (problem.query, problem.key, problem.value)
-    if problem.plan is None:
-        judge.check_output(dense_attention(*tensors, **problem.options, implementation="cpu"), problem)
-    else:
-        out = block_sparse_attention(*tensors, problem.plan, tail=problem.tail, **problem.options, implementation="cpu")
-        judge.check_output(out, problem)
+    for variant in variants or [cpu_library.selection().sentence()]:
+        with forced(variant):
+            tensors = (problem.query, problem.key, problem.value)
+            if problem.plan is None:
+                out = dense_attention(*tensors, **problem.options, implementation="cpu")
+            else:
+                out = block_sparse_attention(*tensors, problem.plan, tail=problem.tail, **problem.options, implementation="cpu")
+        try:
+            judge.check_output(out, problem)
+        except AssertionError as error:
+            raise AssertionError(f"{variant}, {case}, {dtype}: {error}") from error
 
 
-def check_cases() -> int:
+def check_cases(variants: Sequence[str] = ()) -> int:
     """Every case of the op that the kernel takes, each in one dtype in turn (the contract tests take all for the chosen variant)."""
     cases = [case for case in (*SPARSE_CASES, *TAIL_CASES) if case.dim in PADDED_HEAD_DIMS and case.block_size == 128]
     for number, case in enumerate(cases):
-        check_case(case, DTYPES[number % len(DTYPES)])
+        check_case(case, DTYPES[number % len(DTYPES)], variants)
     return len(cases)
 
 
-def check_tails() -> None:
+def check_tails(variants: Sequence[str] = ()) -> None:
     """Every length of a short last block, of queries and of keys, with logits whose padding would be noticed."""
     for length in range(1, 130):
         data = "negative logits" if length % 2 else "random"
-        check_case(Case("tail", query_length=length, key_length=130 - length, heads=1, key_heads=1, dim=32, data=data), torch.float32)
-        check_case(Case("tail", query_length=130 - length, key_length=length, heads=1, key_heads=1, data=data), torch.bfloat16)
+        short = Case("tail", query_length=length, key_length=130 - length, heads=1, key_heads=1, dim=32, data=data)
+        check_case(short, torch.float32, variants)
+        check_case(Case("tail", query_length=130 - length, key_length=length, heads=1, key_heads=1, data=data), torch.bfloat16, variants)
 
 
 def check_fp16() -> int:

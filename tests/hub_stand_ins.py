@@ -18,7 +18,7 @@ import torch
 from tiny_pipelines import TinyPipeline, flux, wan, wan_two_transformers
 from tiny_pipelines.wan import transformer
 
-MOST_STEPS = 3
+MOST_STEPS = 2
 # 13 x 16 x 20 and 68 x 64 tokens: more than `min_tokens`
 WAN_SIZE = {"height": 256, "width": 320, "num_frames": 49}
 FLUX_SIZE = {"height": 136, "width": 128}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import oracle
 from cases import Case, Problem
-from ditattn.ops.table import CallFacts, Implementation, explain
+from ditattn.ops.table import CallFacts, Implementation
 from ditattn.plan.block_plan import BLOCK_SIZE
 
 FACTOR = 1.5
@@ -43,8 +44,8 @@ def facts_of(case: Case, device: str, dtype: torch.dtype, *, lse: bool = False) 
 
 def possible(table: tuple[Implementation, ...], facts: CallFacts) -> list[str]:
     """Names of the implementations that take the call on this machine, and that the generated contract tests run."""
-    names = [verdict.implementation.name for verdict in explain(table, facts) if verdict.reason is None]
-    return [name for name in names if name not in COMPILED_PER_SHAPE]
+    # not `explain`, which measures which of two is faster: what can run is asked at collection, by every process and for every kind of call
+    return [row.name for row in table if row.name not in COMPILED_PER_SHAPE and row.refusal(facts) is None]
 
 
 # implementations that follow each other on a problem are judged by the same numbers
@@ -58,13 +59,18 @@ def rounding_floor(problem: Problem) -> float:
     A logit is known to half a unit in its last fp32 place, which moves its weight by that much times the logit; a few such units are
     allowed. Half types round the weights and the output as well: a twentieth of their unit covers a lucky rounding of torch's.
     """
-    scale = 1 / math.sqrt(problem.query.shape[3]) if problem.scale is None else problem.scale
-    group = problem.query.shape[2] // problem.key.shape[2]
-    keys = problem.key.double().repeat_interleave(group, dim=2)
-    largest = torch.einsum("bshd,bthd->bhst", problem.query.double(), keys).abs().max().item() * abs(scale)
+    largest = _largest_score(problem, lambda x: x)
     unit = torch.finfo(problem.query.dtype).eps / 2
     half = 0.0 if problem.query.dtype == torch.float32 else 0.05 * unit
     return 2**-24 * max(4.0, largest) + half
+
+
+def _largest_score(problem: Problem, first: Callable[[Tensor], Tensor]) -> float:
+    """Of all scaled scores, whose elements go through a function before they are multiplied: by magnitude."""
+    scale = 1 / math.sqrt(problem.query.shape[3]) if problem.scale is None else problem.scale
+    group = problem.query.shape[2] // problem.key.shape[2]
+    query, key = first(problem.query.double()), first(problem.key.double()).repeat_interleave(group, dim=2)
+    return torch.einsum("bshd,bthd->bhst", query, key).abs().max().item() * abs(scale)
 
 
 @once
@@ -110,7 +116,29 @@ def exact_result(problem: Problem) -> tuple[Tensor, Tensor]:
     return oracle.attention(problem.query, problem.key, problem.value, **options)
 
 
-def check_output(out: Tensor, problem: Problem, computes_in: torch.dtype | None = None) -> None:
+@dataclass(frozen=True)
+class Coarser:
+    """The dtype that an implementation declares to compute in, and how many numbers of it stand for one of the inputs'."""
+
+    dtype: torch.dtype
+    parts: int
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """One part has the coarser dtype, several are a sum in the input's own."""
+        if self.parts == 1:
+            return x.to(self.dtype)
+        total = torch.zeros_like(x)
+        for _ in range(self.parts):
+            total = total + (x - total).to(self.dtype).to(x.dtype)
+        return total
+
+    @property
+    def factor(self) -> float:
+        """Products of parts leave out some that are as large as what rounding the inputs to parts leaves out."""
+        return FACTOR if self.parts == 1 else 2 * FACTOR
+
+
+def check_output(out: Tensor, problem: Problem, computes_in: Coarser | None = None) -> None:
     """Shape, dtype, layout, and error against the oracle: in norm and element by element.
 
     An implementation that declares a coarser dtype to compute in is compared with torch on inputs rounded to that dtype.
@@ -125,7 +153,8 @@ def check_output(out: Tensor, problem: Problem, computes_in: torch.dtype | None 
     yardstick = problem if computes_in is None else rounded(problem, computes_in)
     theirs = torch_result(yardstick)
     floor = rounding_floor(yardstick)
-    error, allowed = relative_error(out, exact), FACTOR * relative_error(theirs, exact) + floor
+    factor = FACTOR if computes_in is None else computes_in.factor
+    error, allowed = relative_error(out, exact), factor * relative_error(theirs, exact) + floor
     assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"
     size = exact.abs().max()
     worst, worst_allowed = (out - exact).abs().max(), ELEMENT_FACTOR * ((theirs - exact).abs().max() + floor * size)
@@ -133,37 +162,52 @@ def check_output(out: Tensor, problem: Problem, computes_in: torch.dtype | None 
 
 
 @once
-def rounded(problem: Problem, dtype: torch.dtype) -> Problem:
-    """The same problem with its tensors in another dtype."""
-    return replace(problem, query=problem.query.to(dtype), key=problem.key.to(dtype), value=problem.value.to(dtype))
+def rounded(problem: Problem, coarser: Coarser) -> Problem:
+    """The same problem with its tensors rounded to a coarser dtype, or to parts in it."""
+    tensors = {name: coarser.rounded(getattr(problem, name)) for name in ("query", "key", "value")}
+    tail = problem.tail
+    if tail is not None:
+        tail = replace(tail, key=coarser.rounded(tail.key).float(), value=coarser.rounded(tail.value).float())
+    return replace(problem, **tensors, tail=tail)
 
 
 @once
-def _with_rounded_means(problem: Problem, dtype: torch.dtype) -> Problem:
+def _with_rounded_means(problem: Problem, coarser: Coarser) -> Problem:
     assert problem.tail is not None
-    return replace(problem, tail=replace(problem.tail, key=problem.tail.key.to(dtype).float()))
+    return replace(problem, tail=replace(problem.tail, key=coarser.rounded(problem.tail.key).float()))
 
 
-def coarser(table: tuple[Implementation, ...], name: str) -> torch.dtype | None:
-    """The dtype that the named row declares to compute in."""
-    declared = next(row.computes_in for row in table if row.name == name)
-    return None if declared is None else getattr(torch, declared)
+def coarser(table: tuple[Implementation, ...], name: str) -> Coarser | None:
+    """What the named row declares to compute in."""
+    row = next(row for row in table if row.name == name)
+    return None if row.computes_in is None else Coarser(getattr(torch, row.computes_in), row.parts)
 
 
-def check_lse(lse: Tensor, problem: Problem, computes_in: torch.dtype | None = None) -> None:
+def eps(table: tuple[Implementation, ...], name: str, dtype: torch.dtype) -> float:
+    """The distance from 1 to the next number that the named row can tell from it, where it takes tensors of a dtype."""
+    declared = coarser(table, name)
+    own = torch.finfo(dtype).eps
+    return own if declared is None else max(own, torch.finfo(declared.dtype).eps * 2.0 ** (-8 * (declared.parts - 1)))
+
+
+def check_lse(lse: Tensor, problem: Problem, computes_in: Coarser | None = None) -> None:
     """fp32 `[B, H, S]`, -inf exactly where no key is seen."""
     exact = exact_result(problem)[1]
     assert lse.shape == exact.shape
     assert lse.dtype == torch.float32
     blind = exact.isneginf()
     assert torch.equal(lse.isneginf(), blind)
-    # half types may sum weights of their own precision: a relative error e of the sum is an absolute error e of the logarithm
-    slack = 0.0 if (computes_in or problem.query.dtype) == torch.float32 else 2e-4
-    if computes_in is not None:
+    # half types may sum weights of their own precision: a relative error e of the sum is an absolute error e of the logarithm. Parts lose
+    # as much of every product as their last bit, in one direction at worst
+    own = computes_in or Coarser(problem.query.dtype, 1)
+    slack = 0.0 if own.dtype == torch.float32 else 2e-4
+    if own.parts > 1:
+        slack = 2.0 ** (-9 * own.parts) * _largest_score(problem, torch.abs)
+    elif computes_in is not None:
         slack += (exact_result(rounded(problem, computes_in))[1] - exact)[~blind].abs().max().item() if bool((~blind).any()) else 0.0
-    if problem.tail is not None and (dtype := computes_in or problem.query.dtype) != torch.float32 and bool((~blind).any()):
+    if problem.tail is not None and own.dtype != torch.float32 and bool((~blind).any()):
         # the means may be multiplied in the call's dtype
-        slack += (exact_result(_with_rounded_means(problem, dtype))[1] - exact)[~blind].abs().max().item()
+        slack += (exact_result(_with_rounded_means(problem, own))[1] - exact)[~blind].abs().max().item()
     error = (lse - exact)[~blind].abs()
     if error.numel():
         allowed = 4 * rounding_floor(problem) + 2**-22 * exact[~blind].abs() + slack

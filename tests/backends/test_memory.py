@@ -1,4 +1,4 @@
-"""Peak memory at a real shape: S = 32760, H = 12, D = 128."""
+"""Peak memory at a real shape: S = 32760, D = 128, and with the 12 heads of the model or with fewer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("backend", ["rain_fusion_attn", "block_sparse_attn"])
-def test_peak_stays_under_three_times_the_tensors(backend: str) -> None:
-    command = [sys.executable, "-m", "benchmarks.sparse_memory", "--backend", backend]
+@pytest.mark.parametrize(
+    ("backend", "heads"),
+    [
+        # beside fewer heads what is kept once for all of them weighs more: the limit is the stricter one
+        ("rain_fusion_attn", 3),
+        ("block_sparse_attn", 6),
+        pytest.param("rain_fusion_attn", 12, marks=pytest.mark.long),
+        pytest.param("block_sparse_attn", 12, marks=pytest.mark.long),
+    ],
+)
+def test_peak_stays_under_three_times_the_tensors(backend: str, heads: int) -> None:
+    command = [sys.executable, "-m", "benchmarks.sparse_memory", "--backend", backend, "--heads", str(heads)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout)
-    assert row["qkv_out_bytes"] == 4 * 32760 * 12 * 128 * 2
+    assert row["qkv_out_bytes"] == 4 * 32760 * heads * 128 * 2
     assert 0.1 < row["density"] < 0.5
     assert 1 < row["peak_over_qkv_out"] < 3

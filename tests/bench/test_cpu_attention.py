@@ -103,7 +103,8 @@ def test_peers_are_rows_and_one_that_refuses_or_differs_is_left_out_with_the_rea
     monkeypatch.setattr(cpu_attention, "PEERS", (*PEERS[:2], *others))
     told: list[str] = []
     measured = cpu_attention.measure_shape(256, 2, 64, torch.float32, Effort(rounds=1, progress=told.append), matmul=128)
-    assert measured.left_out.keys() == {"refuses", "zeros", "NaN"}
+    without_tiles = {"bf16x3, bf16x6"} if cpu_library.parts_problem() else set()
+    assert measured.left_out.keys() == {"refuses", "zeros", "NaN"} | without_tiles
     assert measured.left_out["refuses"] == "RuntimeError: not on a Tuesday"
     assert measured.left_out["zeros"] == "its result differs from the reference by 1 of the norm at S 256, more than 1e-05"
     assert "more than 1e-05" in measured.left_out["NaN"]
@@ -115,10 +116,29 @@ def test_peers_are_rows_and_one_that_refuses_or_differs_is_left_out_with_the_rea
     assert not {f"dense / {name}" for name in measured.left_out} & ratios
     # everything is compared, and before the first round
     compared = [line for line in told if "comparing" in line]
-    assert len(compared) == 12
+    assert len(compared) == (12 if without_tiles else 16)
     assert all("with the reference, at S 256" in line for line in compared)
     assert told[: len(compared)] == compared
     assert "\nleft out: refuses: RuntimeError: not on a Tuesday" in cpu_attention.render(measured)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("dtype", "forms"), [(torch.float32, ("bf16x3", "bf16x6")), (torch.float16, ("bf16x3",)), (torch.bfloat16, ())])
+def test_products_from_bf16_parts_are_rows_where_there_is_a_tile_unit(
+    quick: None, without_peers: None, dtype: torch.dtype, forms: tuple[str, ...]
+) -> None:
+    measured = cpu_attention.measure_shape(256, 2, 64, dtype, Effort(rounds=1), matmul=128)
+    rows = {t.name for t in measured.times if "bf16x" in t.name}
+    ratios = {ratio.what for ratio in measured.ratios if "bf16x" in ratio.what}
+    if problem := cpu_library.parts_problem():
+        assert measured.left_out == ({", ".join(forms): problem} if forms else {})
+        assert not rows
+        assert not ratios
+        return
+    assert measured.left_out == {}
+    assert rows == {name for form in forms for name in (f"dense, {form}", f"sparse 0.25, {form}")}
+    of_form = ("dense, {} / own dense", "dense, {} / SDPA", "sparse, 75.0% dropped, {} / own sparse")
+    assert ratios == {what.format(form) for form in forms for what in of_form}
 
 
 @needs_kernel

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import socket
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import benchmarks.parallel as bench
 import pytest
 from benchmarks.kept_pairs import CONDITIONED, VIDEO, kept_pairs, over_mean
+
+import forked
 
 CONFIG = SimpleNamespace(num_attention_heads=4, attention_head_dim=64)
 WHOLE = 17 * 16 * 16 * 4 * 64 * 4
@@ -18,6 +22,8 @@ def test_bytes_are_those_of_the_exchange() -> None:
     # half of the own half goes to the other rank, for queries, keys, values and the result
     assert bench.bytes_per_call(CONFIG, 2, ring=False) == 4 * WHOLE // 4
     assert bench.bytes_per_call(CONFIG, 4, ring=True) == 3 * 2 * WHOLE // 4
+    # three quarters of the own queries go to other ranks, and as many results
+    assert bench.bytes_of_deal(CONFIG, 4) == 2 * 3 * WHOLE // 16
 
 
 def test_every_rank_has_a_line_and_the_slowest_is_named() -> None:
@@ -49,6 +55,12 @@ def test_so_they_do_where_conditions_stand_before_the_video(backend: str, ranks:
     assert max(alone) > 1.4 * sum(alone) / ranks
 
 
+def test_blocks_of_queries_that_are_dealt_out_leave_ranks_equal_behind_conditions() -> None:
+    pairs, alone = (kept_pairs("permuted_sparse_attn", CONDITIONED, 8, 0.75, deals=deals) for deals in (True, False))
+    assert max(pairs) < 1.02 * sum(pairs) / 8
+    assert max(alone) > 1.08 * sum(alone) / 8
+
+
 def test_without_the_deal_the_first_rank_works_longest() -> None:
     pairs = kept_pairs("rain_fusion_attn", VIDEO, 8, 0.75, deals=False)
     assert max(pairs) == pairs[0] > 1.7 * sum(pairs) / 8
@@ -58,8 +70,23 @@ def test_every_rank_is_told_over_the_mean() -> None:
     assert over_mean([30, 10, 20]) == "slowest 1.50: 1.50 0.50 1.00"
 
 
+def _forked_ranks(processes: int, arguments: Sequence[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [forked.start("benchmarks.parallel", arguments, {**shared, "RANK": str(rank)}) for rank in range(processes)]
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0] * processes
+
+
 @pytest.mark.slow
-def test_two_processes_make_the_demo_clip_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+# torchrun costs more than what it starts, and tests/cli/test_ranks.py holds that it does the same
+@pytest.mark.parametrize("start", [_forked_ranks, pytest.param(bench.start_ranks, marks=pytest.mark.long)], ids=["forked", "torchrun"])
+def test_two_processes_make_the_demo_clip_of_one(
+    start: Callable[[int, Sequence[str]], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "start_ranks", start)
     # one dense step, one sparse
     bench.main(["--processes", "1", "2", "--steps", "2", "--backend", "rain_fusion_attn"])
     said = capsys.readouterr().out

@@ -8,14 +8,13 @@ import pty
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import forked
 from ditattn.errors import ModelNotLoaded
 
 WITHOUT_GPU = not torch.cuda.is_available()
@@ -322,28 +321,23 @@ def test_earlier_results_survive_a_failed_write(ditattn, small, monkeypatch, tmp
 def test_ctrl_c_while_denoising(small, tmp_path, number, status):
     # steps are shown on a terminal alone
     ours, theirs = pty.openpty()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "ditattn", *map(str, small), "--num-inference-steps", "2000"],
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
-        # a shell that starts the tests in the background ignores SIGINT, and children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    arguments = [*map(str, small), "--num-inference-steps", "2000"]
+    with open(tmp_path / "stdout", "wb") as stdout:
+        child = forked.start("ditattn.cli", arguments, {"TERM": "xterm", "COLUMNS": "120"}, stdout.fileno(), theirs)
     os.close(theirs)
     said = Said(ours)
     while not re.search(r"step [1-9]\d* of 2000", said.text) and said.more():
         pass
-    child.send_signal(number)
+    os.kill(child.pid, number)
     while said.more():
         pass
-    out, _ = child.communicate()
+    child.join()
     os.close(ours)
     assert re.search(r"step [1-9]\d* of 2000", said.text)
     assert "step 2000 of 2000" not in said.text
-    assert child.returncode == status, said.text
+    assert child.exitcode == status, said.text
     assert "Traceback" not in said.text
-    assert out == b""
+    assert (tmp_path / "stdout").read_bytes() == b""
     assert not (tmp_path / "out").exists()
     if number == signal.SIGINT:
         assert [line for line in said.text.splitlines() if line.startswith("ditattn:")] == [

@@ -8,13 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import imageio_ffmpeg
+import numpy as np
 import pytest
 import torch
 
+import forked
 from ditattn.cli import ranks
 from ditattn.cli.app import run
 from ditattn.errors import ConfigError
@@ -70,6 +75,14 @@ def test_degrees_without_torchrun_say_how_to_start(monkeypatch: pytest.MonkeyPat
     assert "torchrun --nproc-per-node 2 -m ditattn" in capsys.readouterr().err
 
 
+def test_an_uneven_split_by_both_degrees_is_refused_before_weights_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, 0, 4)
+    assert run(["generate", "--prompt", PROMPT, "--ulysses-degree", "2", "--ring-degree", "2", "--uneven-split"]) == 2
+    assert "--uneven-split needs --ulysses-degree 1 or --ring-degree 1" in capsys.readouterr().err
+
+
 def test_the_first_of_several_failures_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, 1)
     monkeypatch.setattr(ranks, "_meeting", torch.distributed.HashStore())
@@ -81,6 +94,15 @@ def test_a_partner_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     pretend(monkeypatch, 0)
     monkeypatch.setattr(ranks, "_meeting", torch.distributed.HashStore())
     assert ranks.speaks(RuntimeError("[gloo/transport] Connection closed by peer")) == "error: another one of the 2 processes ended"
+
+
+def test_unequal_parts_through_gloo_are_not_taken_for_a_partner_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 0, 3)
+    monkeypatch.setattr(ranks, "_meeting", torch.distributed.HashStore())
+    said = "ProcessGroupGloo::allgather: invalid tensor size at index 1 (expected (1, 1366, 16), got (1, 1365, 16))"
+    told = ranks.speaks(RuntimeError(said))
+    assert told is not None
+    assert "gathers equal parts of a result alone: choose a size whose tokens are a multiple of the degree" in told
 
 
 @pytest.fixture
@@ -95,31 +117,53 @@ def arguments_of(tmp_path: Path, wan_folder: Path) -> Any:
 
 
 @pytest.fixture
-def launched(arguments_of: Any) -> Iterator[Any]:
-    """Starts two ranks by torchrun, in a process group of their own; whatever is left of them afterwards is ended."""
-    started: list[subprocess.Popen[str]] = []
+def torchrun(arguments_of: Any) -> Callable[..., tuple[int, str, str]]:
+    """`torchrun` with two ranks: (exit status, stdout, stderr)."""
 
-    def launch(*arguments: str) -> subprocess.Popen[str]:
+    def run_two(*arguments: str) -> tuple[int, str, str]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ditattn"]
-        command += arguments_of("generate", *arguments)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        done = subprocess.run(
+            [*command, *arguments_of("generate", *arguments)], capture_output=True, text=True, env=environment, timeout=PATIENCE_S
         )
-        started.append(process)
-        return process
+        return done.returncode, done.stdout, done.stderr
+
+    return run_two
+
+
+@dataclass
+class Launched:
+    """Two ranks under torchrun's agent: the agent's process, and what all of them say on stderr."""
+
+    agent: BaseProcess
+    errors: TextIO
+
+
+@pytest.fixture
+def launched(arguments_of: Any) -> Iterator[Callable[..., Launched]]:
+    """Starts two ranks as torchrun does, but forked; whatever is left of them afterwards is ended."""
+    started: list[Launched] = []
+
+    def launch(*arguments: str) -> Launched:
+        ours, theirs = os.pipe()
+        environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        agent = forked.start("forked_torchrun", arguments_of("generate", *arguments), environment, theirs, theirs, daemon=False)
+        os.close(theirs)
+        started.append(Launched(agent, open(ours, encoding="utf-8")))  # noqa: SIM115
+        return started[-1]
 
     yield launch
-    for process in started:
-        for pid in [*_children(process.pid), process.pid]:
+    for one in started:
+        for pid in [*_children(one.agent.pid), one.agent.pid]:
             if _alive(pid):
                 os.kill(pid, signal.SIGKILL)
-        process.wait()
+        one.agent.join()
+        one.errors.close()
 
 
 @pytest.fixture
 def two_ranks(arguments_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs the command as two ranks: (exit statuses, stdout, stderr). `launched` shows once that torchrun's own do the same."""
+    """Runs the command as two ranks: (exit statuses, stdout, stderr). `torchrun` shows once that torchrun's own do the same."""
 
     def run_two(verb: str, *further: str) -> tuple[list[int], str, str]:
         return run_command(arguments_of(verb, *further), 2, tmp_path_factory.mktemp("said"))
@@ -131,10 +175,9 @@ GENERATE = ("--num-inference-steps", "2", "--attention-backend", "rain_fusion_at
 
 
 @pytest.mark.slow
-def test_torchrun_makes_one_clip_and_one_report(launched: Any, tmp_path: Path) -> None:
-    process = launched(*GENERATE, "--ulysses-degree", "2")
-    out, err = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, err
+def test_torchrun_makes_one_clip_and_one_report(torchrun: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    status, out, err = torchrun(*GENERATE, "--ulysses-degree", "2")
+    assert status == 0, err
     assert _splits(out, tmp_path) == ["rank 0 of 2 (Ulysses 2)", "rank 1 of 2 (Ulysses 2)"]
 
 
@@ -148,6 +191,37 @@ def test_two_ranks_share_one_clip(two_ranks: Any, tmp_path: Path, degree: list[s
     statuses, out, err = two_ranks("generate", *GENERATE, *degree)
     assert statuses == [0, 0], err
     assert _splits(out, tmp_path) == splits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("degree", "backend"),
+    [("ulysses", "rain_fusion_attn"), ("ring", "rain_fusion_attn"), ("ring", "permuted_sparse_attn")],
+)
+def test_four_ranks_share_branches_and_tokens(
+    arguments_of: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, degree: str, backend: str
+) -> None:
+    options = ["--num-inference-steps", "4", "--dtype", "float32", "--attention-backend", backend]
+    options += ["--attention-backend-config", "sparsity=0.75,skip_first_steps=1,min_tokens=0"]
+    shared = arguments_of("generate", *options, f"--{degree}-degree", "2", "--cfg-parallel")
+    statuses, out, err = run_command(shared, 4, tmp_path_factory.mktemp("said"))
+    assert statuses == [0] * 4, err
+    name = {"ulysses": "Ulysses 2", "ring": "ring 2"}[degree]
+    assert _splits(out, tmp_path) == [f"rank {rank % 2} of 2 ({name})" for rank in range(4)]
+    record = json.loads((tmp_path / "clip.json").read_text(encoding="utf-8"))
+    # the first of four steps is dense and made by all, and each rank makes one branch of the others
+    assert [report["components"]["transformer"]["sparse"] for report in record["attention_of_ranks"]] == [3] * 4
+    assert run([*arguments_of("generate", *options), "--output-file-name", "alone"]) == 0
+    together, alone = (frames_of(tmp_path / f"{name}.mp4") for name in ("clip", "alone"))
+    # single values may round otherwise; permuted_sparse_attn has a budget for each rank, and weights are random
+    assert np.abs(together - alone).mean() < (0.01 if backend == "rain_fusion_attn" else 4)
+
+
+def frames_of(path: Path) -> np.ndarray[Any, Any]:
+    """Of a clip, values 0 to 255."""
+    reader = imageio_ffmpeg.read_frames(str(path))
+    next(reader)
+    return np.stack([np.frombuffer(frame, np.uint8) for frame in reader]).astype(int)
 
 
 def _splits(out: str, folder: Path) -> list[str]:
@@ -203,20 +277,21 @@ def test_two_ranks_tune_in_lockstep(two_ranks: Any, tmp_path: Path, cache: tuple
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ended_by", ["a killed rank", "Ctrl-C"])
-def test_all_end_together(launched: Any, tmp_path: Path, ended_by: str) -> None:
-    process = launched("--num-inference-steps", "1000", "--ulysses-degree", "2")
-    errors = iter(process.stderr.readline, "")
+def test_all_end_together(launched: Callable[..., Launched], tmp_path: Path, ended_by: str) -> None:
+    ranks_of_agent = launched("--num-inference-steps", "1000", "--ulysses-degree", "2")
+    agent, errors = ranks_of_agent.agent, ranks_of_agent.errors
     # both have met and work
-    assert next((line for line in errors if line.startswith("denoise")), None) is not None
+    assert next((line for line in iter(errors.readline, "") if line.startswith("denoise")), None) is not None
     time.sleep(2)
-    workers = _children(process.pid)
+    workers = _children(agent.pid)
     assert len(workers) == 2
     if ended_by == "Ctrl-C":
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(agent.pid, signal.SIGINT)
     else:
         os.kill(workers[1], signal.SIGKILL)
-    rest = process.stderr.read()
-    assert process.wait(PATIENCE_S) != 0
+    rest = errors.read()
+    agent.join(PATIENCE_S)
+    assert agent.exitcode not in (0, None)
     deadline_s = time.monotonic() + PATIENCE_S
     while any(map(_alive, workers)) and time.monotonic() < deadline_s:
         time.sleep(0.1)

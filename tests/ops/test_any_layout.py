@@ -76,7 +76,9 @@ def some_mask(query: Tensor, key: Tensor, dice: random.Random) -> Tensor | None:
 
 def check(out: Tensor, exact: Tensor, name: str, row: Implementation, dtype: torch.dtype) -> None:
     # a row that rounds its inputs moves large logits, which repeated numbers make
-    tolerance = TOLERANCE[dtype] if row.computes_in is None else 5 * TOLERANCE[getattr(torch, row.computes_in)]
+    tolerance = TOLERANCE[dtype]
+    if row.computes_in is not None:
+        tolerance = max(tolerance, 5 * TOLERANCE[getattr(torch, row.computes_in) if row.parts == 1 else torch.float32])
     assert out.is_contiguous()
     error, allowed = (out.double() - exact).abs().max(), tolerance * (1 + exact.abs().max())
     assert error <= allowed, f"{name} is off by {error:.2e}, allowed {allowed:.2e}"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import cases
 import judge
 from ascend_calls import CASES, LASER_CASES, STORED, check_laser, laser_of, run, run_ordered, stand_in_operators
 from cases import Case, build
@@ -97,7 +98,7 @@ BLOCK_SPARSE_MISTAKES: dict[str, tuple[str, Plant]] = {
 def block_sparse(name: str, scale: float | None = None) -> None:
     """The batch of 2, a padded head size, and rows without a block, all in one problem."""
     case = Case("all at once", batch=2, heads=4, key_heads=2, dim=32, query_length=517, key_length=517, plan="uneven", scale=scale)
-    problem = build(case, torch.bfloat16)
+    problem = cases.shared(case, torch.bfloat16)
     judge.check_output(run(name, problem)[0], problem)
 
 
@@ -120,7 +121,7 @@ def test_a_mistake_is_noticed(mistake: str, monkeypatch: pytest.MonkeyPatch) -> 
 def ordered_sparse(name: str, stored: str) -> None:
     key_lengths = (517, 400) if name.startswith("MASK") and stored == "heads first" else None
     case = Case("ordered", batch=2, heads=4, key_heads=2, query_length=517, key_length=517, plan="uneven", key_lengths=key_lengths)
-    problem = build(case, torch.bfloat16)
+    problem = cases.shared(case, torch.bfloat16)
     judge.check_output(run_ordered(name, problem, stored)[0], problem)
 
 

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,48 +30,59 @@ from ditattn.ops import cpu_call, cpu_library, preference
 from ditattn.ops.block_sparse_attention import TABLE, block_sparse_attention
 from ditattn.ops.dense_attention import TABLE as DENSE_TABLE
 from ditattn.ops.dense_attention import dense_attention
-from ditattn.ops.table import CallFacts, choose, explain
+from ditattn.ops.table import CallFacts, Implementation, choose, explain
 from ditattn.plan.block_plan import BlockPlan, num_blocks
 from ditattn.plan.token_order import TokenOrder
 
 ROOT = Path(__file__).parents[2]
-CSRC = ROOT / "src/ditattn/csrc/cpu"
 
 needs_kernel = pytest.mark.skipif(cpu_library.problem() is not None, reason=f"no CPU kernels: {cpu_library.problem()}")
 
 
-def _child(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *script.split(" ", 1)], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
-    )
-
+RUNS_HERE = [name for name in cpu_library.VARIANTS if isinstance(cpu_library._load(name), cpu_library.Library)]
 
 # --- instruction sets -------------------------------------------------------------------------------------------------------------------
 
 
 @needs_kernel
-@pytest.mark.parametrize("variant", cpu_library.VARIANTS)
-def test_every_instruction_set_that_runs_here(variant: str) -> None:
-    if variant == cpu_library.selection().sentence():
-        cpu_checks.check_tails()
-        return
-    # one OpenMP thread: torch's spinning threads would make the oracle slow on a busy machine
-    done = _child(str(ROOT / "tests/cpu_checks.py"), DITATTN_CPU_ISA=variant, OMP_NUM_THREADS="1")
-    if "does not have the instructions" in done.stderr or "does not permit" in done.stderr:
-        pytest.skip(f"this CPU cannot run {variant}; it was compiled")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith(f"{variant}: ")
+@pytest.mark.parametrize("part", [cpu_checks.check_cases, cpu_checks.check_tails])
+def test_every_instruction_set_that_runs_here(part: Callable[[Sequence[str]], object]) -> None:
+    assert {"baseline", cpu_library.selection().sentence()} <= set(RUNS_HERE)
+    part(RUNS_HERE)
 
 
 @needs_kernel
 @pytest.mark.parametrize("variant", ["baseline", "avx2", "avx512"])
 def test_every_fp16_number_is_read_and_rounded_as_torch_does(variant: str) -> None:
     """Each variant converts in its own way: instructions of the CPU, or integer arithmetic."""
-    done = _child(str(ROOT / "tests/cpu_checks.py") + " fp16", DITATTN_CPU_ISA=variant, OMP_NUM_THREADS="1")
-    if "does not have the instructions" in done.stderr:
+    if variant not in RUNS_HERE:
         pytest.skip(f"this CPU cannot run {variant}")
+    with cpu_checks.forced(variant):
+        assert cpu_checks.check_fp16() > 2**16
+
+
+@needs_kernel
+@pytest.mark.parametrize("variant", cpu_library.VARIANTS)
+def test_an_instruction_set_is_forced_by_the_environment(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = _select(monkeypatch, variant)
+    if variant in RUNS_HERE:
+        assert chosen.sentence() == variant
+    else:
+        assert "does not have the instructions" in chosen.sentence() or "does not permit" in chosen.sentence()
+
+
+@needs_kernel
+def test_the_environment_of_a_new_process_forces_it() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/cpu_checks.py", "fp16"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        # one OpenMP thread: torch's spinning threads would make the checks slow on a busy machine
+        env={**os.environ, cpu_library.ENVIRONMENT: "baseline", "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith(f"{variant}: ")
+    assert done.stdout.startswith("baseline: ")
 
 
 def _select(monkeypatch: pytest.MonkeyPatch, value: str) -> cpu_library.Selection:
@@ -143,8 +156,9 @@ def test_drawn_plans(drawn: tuple[Case, torch.Tensor, torch.dtype]) -> None:
     plan = BlockPlan.from_mask(mask, case.query_length, case.key_length)
     problem = build(case, dtype)
     problem = type(problem)(**{**vars(problem), "plan": plan})
-    out = block_sparse_attention(problem.query, problem.key, problem.value, plan, causal=case.causal, implementation="cpu")
-    judge.check_output(out, problem)
+    for name in [name for name in judge.possible(TABLE, judge.facts_of(case, "cpu", dtype)) if name.startswith("cpu")]:
+        out = block_sparse_attention(problem.query, problem.key, problem.value, plan, causal=case.causal, implementation=name)
+        judge.check_output(out, problem, judge.coarser(TABLE, name))
 
 
 @needs_kernel
@@ -356,7 +370,7 @@ import signal, sys, threading, time, torch
 # a shell that starts the tests in the background ignores SIGINT, and children inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from ditattn.ops.dense_attention import dense_attention
-x = torch.randn(1, 200_000, 8, 64)
+x = torch.zeros(1, 200_000, 8, 64)
 ticks = 0
 def tick():
     global ticks
@@ -414,6 +428,33 @@ def test_fast_fp32_runs_only_by_name() -> None:
     problem = build(Case("fast"), torch.float32)
     fast, exact = (dense_attention(problem.query, problem.key, problem.value, implementation=n) for n in ("cpu_fast_fp32", "cpu"))
     assert 1e-4 < judge.relative_error(fast, exact.double()) < 2e-2
+
+
+@needs_kernel
+@pytest.mark.parametrize(("name", "largest_error"), [("cpu_bf16x3", 3e-5), ("cpu_bf16x6", 1e-6)])
+@pytest.mark.parametrize("table", [TABLE, DENSE_TABLE], ids=["sparse", "dense"])
+def test_bf16_parts_run_only_by_name_and_on_a_tile_unit(name: str, largest_error: float, table: tuple[Implementation, ...]) -> None:
+    assert choose(table, CallFacts("cpu", torch.float32, 64)).name in ("cpu", "torch")
+    if cpu_library.parts_problem():
+        with pytest.raises(BackendUnavailable, match=r"needs the tile unit \(amx\): .*several bf16 products take longer than one of fp32"):
+            choose(table, CallFacts("cpu", torch.float32, 64), (name,))
+        return
+    problem = build(Case("parts"), torch.float32)
+    parts, exact = (dense_attention(problem.query, problem.key, problem.value, implementation=n) for n in (name, "reference"))
+    assert largest_error / 100 < judge.relative_error(parts, exact.double()) < largest_error
+
+
+def test_why_there_is_no_tile_unit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = cpu_library.Library("avx512bf16", 1, None)
+    chosen = cpu_library.Selection(library, None, {"amx": "the operating system does not permit the registers of 'amx'"})
+    monkeypatch.setattr(cpu_library, "selection", lambda: chosen)
+    assert "(amx): the operating system does not permit the registers of 'amx'." in (cpu_library.parts_problem() or "")
+    chosen = cpu_library.Selection(library, None, {})
+    assert "(amx): the kernels chosen here are 'avx512bf16'." in (cpu_library.parts_problem() or "")
+    chosen = cpu_library.Selection(replace(library, most_bf16_parts=3), None, {})
+    assert cpu_library.parts_problem() is None
+    chosen = cpu_library.Selection(None, "no compiler", {})
+    assert cpu_library.parts_problem() == "no compiler"
 
 
 # --- builds -----------------------------------------------------------------------------------------------------------------------------

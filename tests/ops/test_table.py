@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from ditattn.errors import BackendUnavailable, UnsupportedCall
 from ditattn.ops import block_estimate, block_mean, block_sparse_attention, dense_attention, mx_linear, tail_estimate
 from ditattn.ops.table import CallFacts, Implementation, Package, _warn_once, choose, choose_to_run, explain, load
+from ditattn.packages import TRITON
 
 ABSENT = Package("package_that_nobody_has", "the fast road", "pip install package_that_nobody_has")
 FACTS = CallFacts("cpu", torch.float32, 64)
@@ -101,6 +102,26 @@ def test_rows_may_share_a_name_for_different_devices() -> None:
 def test_missing_parent_of_a_dotted_package_counts_as_missing() -> None:
     assert Package("package_that_nobody_has.part", "", "").missing()
     assert not Package("torch.nn", "", "").missing()
+
+
+def test_an_old_version_counts_as_missing_and_is_called_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some_kernels").mkdir()
+    (tmp_path / "some_kernels" / "__init__.py").write_text("raise ImportError('it is looked for, not imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    package = Package("some_kernels", "kernels", "pip install 'some-kernels>=2'", oldest=("2", "newer/part.py"))
+    assert package.missing()
+    assert package.sentence() == "package 'some_kernels' is older than 2 (kernels): pip install 'some-kernels>=2'"
+    (tmp_path / "some_kernels" / "newer").mkdir()
+    (tmp_path / "some_kernels" / "newer" / "part.py").touch()
+    assert not package.missing()
+    absent = Package("package_that_nobody_has", "kernels", "pip install it", oldest=("2", "newer/part.py"))
+    assert absent.missing()
+    assert absent.sentence() == "package 'package_that_nobody_has' is missing (kernels): pip install it"
+
+
+def test_a_triton_counts_as_missing_where_it_lacks_what_the_kernels_import() -> None:
+    pytest.importorskip("triton")
+    assert TRITON.missing() == (importlib.util.find_spec("triton.tools.tensor_descriptor") is None)
 
 
 def test_load_returns_the_function() -> None:

@@ -12,15 +12,17 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ditattn.backends.registry import load_backend
+from ditattn.devices import clock
 from ditattn.errors import DenseInStrictMode, UnsupportedCall, UnsupportedModel
 from ditattn.models import MODELS, ModelFamily, TokenLayout
 from ditattn.models.base import one_stream, prefix_and_rest
-from ditattn.plan.split import GatheredTokens
+from ditattn.plan.split import GatheredRows, GatheredTokens
 from ditattn.runtime.attend import attend
+from ditattn.runtime.dealing import with_exchange
 from ditattn.runtime.forward import Forward
-from ditattn.runtime.report import ComponentReport
+from ditattn.runtime.report import ComponentLog, ComponentReport
 from ditattn.runtime.served_model import ServedModel
-from ditattn.runtime.split import SequenceSplit, rank_share
+from ditattn.runtime.split import RankShare, SequenceSplit, rank_share
 from ditattn.runtime.stage import DenoisingStage
 from ditattn.runtime.step import StepClock
 
@@ -247,3 +249,25 @@ def test_tokens_that_others_have_split_are_counted_as_such(monkeypatch: pytest.M
     assert "split between processes that are not known here" in reason
     with pytest.raises(DenseInStrictMode, match="split between processes"):
         served("rain_fusion_attn", None, q, k, v, strict=True)
+
+
+def test_what_a_method_exchanges_within_a_call_is_time_of_the_exchange_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+
+    def exchange_rows(x: Tensor, _to_each: list[int], _from_each: list[int]) -> Tensor:
+        nonlocal now_s
+        now_s += 3.0
+        return x
+
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now_s)
+    split = SequenceSplit(1, 2, 0, exchange_rows=exchange_rows)
+    share, log = RankShare(rows=GatheredRows(GatheredTokens((8,), 2), 0, 1)), ComponentLog("transformer", "permuted_sparse_attn", {})
+    rows = with_exchange(share, split, log).rows
+    assert rows is not None
+    assert rows.exchange is not None
+    with log.stopwatch.measure(torch.device("cpu")):
+        now_s += 1.0
+        rows.exchange(torch.zeros(1, 4, 1, 8), [2, 2], [2, 2])
+    assert (log.stopwatch.total_ms(), log.communication.total_ms()) == (1e3, 3e3)
+    # it is no part of what a step's metadata are known by
+    assert rows == share.rows

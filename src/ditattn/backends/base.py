@@ -22,6 +22,7 @@ from ditattn.ops.calls import Chosen, DenseCall
 from ditattn.ops.contract import checked_scale
 from ditattn.ops.table import Implementation, choose, named_head_dims
 from ditattn.packages import Package
+from ditattn.plan.block_deal import BlockDeal
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
 
@@ -93,7 +94,8 @@ class CallRecord:
         order: the order of the tokens that the plan speaks of; None is the model's own.
         reused: the plan was made by an earlier call.
         not_reused: why the call made a plan of its own although the configuration lets plans serve longer; None where it need not be said.
-        query_order: the order of the queries, where a rank has some of them and everybody's keys; None is `order`.
+        query_order: the order of the queries, where a rank has some of them and everybody's keys; None is `order`. Where ranks deal out
+            blocks of queries, `apply` exchanges, so that all of them must call it.
         own_blocks: then their blocks are not those of one process, and neither is the plan.
         token_orders: name of the order that was chosen for each key head; None where none was chosen since the last record.
         beside: a plan that ran beside the dense call, to learn how far the sparse steps after it would be off.
@@ -105,7 +107,7 @@ class CallRecord:
     reused: bool = False
     not_reused: str | None = None
     token_orders: tuple[str, ...] | None = None
-    query_order: TokenOrder | None = None
+    query_order: TokenOrder | BlockDeal | None = None
     own_blocks: bool = False
     beside: BlockPlan | None = None
 

@@ -1,7 +1,8 @@
 """How fast attention is on this CPU: the compiled kernel against what others have for it, and against a plain matrix product.
 
-The others: torch's SDPA, its flash and its math kernel alone, gather + SDPA, FlexAttention, oneDNN's graph, zentorch and vLLM. Every call
-of attention is compared with the reference before it is timed; one that refuses or differs is left out, with the reason.
+The others: torch's SDPA, its flash and its math kernel alone, gather + SDPA, FlexAttention, oneDNN's graph, zentorch and vLLM. On CPUs
+with a tile unit fp32 and fp16 also have rows for products from bf16 parts. Every call of attention is compared with the reference before it
+is timed; one that refuses or differs is left out, with the reason.
 
 Times are medians of interleaved rounds; what is compared is the ratio of calls in the same round. Rates count the work that the plan
 keeps: 4 * D operations per kept query-key pair. A call that is too slow for its share of the time runs once at a smaller size, and is
@@ -27,6 +28,7 @@ from ditattn.bench.timing import Effort, Timing, machine
 from ditattn.ops import cpu_library
 from ditattn.ops.block_sparse_attention import block_sparse_attention
 from ditattn.ops.block_sparse_attention.flex import block_mask
+from ditattn.ops.dense_attention import TABLE as DENSE_TABLE
 from ditattn.ops.dense_attention import dense_attention
 from ditattn.plan.block_plan import BLOCK_SIZE, BlockPlan, num_blocks
 from ditattn.plan.token_order import token_order
@@ -34,6 +36,8 @@ from ditattn.plan.token_order import token_order
 __all__ = ["Measured", "Ratio", "measure_growth", "measure_shape", "measure_video", "render", "render_machine"]
 
 DENSITIES = (0.5, 0.25, 0.125)
+# implementations `cpu_NAME`: products from bf16 parts, on a tile unit
+FORMS = ("bf16x3", "bf16x6")
 # tokens, and rows of a matrix, at which it is found out how slow a call is
 LEAST_SIZE = 256
 # of one copy, in fp32, of the scores that a call may hold
@@ -130,13 +134,23 @@ def measure_shape(
     problems = Problems(heads, head_dim, dtype)
     title = problems.title(length)
     effort = effort.about(title)
-    calls, left_out = agreeing(_shape_calls(problems, length, matmul, flex, effort), effort)
+    forms = _forms(dtype)
+    without_tiles = cpu_library.parts_problem()
+    calls, left_out = agreeing(_shape_calls(problems, length, matmul, () if without_tiles else forms, flex, effort), effort)
+    if forms and without_tiles:
+        left_out[", ".join(forms)] = without_tiles
     rows = measure(calls, effort, effort.until_s())
     work = problems.dense_work(length) / _matmul_work(matmul)
     return _table(title, rows, tuple(_shape_ratios(rows, f"matmul {matmul}", work)), left_out)
 
 
-def _shape_calls(problems: Problems, length: int, matmul: int, flex: bool, effort: Effort) -> Iterator[Call]:
+def _forms(dtype: torch.dtype) -> tuple[str, ...]:
+    """Those that take tensors of a dtype."""
+    rows = {row.name: row.dtypes for row in DENSE_TABLE}
+    return tuple(form for form in FORMS if str(dtype).removeprefix("torch.") in rows[f"cpu_{form}"])
+
+
+def _shape_calls(problems: Problems, length: int, matmul: int, forms: tuple[str, ...], flex: bool, effort: Effort) -> Iterator[Call]:
     sizes = halvings(length, LEAST_SIZE)
     right = cache(lambda n: problems.dense(n, "reference")())
 
@@ -157,10 +171,14 @@ def _shape_calls(problems: Problems, length: int, matmul: int, flex: bool, effor
     yield dense("dense SDPA", partial(problems.dense, implementation="torch"))
     yield dense("dense", partial(problems.dense, implementation="cpu"))
     yield dense("dense, 1 thread", one_thread)
+    for form in forms:
+        yield dense(f"dense, {form}", partial(problems.dense, implementation=f"cpu_{form}"))
     for peer in PEERS:
         yield dense(peer.name, partial(problems.peer, peer=peer), peer.holds_scores)
     for density in DENSITIES:
         yield sparse(f"sparse {density:g}", density, "cpu")
+    for form in forms:
+        yield sparse(f"sparse 0.25, {form}", 0.25, f"cpu_{form}")
     yield sparse("gather + SDPA 0.25", 0.25, "torch")
     if flex:
         yield _flex_call(problems, length, 0.25, effort)
@@ -175,6 +193,10 @@ def _shape_ratios(rows: dict[str, Row], matmul: str, work: float) -> Iterator[Ra
     pairs.append(("sparse, 75.0% dropped / gather + SDPA", "gather + SDPA 0.25", "sparse 0.25", 1.0))
     pairs.append(("sparse, 75.0% dropped / compiled FlexAttention", "FlexAttention 0.25", "sparse 0.25", 1.0))
     pairs.append(("all threads / one thread", "dense, 1 thread", "dense", 1.0))
+    for form in FORMS:
+        pairs.append((f"dense, {form} / own dense", "dense", f"dense, {form}", 1.0))
+        pairs.append((f"dense, {form} / SDPA", "dense SDPA", f"dense, {form}", 1.0))
+        pairs.append((f"sparse, 75.0% dropped, {form} / own sparse", "sparse 0.25", f"sparse 0.25, {form}", 1.0))
     for what, slow, fast, factor in pairs:
         if slow in rows and fast in rows:
             yield _ratio(what, rows[slow], rows[fast], factor)

@@ -100,6 +100,8 @@ def prepare(settings: CallSettings, attention: Sequence[Setting]) -> Job:
     dtype = choose_dtype(settings.dtype, device)
     for name in {name: None for setting in attention for name in (setting.config_owner, *setting.components.values())}:
         backend_on(find_device(device), name, ANY_HEAD_SIZE, dtype)
+    if settings.uneven_split and min(settings.ulysses_degree, settings.ring_degree) > 1:
+        raise ConfigError("--uneven-split needs --ulysses-degree 1 or --ring-degree 1: diffusers splits unevenly by one of them alone")
     check_folder(Path(settings.output_path), "--output-path")
     image = _read_image(settings.image_path)
     job = Job(settings, _find_model(settings), device, dtype, image)

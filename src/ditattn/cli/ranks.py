@@ -20,6 +20,8 @@ __all__ = ["Rank", "own_device", "quiet", "rank_group", "speaks", "this_rank", "
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # what a rank whose partner is gone hears from gloo, nccl and hccl
 PARTNER_GONE = ("gloo", "nccl", "hccl", "connection closed by peer", "connection reset by peer", "broken pipe")
+# what gloo says of unequal parts of a result, which diffusers gathers as if they were equal
+UNEQUAL_PARTS = "ProcessGroupGloo::allgather: invalid tensor size"
 FAILED = "ditattn/failed"
 
 _meeting: Any = None
@@ -133,6 +135,11 @@ def speaks(error: BaseException) -> str | None:
         # a store that is gone counts nobody: then every rank that can still speak does
         if _meeting.add(FAILED, 1) > 1:
             return None
+    if isinstance(error, RuntimeError) and UNEQUAL_PARTS in str(error):
+        return (
+            "error: gloo, by which processes talk on a CPU, gathers equal parts of a result alone: choose a size whose tokens are a "
+            f"multiple of the degree, or fewer than {rank.count} processes"
+        )
     if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in PARTNER_GONE):
         return f"error: another one of the {rank.count} processes ended"
     return ""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import math
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any, NoReturn
 
 import torch
@@ -25,6 +24,7 @@ __all__ = [
     "check_qkv",
     "checked_scale",
     "default_scale",
+    "is_autocast_on",
     "joined",
     "refuse_gradients",
     "split",
@@ -46,12 +46,21 @@ def split(text: str) -> tuple[str, ...]:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Inside the block torch multiplies tensors of `device` in their own dtype, although the caller may run under `torch.autocast`."""
-    on = _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else _NOTHING
+    return torch.autocast(device.type, enabled=False) if is_autocast_on(device.type) else _NOTHING
 
 
 _NOTHING = nullcontext()
-_has_autocast = cache(torch.amp.is_autocast_available)
+
+
+def is_autocast_on(device_type: str) -> bool:
+    """Whether the caller runs under `torch.autocast` for that type of device; False for devices that have none."""
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+# torch 2.9 cannot trace the question
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def refuse_gradients(context: object, *gradients: object) -> NoReturn:

@@ -24,11 +24,12 @@ SMALLEST_TAIL_SCALE = 1e-30
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def attention(call: DenseCall | SparseCall, *, fast_fp32: bool = False) -> tuple[Tensor, Tensor | None]:
+def attention(call: DenseCall | SparseCall, *, bf16_parts: int = 0) -> tuple[Tensor, Tensor | None]:
     """Dense attention, or block-sparse.
 
     Args:
-        fast_fp32: multiply fp32 tensors as bf16. Costs accuracy: 0.3 % on random data, 3 % where logits are large.
+        bf16_parts: form the products of fp32 and fp16 tensors from so many bf16 parts of each number, 1 (not for fp16) to 3; 0 forms them
+            in fp32. bf16 tensors are multiplied as bf16 where the CPU can.
 
     Returns:
         `[B, S, H, D]` in the query's dtype, and the log-sum-exp fp32 `[B, H, S]` where asked for.
@@ -61,7 +62,7 @@ def attention(call: DenseCall | SparseCall, *, fast_fp32: bool = False) -> tuple
         key_length=key.shape[1],
         head_dim=dim,
         dtype=_DTYPES[query.dtype],
-        compute_bf16=library.has_bf16 and (query.dtype == torch.bfloat16 or fast_fp32),
+        bf16_parts=min(1, library.most_bf16_parts) if query.dtype == torch.bfloat16 else bf16_parts,
         causal=call.causal,
         num_threads=torch.get_num_threads(),
         scale=scale,

@@ -26,6 +26,7 @@ __all__ = [
     "Selection",
     "Tensor4",
     "bf16_problem",
+    "parts_problem",
     "problem",
     "selection",
 ]
@@ -59,7 +60,7 @@ class Attention(ctypes.Structure):
         ("key_lengths", c_void_p),
         ("order", c_void_p),
         *((name, c_int32) for name in ("batch", "heads", "key_heads", "query_length", "key_length", "head_dim")),
-        *((name, c_int32) for name in ("dtype", "compute_bf16", "causal", "num_threads")),
+        *((name, c_int32) for name in ("dtype", "bf16_parts", "causal", "num_threads")),
         ("scale", c_float),
         ("host", POINTER(Host)),
         ("order_stride", c_int64),
@@ -103,10 +104,15 @@ class KeySummary(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Library:
-    """A loaded variant. `has_bf16`: bf16 tensors are multiplied as bf16; otherwise they are widened to fp32."""
+    """A loaded variant.
+
+    Attributes:
+        most_bf16_parts: as how many bf16 parts it can take the numbers that it multiplies: 0 where bf16 tensors are widened to fp32, 1
+            where they are multiplied as they are, 3 where there is a tile unit, which also multiplies fp32 tensors as two or three.
+    """
 
     variant: str
-    has_bf16: bool
+    most_bf16_parts: int
     functions: Any
 
 
@@ -137,9 +143,18 @@ def problem() -> str | None:
 def bf16_problem() -> str | None:
     """As `problem`, for rows that need bf16 arithmetic."""
     library = selection().library
-    if library is None or library.has_bf16:
+    if library is None or library.most_bf16_parts:
         return selection().problem
     return f"needs bf16 instructions (avx512bf16 or amx); the kernels for this CPU are '{library.variant}'"
+
+
+def parts_problem() -> str | None:
+    """As `problem`, for rows that multiply fp32 tensors as several bf16 parts: worth it on a tile unit only."""
+    library = selection().library
+    if library is None or library.most_bf16_parts > 1:
+        return selection().problem
+    why = selection().rejected.get("amx", f"the kernels chosen here are '{library.variant}'")
+    return f"needs the tile unit (amx): {why}. Without one, several bf16 products take longer than one of fp32"
 
 
 @cache
@@ -176,7 +191,7 @@ def _load(variant: str) -> Library | str:
         functions.ditattn_check_order.argtypes = [c_void_p, c_int64, c_int64]
         if functions.ditattn_init():
             return f"the operating system does not permit the registers of '{variant}'"
-        return Library(variant, bool(functions.ditattn_has_bf16()), functions)
+        return Library(variant, int(functions.ditattn_most_bf16_parts()), functions)
     except OSError as error:
         return f"cannot be loaded: {error}"
     except AttributeError as error:

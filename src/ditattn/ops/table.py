@@ -98,6 +98,7 @@ class Implementation:
             this kind: what the other attributes cannot say.
         automatic: False for rows that run only when asked for by name.
         computes_in: a dtype coarser than the inputs' in which products are formed; only for rows that are not automatic.
+        parts: how many numbers of that dtype an input is split into, each the rest of those before, rounded.
         orders_tokens: the function also takes `order` (and where there is an output of S tokens `inverse`), int64 `[S]`, and applies them
             itself; for the other rows the op reorders copies.
         orders_heads: the same for an order per key head, int64 `[G, S]`.
@@ -120,6 +121,7 @@ class Implementation:
     limits: str | None = None
     automatic: bool = True
     computes_in: str | None = None
+    parts: int = 1
     orders_tokens: bool = False
     orders_heads: bool = False
     fuses_tail: bool = False

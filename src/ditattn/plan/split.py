@@ -7,8 +7,8 @@ gathered sequence is `[text of rank 0, image of rank 0, text of rank 1, ...]`: n
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -18,7 +18,9 @@ from torch import Tensor
 from ditattn.plan.block_plan import BLOCK_SIZE
 from ditattn.plan.token_order import OrderedGrid, Span, TokenOrder, within
 
-__all__ = ["GatheredRows", "GatheredTokens", "HeadShare", "RowOrder", "row_order"]
+__all__ = ["ExchangeRows", "GatheredRows", "GatheredTokens", "HeadShare", "RowOrder", "row_order"]
+
+ExchangeRows = Callable[[Tensor, list[int], list[int]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -104,17 +106,29 @@ class GatheredRows:
         gathered: the whole sequence.
         first, parts: the parts are `first`, ..., `first + parts - 1` of its ranks.
         dealt: the model's tokens of the queries, where some were dealt out among the ranks; None where each has its own.
+        exchange: where the host can: `[B, R, H, D]` and how many rows go to each place of the ring and how many come from each -> those
+            that came.
     """
 
     gathered: GatheredTokens
     first: int
     parts: int
     dealt: DealtTokens | None = None
+    exchange: ExchangeRows | None = field(default=None, compare=False, repr=False)
 
     @property
     def place(self) -> int:
         """In the ring."""
         return self.first // self.parts
+
+    @property
+    def places(self) -> int:
+        """Of the ring."""
+        return self.gathered.ranks // self.parts
+
+    def at(self, place: int) -> GatheredRows:
+        """Those of another place in the ring."""
+        return replace(self, first=place * self.parts)
 
     def tokens(self) -> Tensor:
         """int64 `[R]`: query i is the model's token `tokens[i]`."""

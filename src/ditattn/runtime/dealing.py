@@ -1,4 +1,4 @@
-"""A ring's attention call after whole rows of the first frame were dealt out: they go to ranks that have less to do, and come back."""
+"""Rows that ranks of a ring deal out: whole ones of the first frame go to who has less to do before a call, others within it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from ditattn.backends.sparse import SparseAttentionImpl, SparseAttentionMetadata
 from ditattn.ops.calls import DenseCall
 from ditattn.plan.deal import Deal
 from ditattn.runtime.metadata import with_dealt_rows
-from ditattn.runtime.split import SequenceSplit
+from ditattn.runtime.report import ComponentLog
+from ditattn.runtime.split import RankShare, SequenceSplit, TensorSplit
 
 if TYPE_CHECKING:
     from ditattn.runtime.forward import Forward
 
-__all__ = ["attend_dealt", "dealt_metadata", "is_dealt"]
+__all__ = ["attend_dealt", "dealt_metadata", "is_dealt", "with_exchange"]
 
 
 def dealt_metadata(forward: Forward, arguments: Mapping[str, Any]) -> SparseAttentionMetadata | None:
@@ -32,6 +33,19 @@ def dealt_metadata(forward: Forward, arguments: Mapping[str, Any]) -> SparseAtte
     values = chain.from_iterable(value if isinstance(value, list) else [value] for value in arguments.values())
     device_type = next(value.device.type for value in values if isinstance(value, Tensor))
     return with_dealt_rows(forward.metadata, keeps, device_type)
+
+
+def with_exchange(share: RankShare, split: SequenceSplit | TensorSplit | None, log: ComponentLog) -> RankShare:
+    """The share of a rank of a ring with what methods that deal out rows themselves exchange by: its time is no part of attention's."""
+    if share.rows is None or not isinstance(split, SequenceSplit) or split.exchange_rows is None:
+        return share
+    exchange_rows = split.exchange_rows
+
+    def exchange(x: Tensor, to_each: list[int], from_each: list[int]) -> Tensor:
+        with log.communication.measure(x.device), log.stopwatch.leave_out(x.device):
+            return exchange_rows(x, to_each, from_each)
+
+    return replace(share, rows=replace(share.rows, exchange=exchange))
 
 
 def is_dealt(forward: Forward, query: Tensor, key: Tensor) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ditattn.backends.base import AttentionImpl, AttentionMetadata, CallRecord
+from ditattn.plan.block_deal import BlockDeal
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder
 from ditattn.runtime.forward import Forward
@@ -210,7 +211,7 @@ def dropped_mass(
     order: TokenOrder | None,
     scale: float,
     key_lengths: Tensor | None = None,
-    query_order: TokenOrder | None = None,
+    query_order: TokenOrder | BlockDeal | None = None,
 ) -> Tensor:
     """Share of the softmax mass that lies in blocks which `plan` drops: a float64 scalar on the device.
 
@@ -227,9 +228,9 @@ def dropped_mass(
 
     The mean over batch, heads and MASS_ROWS evenly spaced query rows, in fp32.
     """
-    rows = torch.linspace(0, query.shape[1] - 1, min(MASS_ROWS, query.shape[1]), device=query.device).round().long()
     if order is not None:
         query, key = (query_order or order).apply(query), order.apply(key)
+    rows = torch.linspace(0, query.shape[1] - 1, min(MASS_ROWS, query.shape[1]), device=query.device).round().long()
     query = query[:, rows]
     dropped = ~plan.to_mask()[:, :, rows // plan.block_size]
     sums = [

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from ditattn.errors import UnsupportedCall, UnsupportedModel
 from ditattn.models import ModelFamily, TokenLayout
-from ditattn.plan.split import GatheredRows, GatheredTokens, HeadShare
+from ditattn.plan.split import ExchangeRows, GatheredRows, GatheredTokens, HeadShare
 
 __all__ = ["WHOLE", "RankShare", "SequenceSplit", "TensorSplit", "rank_share"]
 
@@ -32,7 +29,7 @@ class SequenceSplit:
     ring: int
     rank: int
     even: bool = True
-    exchange_rows: Callable[[Tensor, list[int], list[int]], Tensor] | None = field(default=None, compare=False, repr=False)
+    exchange_rows: ExchangeRows | None = field(default=None, compare=False, repr=False)
 
     @property
     def ranks(self) -> int:
@@ -42,8 +39,8 @@ class SequenceSplit:
     def anything(self) -> str:
         """What allows uneven parts in diffusers' configuration: a key, which it takes with one degree alone."""
         if self.ring > 1 and self.ulysses > 1:
-            return "one degree alone with ulysses_anything=True or ring_anything=True"
-        return f"ContextParallelConfig(..., {'ulysses_anything' if self.ring == 1 else 'ring_anything'}=True)"
+            return "one degree alone with ulysses_anything=True or ring_anything=True (--uneven-split)"
+        return f"ContextParallelConfig(..., {'ulysses_anything' if self.ring == 1 else 'ring_anything'}=True) (--uneven-split)"
 
     def __str__(self) -> str:
         degrees = [f"{name} {degree}" for name, degree in (("Ulysses", self.ulysses), ("ring", self.ring)) if degree > 1]

@@ -14,7 +14,7 @@ from ditattn.backends.base import AttentionMetadata, CallRecord
 from ditattn.models import TokenLayout
 from ditattn.ops.calls import DenseCall
 from ditattn.plan.reuse import ForwardId
-from ditattn.runtime.dealing import attend_dealt, dealt_metadata, is_dealt
+from ditattn.runtime.dealing import attend_dealt, dealt_metadata, is_dealt, with_exchange
 from ditattn.runtime.forward import Forward, begin, drop, end
 from ditattn.runtime.metadata import build_attn_metadata, for_forward
 from ditattn.runtime.native import asked
@@ -87,6 +87,7 @@ class DenoisingStage:
         if layout is not None:
             model.log.note_grids([layout.grid, *(grid.size for grid in layout.further_grids)])
         share = rank_share(split, model.family, model.model_config, layout) if share is None else share
+        share = with_exchange(share, split, model.log)
         metadata = _metadata_of(run, model, step, layout, forward_id, share)
         forward = Forward(self, run, model, step, forward_id, layout, metadata, split=split, share=share)
         if model.image_layers and layout is not None:

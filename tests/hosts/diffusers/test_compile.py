@@ -51,6 +51,9 @@ def labels(report: ComponentReport) -> tuple[Any, ...]:
     return (report.calls, report.dense_reasons, report.step_sources, report.sparse_density_by_step, report.sparse_density_by_layer)
 
 
+@pytest.mark.skipif(
+    version.parse("2.11") > version.parse(torch.__version__), reason="before torch 2.11 hooks of modules have graphs of their own"
+)
 def test_repeated_blocks_share_one_graph_in_all_steps() -> None:
     eager, expected = run(tiny_pipelines.wan(transformer=transformer(num_layers=4)))
     tiny = tiny_pipelines.wan(transformer=transformer(num_layers=4))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import split_calls
 import split_pipelines
+from ditattn.errors import UnsupportedCall
+from ditattn.hosts.diffusers import parallel
 from pairwise import each_with_one
 from ranks import Ranks
 
 # fp32, latents of order 1: exact kernels sum in another order, and a denoiser makes more of it
 BOUND = 1e-4
-# two places of a ring share their tokens by whole blocks of every order but those of permuted_sparse_attn
+# two places of a ring share their tokens by whole blocks of the orders that all heads share
 IN_WHOLE_BLOCKS = ("wan in whole blocks", "ltx video", "ltx video behind a video")
 SPARSE_BACKENDS = ("block_sparse_attn", "rain_fusion_attn", "permuted_sparse_attn")
 
@@ -109,10 +113,10 @@ def test_ring_is_exact_over_its_own_plan(two: Ranks, name: str, backend: str) ->
         is_video = name.startswith(("wan", "hunyuan", "cogvideox", "ltx"))
         # where its first frame has no whole block, nothing is dealt
         assert name in ("chronoedit", "wan of odd sizes") or bool(found["dealt"]) == (is_video and backend != "permuted_sparse_attn")
-        # heads of permuted_sparse_attn choose their bricks by a rank's own queries
-        together = name in IN_WHOLE_BLOCKS and backend != "permuted_sparse_attn"
+        # ranks of permuted_sparse_attn deal out whole blocks, and each has a budget of its own
+        together = name in IN_WHOLE_BLOCKS or backend == "permuted_sparse_attn"
         assert together == (report.own_blocks == 0)
-        if together:
+        if together and backend != "permuted_sparse_attn":
             assert len(found["wrong"]) == report.sparse
             assert max(found["wrong"]) == 0
             assert found["error"] < BOUND
@@ -163,9 +167,9 @@ def test_both_degrees_together_are_exact_over_their_own_plans(four: Ranks, name:
         assert len(found["off"]) == report.sparse == report.calls > 0
         assert max(found["off"]) < 2e-5
         assert 0.2 <= report.sparse_density < 0.9
-        together = name in IN_WHOLE_BLOCKS and backend != "permuted_sparse_attn"
+        together = name in IN_WHOLE_BLOCKS or backend == "permuted_sparse_attn"
         assert together == (report.own_blocks == 0)
-        if together:
+        if together and backend != "permuted_sparse_attn":
             assert len(found["wrong"]) == report.sparse
             assert max(found["wrong"]) == 0
             assert found["error"] < BOUND
@@ -229,8 +233,9 @@ def test_what_settings_would_do_is_seen_as_in_one_process(two: Ranks, name: str,
         check_readings(whole, split, mass=1e-3 if backend == "rain_fusion_attn" else 0.05)
 
 
-def test_what_settings_would_do_is_seen_under_ring_too(two: Ranks) -> None:
-    for whole, split in two.run(split_pipelines.probed, "wan in whole blocks", "block_sparse_attn", {"ring_degree": 2}):
+@pytest.mark.parametrize(("name", "backend"), [("wan in whole blocks", "block_sparse_attn"), ("wan", "permuted_sparse_attn")])
+def test_what_settings_would_do_is_seen_under_ring_too(two: Ranks, name: str, backend: str) -> None:
+    for whole, split in two.run(split_pipelines.probed, name, backend, {"ring_degree": 2}):
         check_readings(whole, split, mass=0.05)
 
 
@@ -321,9 +326,20 @@ def test_the_first_steps_are_as_many_as_in_one_process(two: Ranks) -> None:
 
 def test_three_heads_on_two_ranks(two: Ranks) -> None:
     for rank, (refusal, error, heads) in enumerate(two.run(split_pipelines.three_heads)):
-        assert "ulysses_degree=2 does not divide the 3 heads" in refusal
+        assert "ulysses_degree=2 does not divide the 3 heads: choose 3, or a ring_degree, or ContextParallelConfig" in refusal
+        assert "(--uneven-split)" in refusal
         assert error < BOUND
         assert heads == {2 - rank}
+
+
+@pytest.mark.parametrize(
+    ("anything", "message"), [(False, "ulysses_degree=3 does not divide the 4 heads"), (True, "4 heads are too few for ulysses_degree=3")]
+)
+def test_a_degree_that_no_uneven_split_allows_is_refused_with_those_that_would_do(anything: bool, message: str) -> None:
+    heads = torch.zeros(1, 4, 4, 32)
+    with pytest.raises(UnsupportedCall, match=message) as refused:
+        parallel._check(heads, heads, False, SimpleNamespace(ulysses_degree=3, ulysses_anything=anything))
+    assert str(refused.value).endswith("choose 2 or 4, or a ring_degree")
 
 
 def test_installing_before_or_after_the_split_is_the_same_and_leaving_leaves_no_trace(two: Ranks) -> None:

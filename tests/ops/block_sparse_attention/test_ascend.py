@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import judge
 from ascend_calls import BLOCK_SPARSE, CASES, STORED, pairs, run, run_ordered, stand_in_operators
-from cases import Case, build
+from cases import Case, build, shared
 from ditattn.errors import BackendUnavailable
 from ditattn.ops.ascend import Operator
 from ditattn.ops.block_sparse_attention import TABLE, ascend, ascend_layout, block_sparse_attention, compute
@@ -38,14 +38,14 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 @pytest.mark.parametrize(("name", "case"), pairs(["MASK_TORCH_NPU", "INDEX_ATTENTIONS", "COUNTED_ATTENTIONS"]))
 def test_error_is_in_proportion_to_torch(name: str, case: Case, operators: Callable[[str], None]) -> None:
     operators("A2")
-    problem = build(case, torch.bfloat16)
+    problem = shared(case, torch.bfloat16)
     judge.check_output(run(name, problem)[0], problem)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_log_sum_exp(case: Case, operators: Callable[[str], None]) -> None:
     operators("A3")
-    problem = build(case, torch.float16)
+    problem = shared(case, torch.float16)
     out, lse = run("MASK_MINDIESD", problem, return_lse=True)
     judge.check_output(out, problem)
     judge.check_lse(lse, problem)
@@ -70,14 +70,14 @@ def test_masks_and_lists_need_no_host_synchronisation() -> None:
 @pytest.mark.parametrize(("name", "case"), pairs(BLOCK_SPARSE, equal_lengths=True))
 def test_an_order_is_applied_and_undone(name: str, case: Case, stored: str, operators: Callable[[str], None]) -> None:
     operators("A2")
-    problem = build(case, torch.bfloat16)
+    problem = shared(case, torch.bfloat16)
     judge.check_output(run_ordered(name, problem, stored)[0], problem)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.query_length == case.key_length], ids=str)
 def test_log_sum_exp_in_another_order(case: Case, operators: Callable[[str], None]) -> None:
     operators("A3")
-    problem = build(case, torch.float16)
+    problem = shared(case, torch.float16)
     out, lse = run_ordered("MASK_MINDIESD", problem, "tokens first", return_lse=True)
     judge.check_output(out, problem)
     judge.check_lse(lse, problem)

@@ -76,7 +76,7 @@ def test_all_but_one_block_dropped_is_the_formula(name: str, dtype: torch.dtype,
     out, _ = attend(p, name, p.tail)
     query, key, value = (x[0, :, 0].double() for x in (p.query, p.key, p.value))
     means = [(key[a:b].mean(0), value[a:b].mean(0), b - a) for a, b in ((128, 256), (256, 300))]
-    unit = torch.finfo(judge.coarser(TABLE, name) or dtype).eps
+    unit = judge.eps(TABLE, name, dtype)
     for i in (0, 127, 128, 299):
         weights = [(torch.dot(query[i], key[j]) / 32**0.5).exp() for j in range(128)]
         terms = [weight * value[j] for j, weight in enumerate(weights)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from cases import SPARSE_CASES
 from ditattn.errors import BackendUnavailable
 from ditattn.ops import triton_targets
 from ditattn.ops.block_sparse_attention import TABLE, block_sparse_attention
@@ -23,34 +25,87 @@ needs_triton = pytest.mark.skipif(TRITON.missing(), reason=TRITON.sentence())
 HERE = Path(__file__).parent
 
 
+@dataclass(frozen=True)
+class Suite:
+    """What the interpreter runs of an op's contract.
+
+    Attributes:
+        chosen: an expression for pytest's -k.
+        rest: one for what of it is left to `make test-all`: products of which the others have every two values meet.
+        cases: the test that runs the cases, if there are any.
+        fewest: fewer tests than pass of the quick part, of the rest and in the second type.
+    """
+
+    chosen: str
+    rest: str
+    cases: str | None
+    fewest: dict[str, int]
+
+
 # The log-sum-exp test judges outputs too, so plain calls run in one type on a few cases only
 PLAIN = "test_error_is_in_proportion and (-float16- or not (odd or uneven and causal))"
-# what is chosen of a suite, and fewer tests than pass in the first and in the second type. Many small programs, as for 640 tokens in blocks
-# of 7, are what the interpreter is slowest at
+# Many small programs, as for 640 tokens in blocks of 7, are what the interpreter is slowest at
 SUITES = {
-    "block_sparse_attention/test_contract.py": (f"triton and not ({PLAIN})", 105, 55),
-    "block_sparse_attention/test_tail.py": ("triton", 70, 70),
-    "block_mean/test_contract.py": ("triton and not 640 and not 300-7", 75, 30),
+    "block_sparse_attention/test_contract.py": Suite(
+        f"triton and not ({PLAIN})",
+        "test_an_order_per_head and not shared",
+        "test_log_sum_exp",
+        {"quick": 60, "rest": 30, "second type": 60},
+    ),
+    "block_sparse_attention/test_tail.py": Suite(
+        "triton",
+        "test_a_tail_in_another_order and not grouped",
+        "test_error_is_in_proportion",
+        {"quick": 40, "rest": 30, "second type": 70},
+    ),
+    "block_mean/test_contract.py": Suite(
+        "triton and not 640 and not 300-7",
+        "test_layouts and not (80 and -float32- or odd and -bfloat16-) or 127-7 or 128-7 "
+        "or order and (transposed-triton-float32 or padded-triton-bfloat16)",
+        None,
+        {"quick": 40, "rest": 30, "second type": 30},
+    ),
 }
 # what a case asks for and how a data type is rounded are two rules: with the second one of the two types, a few cases suffice
 SECOND_TYPE = "-float16-"
-FEW = "causal or odd or test_token_order or test_keeping"
+FEW = "odd or test_token_order or test_keeping"
 # values of every kind are there at head size 64, and head size 128 is there with one kind; all of these run in the second type
 LARGE = "data and 128"
+# so are what a case asks for and the tail: in the quick part a case runs with a tail or without one, in turn
+WITHOUT_TAIL = frozenset(str(case) for number, case in enumerate(SPARSE_CASES) if case.causal or number % 2 == 0)
+WITH_TAIL = frozenset(map(str, SPARSE_CASES)) - WITHOUT_TAIL
+
+
+def _left_out(suite: str, part: str) -> list[str]:
+    """Options that leave the cases of the other part out."""
+    if part == "second type":
+        return []
+    with_tail = suite.endswith("test_tail.py")
+    names = WITHOUT_TAIL if with_tail == (part == "quick") else WITH_TAIL
+    place = (HERE.parent / suite).relative_to(HERE.parents[2])
+    test = "test_error_is_in_proportion_to_torch" if with_tail else "test_log_sum_exp"
+    return [f"--deselect={place}::{test}[triton-{'tail, ' if with_tail else ''}{name}-" for name in sorted(names)]
+
+
+def _chosen(suite: Suite, part: str) -> str:
+    if part == "second type":
+        return f"{suite.chosen} and {SECOND_TYPE} and not ({FEW})"
+    first = f"{suite.chosen} and (not {SECOND_TYPE} or {FEW}) and not ({LARGE})"
+    rest = suite.rest if suite.cases is None else f"{suite.rest} or {suite.cases}"
+    return f"{first} and not ({suite.rest})" if part == "quick" else f"{first} and ({rest})"
 
 
 @pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize("second_type", [False, pytest.param(True, marks=pytest.mark.long)], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("part", ["quick", *(pytest.param(part, marks=pytest.mark.long) for part in ("rest", "second type"))])
 @pytest.mark.parametrize("suite", SUITES)
-def test_contract_in_the_interpreter(suite: str, second_type: bool) -> None:
+def test_contract_in_the_interpreter(suite: str, part: str) -> None:
     """The contract suite of the op on its Triton row."""
-    chosen, *fewest = SUITES[suite]
-    chosen += f" and {SECOND_TYPE} and not ({FEW})" if second_type else f" and (not {SECOND_TYPE} or {FEW}) and not ({LARGE})"
-    done = child(["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE.parent / suite), "-k", chosen], interpreted=True)
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE.parent / suite), "-k", _chosen(SUITES[suite], part)]
+    done = child([*command, *_left_out(suite, part)], interpreted=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = int(done.stdout.rsplit(" passed", 1)[0].split()[-1])
-    assert passed > fewest[second_type]
+    assert passed > SUITES[suite].fewest[part]
     assert "skipped" not in done.stdout.splitlines()[-1]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,8 +29,10 @@ def run(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return ascend._la_postprocess_output(laser_operator(ascend._la_preprocess_input(DenseCall(query, key, value, scale))), query)
 
 
-@pytest.mark.parametrize("length", [2048, 2049, 2111, 2112, 2240, 2303, 2304])
-@pytest.mark.parametrize("dim", [32, 64, 72, 96, 128])
+# what is padded depends on the rest that 256 leaves
+@pytest.mark.parametrize(
+    ("length", "dim"), [*itertools.product([256, 257, 319, 320, 448, 511, 512], [32, 64, 72, 96, 128]), (2048, 64), (2111, 72)]
+)
 def test_any_length_and_head_size(length: int, dim: int) -> None:
     q, k, v = (draw(1, length, 1, dim, seed=i) for i in range(3))
     out = run(q, k, v, dim**-0.5)
@@ -74,7 +78,7 @@ def test_scaling_of_bf16_is_exact() -> None:
 
 
 def test_grouped_heads() -> None:
-    q, k, v = (draw(2, 2048, heads, 64, seed=i) for i, heads in enumerate((4, 2, 2)))
+    q, k, v = (draw(2, 560, heads, 64, seed=i) for i, heads in enumerate((4, 2, 2)))
     assert judge.relative_error(run(q, k, v, 0.125), oracle.attention(q, k, v)[0]) < 4e-3
 
 

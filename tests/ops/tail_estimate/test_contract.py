@@ -174,15 +174,15 @@ def test_autocast_changes_nothing(name: str, device: str) -> None:
 @every_implementation
 @pytest.mark.parametrize("layout", ["transposed", "strided"])
 def test_strides_and_half_types(name: str, device: str, layout: str) -> None:
-    q, k, v = drawn(device, 2, 300, 2, 2, 2, dim=64)
+    q, k, v = drawn(device, 2, 140, 2, 2, 2, dim=64)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         rounded = [x.to(dtype) for x in (k, v)]
         if layout == "transposed":
             laid = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in rounded]
         else:
             laid = [torch.stack([x, x + 9], -1)[..., 0] for x in rounded]
-        found = key_summary(mean_of(q, 2), *laid, raster(300, device), None, SCALE, implementation=name)
-        expected = key_summary(mean_of(q, 2), *(x.float() for x in rounded), raster(300, device), None, SCALE, implementation="torch")
+        found = key_summary(mean_of(q, 2), *laid, raster(140, device), None, SCALE, implementation=name)
+        expected = key_summary(mean_of(q, 2), *(x.float() for x in rounded), raster(140, device), None, SCALE, implementation="torch")
         for ours, theirs in zip((*found[:3], found.tail.key), (*expected[:3], expected.tail.key), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
@@ -329,6 +329,6 @@ def test_a_summary_refuses_what_does_not_fit_together(name: str, device: str, wh
 @pytest.mark.parametrize("shape", [(1, 4, 6, 32), (2, 3, 6, 32), (2, 4, 5, 32), (2, 4, 6, 31), (2, 0, 6, 32), (4, 6, 32)])
 def test_costs_are_refused_for_groups_of_another_shape(name: str, device: str, shape: tuple[int, ...]) -> None:
     q, k, v = drawn(device, 2, 300, 2, 2, 2)
-    summary = key_summary(mean_of(q, 2), k, v, raster(300, device), None, SCALE, implementation=name)
+    summary = key_summary(mean_of(q, 2), k, v, raster(300, device), None, SCALE, implementation="torch")
     with pytest.raises(UnsupportedCall, match="groups must be"):
         tail_cost(torch.zeros(shape, device=device), summary, SCALE, implementation=name)

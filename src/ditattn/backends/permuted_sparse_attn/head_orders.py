@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,11 +10,14 @@ from torch import Tensor
 
 from ditattn.backends.selection.tail_error import Forced
 from ditattn.backends.sparse import SparseAttentionMetadata
-from ditattn.plan.block_plan import BLOCK_SIZE
+from ditattn.plan.block_deal import NOBODY, BlockDeal, block_takers, deal_blocks
+from ditattn.plan.block_plan import BLOCK_SIZE, num_blocks
 from ditattn.plan.bricks import Brick, brick_order
 from ditattn.plan.token_order import TokenOrder
 
 __all__ = ["HeadOrders", "order_facts"]
+
+Sample = Callable[[TokenOrder], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,22 +30,45 @@ class HeadOrders:
         forced: key blocks that every query keeps (text, and the first frame), query blocks that keep everything (text); for the queries of
             each grid.
         own_blocks: queries of a rank's own make other blocks than all queries do.
+        deal: where the ranks of a ring deal out blocks of queries, what brings those of `queries` here.
     """
 
     keys: TokenOrder
     queries: TokenOrder
     forced: tuple[Forced, ...]
     own_blocks: bool = False
+    deal: BlockDeal | None = None
 
     @classmethod
-    def in_bricks(cls, bricks: Sequence[Brick], metadata: SparseAttentionMetadata, device: torch.device) -> HeadOrders:
-        """Of bricks of these shapes, one for each key head, or one for all of them."""
+    def in_bricks(cls, bricks: Sequence[Brick], metadata: SparseAttentionMetadata, heads: int, device: torch.device) -> HeadOrders:
+        """Of bricks of these shapes, one for each key head, or one for all of them; `heads` of queries."""
         order = _per_head([_in_bricks(brick, metadata, device) for brick in bricks])
-        stored = metadata.as_stored(order, device)
-        if metadata.rows is None:
+        stored, rows = metadata.as_stored(order, device), metadata.rows
+        if rows is None:
             return cls(stored, stored, _forced(stored, stored, metadata, device))
-        rows = metadata.rows.ordered(order, device)
-        return cls(stored, rows.order, _forced(stored, rows.order, metadata, device), rows.own_blocks)
+        takers = None if rows.exchange is None else block_takers(order, rows.places, metadata.sparsity)
+        if takers is None:
+            own = rows.ordered(order, device)
+            return cls(stored, own.order, _forced(stored, own.order, metadata, device), own.own_blocks)
+        deal = deal_blocks(rows, order, heads, takers, device)
+        return cls(stored, deal.order, _forced(stored, deal.order, metadata, device), deal=deal)
+
+    @classmethod
+    def of_dealt_sample(
+        cls, brick: Brick, metadata: SparseAttentionMetadata, heads: int, blocks: Sample, device: torch.device
+    ) -> HeadOrders:
+        """All heads in bricks of one shape; the deal brings this rank's share of the blocks that `blocks` takes of the order, and
+        `queries` are its own as they stand.
+        """
+        order, rows = _in_bricks(brick, metadata, device), metadata.rows
+        assert rows is not None
+        sample = blocks(order)
+        takers = torch.full((num_blocks(order.length),), NOBODY)
+        takers[sample] = torch.arange(len(sample)) % rows.places
+        stored, length = metadata.as_stored(order, device), rows.num_tokens
+        as_they_stand = TokenOrder(None, None, (0, 0), (0, length), length)
+        forced = _forced(stored, as_they_stand, metadata, device)
+        return cls(stored, as_they_stand, forced, deal=deal_blocks(rows, order, heads, takers, device))
 
     @property
     def together(self) -> bool:

@@ -85,14 +85,16 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
 
     def _sparse_output(self, query: Tensor, key: Tensor, value: Tensor, metadata: SparseAttentionMetadata) -> tuple[Tensor, CallRecord]:
         orders = self._known_order(query, key, metadata) or self._choose(query, key, value, metadata, None)
+        sparsity, deal = refreshes_of(query, metadata).sparsity, orders.deal
+        query = query if deal is None else deal.apply(query)
         means = Means.of(query, key, value, metadata, orders, self._scale)
-        sparsity = refreshes_of(query, metadata).sparsity
         record = self._plans.of_call(query, key, metadata, lambda: means.plan(sparsity, orders))
         assert record.plan is not None
         tail = means.keys.tail if metadata.tail else None
         out = self._attend_ordered(query, key, value, record.plan, metadata.key_lengths, orders, tail)
+        out = out if deal is None else deal.undo(out)
         chosen, self._not_reported = self._not_reported, None
-        queries = None if orders.together else orders.queries
+        queries = None if orders.together else deal or orders.queries
         return out, replace(record, order=orders.keys, query_order=queries, own_blocks=orders.own_blocks, token_orders=chosen)
 
     def _attend_ordered(
@@ -128,7 +130,7 @@ class PermutedSparseAttentionImpl(SparseAttentionImpl):
         heads = key.shape[2]
         given = given_bricks(metadata, self.layer_index, heads, self._head_share(heads, metadata))
         bricks = given or best_bricks(query, key, value, metadata, self._scale, dense)
-        orders = HeadOrders.in_bricks(bricks, metadata, query.device)
+        orders = HeadOrders.in_bricks(bricks, metadata, query.shape[2], query.device)
         self._chosen = (order_facts(query, key, metadata), orders)
         self._not_reported = tuple(brick_names(brick, metadata.further_grids) for brick in bricks)
         return orders

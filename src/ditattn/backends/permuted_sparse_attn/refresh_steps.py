@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from ditattn.backends.residuals import Refreshes, refreshes, without_residual
 from ditattn.backends.sparse import SparseAttentionMetadata
 from ditattn.devices import find_device
 from ditattn.plan.reuse import MAX_UNNAMED
+from ditattn.plan.split import GatheredRows
 
 __all__ = ["num_free_steps", "refreshes_of"]
 
@@ -33,7 +35,19 @@ def _has_residual(query: Tensor, metadata: SparseAttentionMetadata) -> bool:
     forward_id = metadata.forward_id
     if not metadata.residual or forward_id is None or forward_id.number >= MAX_UNNAMED:
         return False
-    return metadata.residual is True or _has_room(query.numel(), query.device.type)
+    if metadata.residual is True:
+        return True
+    if metadata.rows is None or metadata.rows.exchange is None:
+        return _has_room(query.numel(), query.device.type)
+    return _all_have_room(query.numel(), query.device, metadata.rows)
+
+
+@lru_cache
+def _all_have_room(residual_bytes: int, device: torch.device, rows: GatheredRows) -> bool:
+    """True if every rank of a ring has it: one that ran other steps densely than the others would leave them waiting for its queries."""
+    assert rows.exchange is not None
+    own = torch.tensor(float(_has_room(residual_bytes, device.type)), device=device)
+    return bool(rows.exchange(own.expand(1, rows.places, 1, 1), [1] * rows.places, [1] * rows.places).all())
 
 
 @lru_cache

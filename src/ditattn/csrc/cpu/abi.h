@@ -27,7 +27,9 @@ struct DitattnAttention {
   const int32_t* key_lengths;                 // [B], or null
   const int64_t* order;                       // [S] or [G, S]: token i of the blocks is token order[i] of the tensors; null: token i. Needs S = T
   int32_t batch, heads, key_heads, query_length, key_length, head_dim;
-  int32_t dtype, compute_bf16, causal, num_threads;
+  int32_t dtype;
+  int32_t bf16_parts;                         // products of so many bf16 parts of each number, see amx.h; 0: of fp32. fp16 tensors: not 1
+  int32_t causal, num_threads;
   float scale;
   const DitattnHost* host;                    // or null
   int64_t order_stride;                       // from one key head's order to the next; 0 where all share one

@@ -1,28 +1,8 @@
 // Attention with bf16 products and fp32 sums on CPUs with AVX512_BF16. A unit is 32 bits: a pair of bf16 values, consecutive in the sum.
 #pragma once
-#include "panel.h"
+#include "bf16_parts.h"
 
 namespace {
-
-typedef uint32_t unit_t __attribute__((may_alias));
-
-// 32 elements of a row as bf16.
-INLINE __m512i load_bf16x32(const char* p, int dtype) {
-  if (dtype == DITATTN_BF16) return _mm512_loadu_si512(p);
-  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps((const float*)p + 16), _mm512_loadu_ps((const float*)p));
-}
-
-// Elements d .. d+31 of row r as bf16; zero beyond the last row.
-INLINE __m512i row_bf16(Rows rows, int r, int d, int num_rows) {
-  return r < num_rows ? load_bf16x32(rows.at(r) + d * size_of(rows.dtype), rows.dtype) : _mm512_setzero_si512();
-}
-
-// 16 x 16 units of Q^T: elements d .. d+31 (as 16 pairs) by the 16 query rows from `row` on; missing rows are zero lanes.
-INLINE void transposed_query(const Unit& unit, int row, int d, vf r[16]) {
-  const __m512i signs = unit.negate ? _mm512_set1_epi16((short)0x8000) : _mm512_setzero_si512();
-  UNROLL for (int i = 0; i < 16; i++) r[i] = (vf)_mm512_xor_si512(row_bf16(unit.query, row + i, d, unit.rows), signs);
-  transpose(r);
-}
 
 // 2^x for x <= 0, relative error 7.5e-5 (equi-ripple polynomial on [0, 1)): well below the rounding of a weight to bf16.
 // -infinity gives 0, NaN stays NaN.
@@ -42,12 +22,15 @@ INLINE __m256 exp2_bf16(__m256 x) {
   return _mm256_scalef_ps(p, x);
 }
 
-// Two rows of weights -> one row of pairs.
-INLINE __m512i pair_rows(__m512 even, __m512 odd) {
+// 16 bf16 numbers and 16 others behind them -> their pairs.
+INLINE __m512i paired(__m512i halves) {
   alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return _mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), halves);
 }
+
+// Two rows of weights -> one row of pairs.
+INLINE __m512i pair_rows(__m512 even, __m512 odd) { return paired((__m512i)_mm512_cvtne2ps_pbh(odd, even)); }
 INLINE __m256i pair_rows(__m256 even, __m256 odd) {
   alignas(32) static const uint16_t order[16] = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
   return _mm256_permutexvar_epi16(_mm256_load_si256((const __m256i*)order), (__m256i)_mm256_cvtne2ps_pbh(odd, even));
@@ -90,9 +73,9 @@ template <int HEAD_DIM> struct Bf16Kernel {
 
   static void pack_query(const Unit& unit, int first_row, unit_t* out) {
     for (int j = 0; j < NV; j++) for (int u = 0; u < D_UNITS; u += 16) {
-      vf r[16];
-      transposed_query(unit, first_row + 16 * j, 2 * u, r);
-      UNROLL for (int i = 0; i < 16; i++) *(vf*)(out + (u + i) * PQ + 16 * j) = r[i];
+      vf r[1][16];
+      transposed_query<1>(unit, first_row + 16 * j, 2 * u, r);
+      UNROLL for (int i = 0; i < 16; i++) *(vf*)(out + (u + i) * PQ + 16 * j) = r[0][i];
     }
   }
 

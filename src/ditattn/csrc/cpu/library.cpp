@@ -7,7 +7,8 @@
 #if defined(__AVX512BF16__)
 #include "bf16.h"
 #endif
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) || defined(DITATTN_EMULATED_TILES)
+#define DITATTN_TILES
 #include "amx.h"
 #endif
 #include "instruction_sets.h"
@@ -19,12 +20,17 @@
 namespace {
 
 template <int D> int run_attention(DitattnAttention& a) {
-#if defined(__AMX_BF16__)
-  if (a.compute_bf16) return Attention<AmxKernel<D>>(a).run();
+  switch (a.bf16_parts) {
+    case 0: return Attention<F32Kernel<D>>(a).run();
+#if defined(DITATTN_TILES)
+    case 1: return Attention<AmxKernel<D, 1>>(a).run();
+    case 2: return Attention<AmxKernel<D, 2>>(a).run();
+    case 3: return Attention<AmxKernel<D, 3>>(a).run();
 #elif defined(__AVX512BF16__)
-  if (a.compute_bf16) return Attention<Bf16Kernel<D>>(a).run();
+    case 1: return Attention<Bf16Kernel<D>>(a).run();
 #endif
-  return a.compute_bf16 ? DITATTN_BAD_ARGUMENT : Attention<F32Kernel<D>>(a).run();
+  }
+  return DITATTN_BAD_ARGUMENT;
 }
 
 int dispatch(DitattnAttention& a) {
@@ -47,7 +53,7 @@ template <class F> int guarded(F f) {
 EXPORT int ditattn_attention(DitattnAttention* a) {
   if (a->struct_bytes != (int64_t)sizeof *a || a->batch < 1 || a->heads < 1 || a->key_heads < 1 || a->heads % a->key_heads ||
       a->query_length < 1 || a->key_length < 1 || a->num_threads < 1 || a->dtype < DITATTN_F32 || a->dtype > DITATTN_F16 ||
-      !std::isfinite(a->scale) || (a->indices == nullptr) != (a->counts == nullptr) ||
+      (a->dtype == DITATTN_F16 && a->bf16_parts == 1) || !std::isfinite(a->scale) || (a->indices == nullptr) != (a->counts == nullptr) ||
       (a->tail_key.data && (!a->tail_value.data || !a->tail_counts || !a->counts || a->causal || a->scale == 0)))
     return DITATTN_BAD_ARGUMENT;
   return guarded([&] { return dispatch(*a); });
@@ -79,16 +85,18 @@ EXPORT int ditattn_check_order(const int64_t* order, int64_t rows, int64_t lengt
 
 // Asks the operating system for what this object needs (AMX tiles); 0 or DITATTN_NOT_PERMITTED.
 EXPORT int ditattn_init() {
-#if defined(__AMX_BF16__)
+#if defined(DITATTN_TILES)
   return permit_tiles();
 #else
   return DITATTN_OK;
 #endif
 }
 
-// Whether bf16 arithmetic is compiled in.
-EXPORT int ditattn_has_bf16() {
-#if defined(__AVX512BF16__)
+// The largest `bf16_parts` that a call may ask for: 0 without bf16 arithmetic, 1, or 3 with tiles.
+EXPORT int ditattn_most_bf16_parts() {
+#if defined(DITATTN_TILES)
+  return 3;
+#elif defined(__AVX512BF16__)
   return 1;
 #else
   return 0;

@@ -233,11 +233,20 @@ def _check(query: Tensor, key: Tensor, is_causal: bool, degrees: Any) -> None:
         raise UnsupportedCall(
             f"{key.shape[2]} key heads for {heads} query heads are not served under context parallelism: they must be as many"
         )
-    if not degrees.ulysses_anything and heads % ulysses:
-        raise UnsupportedCall(
-            f"ulysses_degree={ulysses} does not divide the {heads} heads: choose a degree that does, or "
-            "ContextParallelConfig(..., ulysses_anything=True), which gives the last rank fewer"
-        )
     spare = -heads % ulysses
-    if spare and spare >= (heads + spare) // ulysses:
-        raise UnsupportedCall(f"{heads} heads are too few for ulysses_degree={ulysses}: its last rank would have none")
+    if not spare:
+        return
+    possible = spare < (heads + spare) // ulysses
+    if not degrees.ulysses_anything:
+        uneven = (
+            ", or ContextParallelConfig(..., ulysses_anything=True) (--uneven-split), which gives the last rank fewer" if possible else ""
+        )
+        raise UnsupportedCall(f"ulysses_degree={ulysses} does not divide the {heads} heads: {_fitting(heads)}{uneven}")
+    if not possible:
+        raise UnsupportedCall(f"{heads} heads are too few for ulysses_degree={ulysses}: its last rank would have none; {_fitting(heads)}")
+
+
+def _fitting(heads: int) -> str:
+    """Which degrees would do, for messages."""
+    dividing = [str(degree) for degree in range(2, heads + 1) if heads % degree == 0]
+    return f"choose {' or '.join(dividing[:3])}, or a ring_degree" if dividing else "choose a ring_degree"

@@ -14,4 +14,14 @@ def run(call: SparseCall) -> tuple[Tensor, Tensor | None]:
 
 def run_fast_fp32(call: SparseCall) -> tuple[Tensor, Tensor | None]:
     """As `run`, multiplying fp32 tensors as bf16."""
-    return cpu_call.attention(call, fast_fp32=True)
+    return cpu_call.attention(call, bf16_parts=1)
+
+
+def run_bf16x3(call: SparseCall) -> tuple[Tensor, Tensor | None]:
+    """As `run`, forming products of fp32 tensors from two bf16 parts of each number."""
+    return cpu_call.attention(call, bf16_parts=2)
+
+
+def run_bf16x6(call: SparseCall) -> tuple[Tensor, Tensor | None]:
+    """As `run`, forming products of fp32 tensors from three bf16 parts of each number."""
+    return cpu_call.attention(call, bf16_parts=3)

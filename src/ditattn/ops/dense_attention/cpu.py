@@ -9,11 +9,24 @@ from ditattn.ops.calls import DenseCall
 
 
 def run(call: DenseCall) -> Tensor:
-    assert call.attn_mask is None, "the table refuses calls with a mask"
-    return cpu_call.attention(call)[0]
+    return _by_parts(call, 0)
 
 
 def run_fast_fp32(call: DenseCall) -> Tensor:
     """As `run`, multiplying fp32 tensors as bf16."""
+    return _by_parts(call, 1)
+
+
+def run_bf16x3(call: DenseCall) -> Tensor:
+    """As `run`, forming products of fp32 tensors from two bf16 parts of each number."""
+    return _by_parts(call, 2)
+
+
+def run_bf16x6(call: DenseCall) -> Tensor:
+    """As `run`, forming products of fp32 tensors from three bf16 parts of each number."""
+    return _by_parts(call, 3)
+
+
+def _by_parts(call: DenseCall, bf16_parts: int) -> Tensor:
     assert call.attn_mask is None, "the table refuses calls with a mask"
-    return cpu_call.attention(call, fast_fp32=True)[0]
+    return cpu_call.attention(call, bf16_parts=bf16_parts)[0]

@@ -1,0 +1,54 @@
+"""`python -m MODULE ARGUMENTS` without what starting it costs: forked from a process that has imported diffusers."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+PRELOAD = ("ditattn.cli.app", "tiny_pipelines.everything")
+
+
+def start(
+    module: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    stdout: int | None = None,
+    stderr: int | None = None,
+    daemon: bool = True,
+) -> BaseProcess:
+    """A process in which `module.main(arguments)` runs on one thread.
+
+    Args:
+        environment: what differs from that of the tests.
+        stdout, stderr: file descriptors, which the process gets copies of; those of the tests unless given.
+        daemon: it ends with the tests; then it starts no processes itself.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD))
+    # a connection is what multiprocessing can hand over
+    ends = {number: Connection(os.dup(end)) for number, end in ((1, stdout), (2, stderr)) if end is not None}
+    process = context.Process(target=_run, args=(module, list(arguments), {**os.environ, **environment}, ends), daemon=daemon)
+    process.start()
+    for end in ends.values():
+        end.close()
+    return process
+
+
+def _run(module: str, arguments: list[str], environment: dict[str, str], ends: dict[int, Connection]) -> None:
+    import torch
+
+    # a shell that starts the tests in the background ignores SIGINT, and children inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, end in ends.items():
+        os.dup2(end.fileno(), number)
+        end.close()
+    sys.exit(importlib.import_module(module).main(arguments))
