@@ -57,10 +57,13 @@ def is_autocast_on(device_type: str) -> bool:
     return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
-# torch 2.9 cannot trace the question
-@torch.compiler.assume_constant_result
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
+
+
+# torch 2.9 cannot trace the question. This is what torch.compiler.assume_constant_result does, which imports torch's compiler for it, and
+# Triton with that: a second for every process
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuse_gradients(context: object, *gradients: object) -> NoReturn:
