@@ -299,9 +299,8 @@ def test_all_end_together(launched: Callable[..., Launched], tmp_path: Path, end
     said = [line for line in rest.splitlines() if "ditattn: " in line]
     assert len(said) <= 1
     if ended_by == "a killed rank":
-        # torchrun may end the other rank before that one can speak
-        assert not said or "another one of the 2 processes ended" in said[0]
-        assert "SIGKILL" in rest
+        # torchrun may end the other rank before that one can speak, or name that one, whose end it noticed first, and not the signal
+        assert "another one of the 2 processes ended" in said[0] if said else "SIGKILL" in rest
     assert list(tmp_path.iterdir()) == []
 
 
