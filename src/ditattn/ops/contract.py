@@ -31,6 +31,7 @@ __all__ = [
     "without_autocast",
 ]
 
+_AUTOCAST_DEVICES = ("cpu", "cuda", "npu", "xpu")
 _LENGTH_DTYPES = (torch.int32, torch.int64)
 
 
@@ -54,16 +55,9 @@ _NOTHING = nullcontext()
 
 def is_autocast_on(device_type: str) -> bool:
     """Whether the caller runs under `torch.autocast` for that type of device; False for devices that have none."""
-    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
-
-
-# torch 2.9 cannot trace the question. This is what torch.compiler.assume_constant_result does, which imports torch's compiler for it, and
-# Triton with that: a second for every process
-_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    # torch 2.9 cannot trace the question whether a type of device has it: not asked of the usual ones
+    known = device_type in _AUTOCAST_DEVICES or torch.amp.is_autocast_available(device_type)
+    return known and torch.is_autocast_enabled(device_type)
 
 
 def refuse_gradients(context: object, *gradients: object) -> NoReturn:

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditattn.ops.contract import is_autocast_on
 from ditattn.ops.mx_linear import MXWeight, arranged, mx_linear, traced_mx_linear
 from ditattn.ops.mx_linear.call import LinearFacts, linear_facts
 
 __all__ = ["MXLinear"]
-
-# asked of other ones, torch raises
-AUTOCAST_DEVICES = ("cpu", "cuda", "npu", "xpu")
 
 
 class MXLinear(nn.Module):
@@ -64,10 +62,9 @@ class MXLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.ran = True
-        device = x.device.type
         # as torch's linear does, which this layer stands in for
-        if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
+        if is_autocast_on(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if torch.compiler.is_compiling():
             # a graph of tensors; what holds them together is not traced
             return traced_mx_linear(x, self.packed, self.scale, _number(self.dual_scale_bits), self.bias, self.mul_scale)
