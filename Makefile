@@ -38,9 +38,8 @@ MANYLINUX := manylinux_2_28_$(shell uname -m)
 # what many processes import is compiled once, the tests' own files too, whatever the caller's environment says
 unexport PYTHONDONTWRITEBYTECODE
 
-# tests run side by side, one thread each, in one process more than there are cores, since some wait for processes of their own;
-# PROCESSES=0 runs them one after the other in one process
-PROCESSES ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) + 1 if hasattr(os, 'sched_getaffinity') else 'auto')")
+# tests run side by side, one thread each; PROCESSES=0 runs them one after the other in one process
+PROCESSES ?= auto
 TESTS := -m pytest -q -n $(PROCESSES) --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-all compatibility test-npu test-sglang test-vllm-omni test-isa test-versions test-torch-versions test-wheel wheel wheels sdist check-dist check static docs format clean
