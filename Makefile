@@ -89,26 +89,23 @@ test-isa: $(READY)
 	done
 	$(BIN)/python $(TESTS) --emulated-tiles $(addprefix --implementation ,cpu cpu_fast_fp32 cpu_bf16x3 cpu_bf16x6) $(EMULATED)
 
-# the adapter against other releases of diffusers. Each goes into a folder of its own, in front of the pinned one on the path; httpx and
-# httpcore are what older ones import and the pinned one does not
-test-versions: $(READY)
-	for version in $(DIFFUSERS_VERSIONS); do \
-	  asked=$$([ $$version = newest ] && echo "--pre diffusers" || echo diffusers==$$version); \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade -c constraints-versions.txt \
-	    --target .diffusers-versions/$$version $$asked httpx httpcore || exit 1; \
-	  echo "diffusers $$version:"; \
-	  PYTHONPATH=$(CURDIR)/.diffusers-versions/$$version $(BIN)/python $(TESTS) -m "not slow" $(VERSION_TESTS) || exit 1; \
+# a package's releases, each in a folder of its own in front of the pinned one on the path: package, releases, options of pip, tests
+define test_releases
+	for version in $(2); do \
+	  asked=$$([ $$version = newest ] && echo $(1) || echo $(1)==$$version); \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target .$(1)-versions/$$version $(3) $$asked || exit 1; \
+	  echo "$(1) $$version:"; \
+	  PYTHONPATH=$(CURDIR)/.$(1)-versions/$$version $(BIN)/python $(TESTS) -m "not slow and not long" $(4) || exit 1; \
 	done
+endef
 
-# kernels, backends and the adapter against other releases of torch, which go in front of the pinned one in the same way, with what each asks for
+# the adapter against other releases of diffusers, pre-releases too; httpx and httpcore are what older ones import and the pinned one does not
+test-versions: $(READY)
+	$(call test_releases,diffusers,$(DIFFUSERS_VERSIONS),--pre --no-deps -c constraints-versions.txt httpx httpcore,$(VERSION_TESTS))
+
+# kernels, backends and the adapter against other releases of torch, with what each asks for
 test-torch-versions: $(READY)
-	for version in $(TORCH_VERSIONS); do \
-	  asked=$$([ $$version = newest ] && echo torch || echo torch==$$version); \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --index-url $(TORCH_INDEX) \
-	    --target .torch-versions/$$version $$asked || exit 1; \
-	  echo "torch $$version:"; \
-	  PYTHONPATH=$(CURDIR)/.torch-versions/$$version $(BIN)/python $(TESTS) -m "not slow and not long" $(TORCH_TESTS) || exit 1; \
-	done
+	$(call test_releases,torch,$(TORCH_VERSIONS),--index-url $(TORCH_INDEX),$(TORCH_TESTS))
 
 # dist/: an sdist, and a wheel for this machine's architecture that is built from it
 wheel: $(DIST_READY)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import socket
 import sys
@@ -14,13 +12,11 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from unittest import mock
+
+from forked import PRELOAD, forking
 
 # what a rank may take for one answer; it only ends a hang
 PATIENCE_S = 1200
-
-TESTS = Path(__file__).parent
-PRELOAD = ("ditattn.cli.app", "tiny_pipelines.everything", "split_pipelines")
 
 
 class Ranks:
@@ -29,7 +25,7 @@ class Ranks:
     def __init__(self, count: int, preload: Sequence[str] = PRELOAD) -> None:
         # names of the machine may lead to an interface that processes of a sandbox cannot use
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        context = _forking(preload)
+        context = forking(preload)
         self._folder = tempfile.TemporaryDirectory()
         meeting = Path(self._folder.name) / "store"
         self._ends: list[Connection] = []
@@ -67,17 +63,6 @@ class Ranks:
         self._folder.cleanup()
 
 
-def _forking(preload: Sequence[str]) -> multiprocessing.context.ForkServerContext:
-    """A context whose processes are forked from one that has imported these modules. There is one such process: the first caller's."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(preload))
-    # it leaves out in silence what it cannot import, and Python 3.11 tells it nothing of this process' path
-    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with mock.patch.dict(os.environ, PYTHONPATH=path):
-        multiprocessing.forkserver.ensure_running()
-    return context
-
-
 def _serve(rank: int, count: int, meeting: str, end: Connection) -> None:
     import torch
     import torch.distributed as dist
@@ -102,7 +87,7 @@ def run_command(arguments: Sequence[str], count: int, folder: Path) -> tuple[lis
     Returns:
         Exit statuses by rank, and what all of them wrote to stdout and to stderr.
     """
-    context = _forking(PRELOAD)
+    context = forking()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ranks = [context.Process(target=_command, args=(list(arguments), rank, count, port, folder)) for rank in range(count)]

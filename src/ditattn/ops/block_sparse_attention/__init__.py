@@ -6,6 +6,7 @@ Forward only. The custom op `ditattn::block_sparse_attention` has a fake, so tha
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ditattn.ops.block_sparse_attention.tail_merge import merged
 from ditattn.ops.calls import SparseCall
 from ditattn.ops.contract import check_qkv, checked_scale, joined, refuse_gradients, split, without_autocast
 from ditattn.ops.pooled_tail import PooledTail
-from ditattn.ops.table import HALF, PADDED_HEAD_DIMS, WIDE_FLOATS, Implementation, Names, choose_to_run, load, names_of
+from ditattn.ops.table import FLOATS, HALF, PADDED_HEAD_DIMS, WIDE_FLOATS, Implementation, Names, choose_to_run, load, names_of
 from ditattn.packages import ATTENTIONS, MINDIESD, SGL_KERNEL_NPU, TORCH_NPU, TRITON, Package
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.plan.token_order import TokenOrder, reordered
@@ -41,6 +42,23 @@ def _on_ascend(name: str, provider: str, honours: frozenset[str], *packages: Pac
         packages=(TORCH_NPU, *packages),
         orders_tokens=True,
         provider=True,
+    )
+
+
+def _on_cpu(name: str, target: str, dtypes: tuple[str, ...], probe: str, **rest: Any) -> Implementation:
+    """A row of the compiled kernels for CPUs."""
+    return Implementation(
+        name,
+        target,
+        devices=("cpu",),
+        dtypes=dtypes,
+        head_dims=PADDED_HEAD_DIMS,
+        honours=_MOST,
+        probe=probe,
+        orders_tokens=True,
+        orders_heads=True,
+        fuses_tail=True,
+        **rest,
     )
 
 
@@ -81,59 +99,31 @@ TABLE: tuple[Implementation, ...] = (
     _on_ascend("counted_sgl_kernel_npu", "ditattn.ops.block_sparse_attention.ascend:COUNTED_SGL_KERNEL_NPU", _LISTED, SGL_KERNEL_NPU),
     _on_ascend("counted_attentions", "ditattn.ops.block_sparse_attention.ascend:COUNTED_ATTENTIONS", _LISTED, ATTENTIONS),
     _on_ascend("counted_mindiesd", "ditattn.ops.block_sparse_attention.ascend:COUNTED_MINDIESD", _LISTED, MINDIESD),
-    Implementation(
-        "cpu",
-        "ditattn.ops.block_sparse_attention.cpu:run",
-        devices=("cpu",),
-        head_dims=PADDED_HEAD_DIMS,
-        honours=_MOST,
-        probe="ditattn.ops.cpu_library:problem",
-        orders_tokens=True,
-        orders_heads=True,
-        fuses_tail=True,
-    ),
-    Implementation(
+    _on_cpu("cpu", "ditattn.ops.block_sparse_attention.cpu:run", FLOATS, "ditattn.ops.cpu_library:problem"),
+    _on_cpu(
         "cpu_fast_fp32",
         "ditattn.ops.block_sparse_attention.cpu:run_fast_fp32",
-        devices=("cpu",),
-        dtypes=("float32",),
-        head_dims=PADDED_HEAD_DIMS,
-        honours=_MOST,
-        probe="ditattn.ops.cpu_library:bf16_problem",
+        ("float32",),
+        "ditattn.ops.cpu_library:bf16_problem",
         automatic=False,
         computes_in="bfloat16",
-        orders_tokens=True,
-        orders_heads=True,
-        fuses_tail=True,
     ),
     # fp32 products from bf16 products of the tile unit: never timed on one, so they run by name only
-    Implementation(
+    _on_cpu(
         "cpu_bf16x3",
         "ditattn.ops.block_sparse_attention.cpu:run_bf16x3",
-        devices=("cpu",),
-        dtypes=("float32", "float16"),
-        head_dims=PADDED_HEAD_DIMS,
-        honours=_MOST,
-        probe="ditattn.ops.cpu_library:parts_problem",
+        ("float32", "float16"),
+        "ditattn.ops.cpu_library:parts_problem",
         automatic=False,
         computes_in="bfloat16",
         parts=2,
-        orders_tokens=True,
-        orders_heads=True,
-        fuses_tail=True,
     ),
-    Implementation(
+    _on_cpu(
         "cpu_bf16x6",
         "ditattn.ops.block_sparse_attention.cpu:run_bf16x6",
-        devices=("cpu",),
-        dtypes=("float32",),
-        head_dims=PADDED_HEAD_DIMS,
-        honours=_MOST,
-        probe="ditattn.ops.cpu_library:parts_problem",
+        ("float32",),
+        "ditattn.ops.cpu_library:parts_problem",
         automatic=False,
-        orders_tokens=True,
-        orders_heads=True,
-        fuses_tail=True,
     ),
     Implementation("torch", "ditattn.ops.block_sparse_attention.pure_torch:run", dtypes=WIDE_FLOATS, honours=_EVERYTHING, slow_on=("npu",)),
     Implementation(

@@ -7,6 +7,8 @@ Forward only; there is no backward. The custom op `ditattn::dense_attention` has
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,20 @@ def _flash(device: str, dtypes: tuple[str, ...]) -> Implementation:
     )
 
 
+def _on_cpu(name: str, target: str, dtypes: tuple[str, ...], probe: str, **rest: Any) -> Implementation:
+    """A row of the compiled kernels for CPUs."""
+    return Implementation(
+        name,
+        target,
+        devices=("cpu",),
+        dtypes=dtypes,
+        head_dims=PADDED_HEAD_DIMS,
+        honours=_CPU_HONOURS,
+        probe=probe,
+        **rest,
+    )
+
+
 TABLE: tuple[Implementation, ...] = (
     Implementation(
         "cudnn",
@@ -63,49 +79,34 @@ TABLE: tuple[Implementation, ...] = (
         probe="ditattn.ops.dense_attention.pure_torch:why_not_cudnn",
         limits="ditattn.ops.dense_attention.pure_torch:limits_of_cudnn",
     ),
-    Implementation(
+    # where the CPU has matrix instructions that a kernel does not use as well, torch may be faster
+    _on_cpu(
         "cpu",
         "ditattn.ops.dense_attention.cpu:run",
-        devices=("cpu",),
-        head_dims=PADDED_HEAD_DIMS,
-        honours=_CPU_HONOURS,
-        probe="ditattn.ops.cpu_library:problem",
-        # where the CPU has matrix instructions that a kernel does not use as well, torch may be faster
+        FLOATS,
+        "ditattn.ops.cpu_library:problem",
         preference="ditattn.ops.preference:dense_on_cpu",
     ),
-    Implementation(
+    _on_cpu(
         "cpu_fast_fp32",
         "ditattn.ops.dense_attention.cpu:run_fast_fp32",
-        devices=("cpu",),
-        dtypes=("float32",),
-        head_dims=PADDED_HEAD_DIMS,
-        honours=_CPU_HONOURS,
-        probe="ditattn.ops.cpu_library:bf16_problem",
+        ("float32",),
+        "ditattn.ops.cpu_library:bf16_problem",
         automatic=False,
         computes_in="bfloat16",
     ),
     # fp32 products from bf16 products of the tile unit: never timed on one, so they run by name only
-    Implementation(
+    _on_cpu(
         "cpu_bf16x3",
         "ditattn.ops.dense_attention.cpu:run_bf16x3",
-        devices=("cpu",),
-        dtypes=("float32", "float16"),
-        head_dims=PADDED_HEAD_DIMS,
-        honours=_CPU_HONOURS,
-        probe="ditattn.ops.cpu_library:parts_problem",
+        ("float32", "float16"),
+        "ditattn.ops.cpu_library:parts_problem",
         automatic=False,
         computes_in="bfloat16",
         parts=2,
     ),
-    Implementation(
-        "cpu_bf16x6",
-        "ditattn.ops.dense_attention.cpu:run_bf16x6",
-        devices=("cpu",),
-        dtypes=("float32",),
-        head_dims=PADDED_HEAD_DIMS,
-        honours=_CPU_HONOURS,
-        probe="ditattn.ops.cpu_library:parts_problem",
-        automatic=False,
+    _on_cpu(
+        "cpu_bf16x6", "ditattn.ops.dense_attention.cpu:run_bf16x6", ("float32",), "ditattn.ops.cpu_library:parts_problem", automatic=False
     ),
     Implementation("torch", "ditattn.ops.dense_attention.pure_torch:run", dtypes=WIDE_FLOATS, honours=_SDPA_HONOURS),
     _flash("cpu", FLOATS),
