@@ -213,8 +213,9 @@ def test_four_ranks_share_branches_and_tokens(
     assert [report["components"]["transformer"]["sparse"] for report in record["attention_of_ranks"]] == [3] * 4
     assert run([*arguments_of("generate", *options), "--output-file-name", "alone"]) == 0
     together, alone = (frames_of(tmp_path / f"{name}.mp4") for name in ("clip", "alone"))
-    # single values may round otherwise; permuted_sparse_attn has a budget for each rank, and weights are random
-    assert np.abs(together - alone).mean() < (0.01 if backend == "rain_fusion_attn" else 4)
+    # the dense kernel that was measured to be faster may be another one and round otherwise (0.03 was seen); guidance 4.9 in place of 5
+    # makes 1, another seed 24. permuted_sparse_attn has a budget for each rank, and weights are random
+    assert np.abs(together - alone).mean() < (0.25 if backend == "rain_fusion_attn" else 4)
 
 
 def frames_of(path: Path) -> np.ndarray[Any, Any]:
