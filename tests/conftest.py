@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,17 @@ from hypothesis import settings
 # the first example of a property often pays for imports; runs are made repeatable instead of timed
 settings.register_profile("house", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("house")
+
+
+# objects that are made before the garbage collector looks at the newest ones, and its looks before it looks at older ones
+SELDOM = (20_000, 20, 50)
+
+
+def pytest_collection_finish() -> None:
+    """Imports leave half a million objects: looking through them again and again would be a tenth of what tests that compile cost."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*SELDOM)
 
 
 @pytest.fixture(autouse=True)
