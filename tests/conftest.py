@@ -23,20 +23,16 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().pa
 import torch
 from hypothesis import settings
 
+from garbage import collect_seldom
+
 # the first example of a property often pays for imports; runs are made repeatable instead of timed
 settings.register_profile("house", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("house")
 
 
-# objects that are made before the garbage collector looks at the newest ones, and its looks before it looks at older ones
-SELDOM = (20_000, 20, 50)
-
-
 def pytest_collection_finish() -> None:
-    """Imports leave half a million objects: looking through them again and again would be a tenth of what tests that compile cost."""
     gc.collect()
-    gc.freeze()
-    gc.set_threshold(*SELDOM)
+    collect_seldom()
 
 
 @pytest.fixture(autouse=True)
