@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch._dynamo import reset
 
 import ditattn
-import tiny_pipelines
 from tiny_pipelines import FAMILIES, TinyPipeline, few_tokens
 from tiny_pipelines.footprint import footprint
 from tiny_pipelines.pipeline import noise
@@ -62,7 +61,7 @@ def test_projections_fused_in_every_order(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_weights_stored_in_8_bits(name: str) -> None:
-    tiny = FAMILIES[name]()
+    tiny = few_tokens(FAMILIES[name](), name)
     tiny.pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     native = tiny.run(1)
     with ditattn.install(tiny.pipe, "torch_sdpa"):
@@ -74,7 +73,7 @@ def test_weights_stored_in_8_bits(name: str) -> None:
 
 
 def test_two_threads_on_two_pipelines() -> None:
-    pipelines = [tiny_pipelines.wan(), tiny_pipelines.qwen_image()]
+    pipelines = [few_tokens(FAMILIES[name](), name) for name in ("wan", "qwen image")]
     backends = ("rain_fusion_attn", "block_sparse_attn")
     handles = [ditattn.install(tiny.pipe, backend, **SPARSE) for tiny, backend in zip(pipelines, backends, strict=True)]
     alone = [tiny.run(3) for tiny in pipelines]

@@ -74,22 +74,21 @@ def perturb(transformer: nn.Module) -> None:
 
 @cache
 def natively(name: str, *, perturbed: bool) -> torch.Tensor:
-    tiny = FAMILIES[name]()
+    tiny = few_tokens(FAMILIES[name](), name)
     return native_with(tiny, perturb) if perturbed else tiny.run(3)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_perturbed_layer_gives_what_native_gives(name: str, order: str) -> None:
-    build = FAMILIES[name]
     unperturbed, native = natively(name, perturbed=False), natively(name, perturbed=True)
-    out, handle = run_with(build(), perturb, order, "torch_sdpa")
+    out, handle = run_with(few_tokens(FAMILIES[name](), name), perturb, order, "torch_sdpa")
     report = handle.report().components["transformer"]
     assert (native - unperturbed).abs().max() > 1e-3
     assert torch.equal(out, native)
     assert set(report.dense_reasons) == {PERTURBED, "dense backend"}
     # through the sparse kernel, every block kept: the perturbed layer is torch's, and only that one
-    out, handle = run_with(build(), perturb, order, "rain_fusion_attn", **{**SPARSE, "sparsity": 0.01})
+    out, handle = run_with(few_tokens(FAMILIES[name](), name), perturb, order, "rain_fusion_attn", **{**SPARSE, "sparsity": 0.01})
     report = handle.report().components["transformer"]
     torch.testing.assert_close(out, native, rtol=0, atol=OTHER_KERNEL_BOUND)
     assert report.dense_reasons == {PERTURBED: report.calls // 2}
@@ -101,8 +100,8 @@ def test_layer_skip_of_diffusers_itself(order: str) -> None:
     def skip(transformer: nn.Module) -> None:
         apply_layer_skip(transformer, LayerSkipConfig([0], skip_attention=False, skip_attention_scores=True, skip_ff=False))
 
-    native = native_with(tiny_pipelines.qwen_image(), skip)
-    out, _ = run_with(tiny_pipelines.qwen_image(), skip, order, "torch_sdpa")
+    native = native_with(few_tokens(tiny_pipelines.qwen_image(), "qwen image"), skip)
+    out, _ = run_with(few_tokens(tiny_pipelines.qwen_image(), "qwen image"), skip, order, "torch_sdpa")
     assert torch.equal(out, native)
 
 
@@ -113,8 +112,8 @@ def test_strict_refuses_a_perturbed_layer() -> None:
 
 @pytest.mark.slow
 def test_a_perturbed_layer_of_a_compiled_model() -> None:
-    native = native_with(tiny_pipelines.qwen_image(), perturb)
-    tiny = tiny_pipelines.qwen_image()
+    native = native_with(few_tokens(tiny_pipelines.qwen_image(), "qwen image"), perturb)
+    tiny = few_tokens(tiny_pipelines.qwen_image(), "qwen image")
     perturb(tiny.pipe.transformer)
     tiny.pipe.transformer.compile_repeated_blocks(backend="eager")
     out, handle = run_with(tiny, lambda _: None, "before", "rain_fusion_attn", **{**SPARSE, "sparsity": 0.01})
@@ -133,7 +132,7 @@ class _PassesOn(TorchFunctionMode):
 
 def test_a_mode_that_hands_the_call_on_inside_the_processor_leaves_it_served() -> None:
     """CogVideoX: the mode is entered inside the processor, so it comes before us and hands on."""
-    tiny = tiny_pipelines.cogvideox()
+    tiny = few_tokens(tiny_pipelines.cogvideox(), "cogvideox")
     processor_cls = type(first_attention(tiny.pipe.transformer).processor)
 
     class Own(processor_cls):  # type: ignore[misc, valid-type]
@@ -165,7 +164,7 @@ def default_device() -> Iterator[None]:
 @pytest.mark.parametrize("context", [lambda: torch.device("cpu"), default_device], ids=["with torch.device", "set_default_device"])
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
 def test_torchs_own_device_contexts_change_nothing(name: str, context: Callable[[], Any]) -> None:
-    tiny = FAMILIES[name]()
+    tiny = few_tokens(FAMILIES[name](), name)
     with ditattn.install(tiny.pipe, "rain_fusion_attn", strict=True, **SPARSE) as handle, context():
         tiny.run(1)
     assert handle.report().components["transformer"].dense == 0

@@ -67,7 +67,7 @@ def test_an_adapter_loaded_fused_and_unloaded_while_served(name: str) -> None:
 def test_an_adapter_runs_sparse_whenever_it_was_loaded(name: str) -> None:
     found = []
     for later in (False, True):
-        tiny = FAMILIES[name]()
+        tiny = few_tokens(FAMILIES[name](), name)
         if not later:
             with_adapter(tiny)
         with ditattn.install(tiny.pipe, "rain_fusion_attn", strict=True, **SPARSE) as handle:
