@@ -62,8 +62,10 @@ static double error_of(const DitattnAttention& a) {
       weights += weight;
       for (int d = 0; d < a.head_dim; d++) sum[d] += weight * element(a.tail_value, DITATTN_F32, n, g, d);
     }
-    for (int d = 0; d < a.head_dim; d++)
-      worst = std::max(worst, std::fabs(element(a.out, a.dtype, query, h, d) - (weights ? sum[d] / weights : 0)) / 2);
+    for (int d = 0; d < a.head_dim; d++) {
+      const double error = std::fabs(element(a.out, a.dtype, query, h, d) - (weights ? sum[d] / weights : 0)) / 2;
+      if (worst == worst && !(error <= worst)) worst = error;  // a NaN too, which then stays
+    }
   }
   return worst;
 }
@@ -111,6 +113,17 @@ static int next_parts(int dtype) {
   return possible[turn++ % possible.size()];
 }
 
+// With single bf16 numbers on a tile unit: in which order of work, one after the other from call to call. The overlapped one is for calls without
+// a log-sum-exp, and takes another way where a score lies far above those of the first keys: then scores are large, of numbers that bf16 has.
+static void next_schedule(DitattnAttention& a) {
+  static int turn = 0;
+  constexpr float scales[] = {0.1f, 0.1f, 1, 4};
+  if (a.bf16_parts != 1 || ditattn_most_bf16_parts() < 2 || !(++turn % 4)) return;
+  a.overlapped = 1;
+  a.lse = nullptr;
+  if (a.dtype == DITATTN_BF16 && !a.tail_key.data) a.scale = scales[turn % 4];
+}
+
 static bool compare = false;
 static int compared = 0;
 
@@ -149,15 +162,16 @@ static int attend(int dim, int dtype, int queries, int keys, bool sparse, bool c
     a.tail_key = of(mean_keys, blocks, key_heads, dim), a.tail_value = of(mean_values, blocks, key_heads, dim);
     a.tail_counts = tokens.data();
   }
+  next_schedule(a);
   const KeptTiles tiles(causal);
   if (ditattn_attention(&a) != DITATTN_OK) return 1;
   if (tiles.changed()) return printf("the call left another tile configuration than it found\n"), 1;
-  if (!compare || (int64_t)queries * keys * dim > 65 * 254 * 64) return 0;
+  if (!compare || (int64_t)queries * keys * dim > (a.overlapped ? 70 * 514 * 128 : 65 * 254 * 64)) return 0;
   compared++;
   const double by_parts[] = {2e-6, 2e-2, 2e-5, 2e-6}, by_dtype[] = {0, 2e-2, 2e-3};
   const double allowed = std::max(by_parts[a.bf16_parts], by_dtype[dtype]), error = error_of(a);
-  if (error > allowed) printf("D %d dtype %d parts %d S %d T %d sparse %d causal %d orders %d tail %d: error %g\n", dim, dtype, a.bf16_parts, queries, keys, sparse, causal, orders, tail, error);
-  return error > allowed;
+  if (!(error <= allowed)) printf("D %d dtype %d parts %d overlapped %d S %d T %d sparse %d causal %d orders %d tail %d: error %g\n", dim, dtype, a.bf16_parts, a.overlapped, queries, keys, sparse, causal, orders, tail, error);
+  return !(error <= allowed);
 }
 
 static int mean(int dim, int dtype, int tokens, int orders) {
@@ -213,6 +227,8 @@ int main(int argc, char**) {
       for (int mode = 0; mode < 5; mode++, runs++) bad += attend(dim, dtype, queries, keys, mode == 4 || mode & 1, mode & 2, 0, mode == 4);
     for (int dim : dims) for (int tokens : {1, 65, 129, 254}) for (int sparse : {0, 1, 2}) for (int orders : {1, 2})
       runs++, bad += attend(dim, dtype, tokens, tokens, sparse, false, orders, sparse == 2);
+    if (dtype == DITATTN_BF16) for (int dim : {32, 64, 96, 128}) for (int turn = 0; turn < 4; turn++)
+      runs++, bad += attend(dim, dtype, 70, 514, false, false, 0, false);
     for (int keys : {127 * 128 + 5, 129 * 128}) runs++, bad += attend(32, dtype, 66, keys, true, false, 0, true);
     for (int dim : {1, 5, 31, 128}) for (int tokens : {1, 127, 128, 300}) for (int orders : {0, 1, 3}) runs++, bad += mean(dim, dtype, tokens, orders);
     for (int dim : {1, 5, 31, 128}) for (int tokens : {1, 17, 128, 301}) for (int orders : {0, 1, 6}) runs++, bad += summary(dim, dtype, tokens, orders);

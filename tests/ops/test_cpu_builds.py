@@ -113,6 +113,14 @@ MUTATIONS = {
     "a product of other tiles": ("tile_product<2, 5, 6>();", "tile_product<2, 5, 7>();", "error"),
     "a pair of two parts left out": ("A[COUNT] = {1, 0, 0}", "A[COUNT] = {0, 0, 1}", "parts 2 .* error"),
     "a pair of three parts left out": ("A[COUNT] = {2, 1, 1,", "A[COUNT] = {2, 1, 2,", "parts 3 .* error"),
+    "output before its weights": ("LAG = PIECES + 1", "LAG = PIECES", "overlapped 1 .* error"),
+    "output left as it was": (
+        "        Base::rescale(panel(job).O, alpha);\n        follow(job, alpha);",
+        "        follow(job, alpha);",
+        "overlapped 1 .* error",
+    ),
+    "weights beyond fp32": ("AGAIN = 24", "AGAIN = 1e30f", "overlapped 1 .* error"),
+    "sums of weights that are formed again": ("std::copy_n(rows(job).sum_before, PQ, softmax.sum);", "", "overlapped 1 .* error"),
     "blocks not added up": ("_mm512_fmadd_ps(_mm512_load_ps(o), factor, ", "(", "parts [23] .* error"),
 }
 
@@ -124,9 +132,10 @@ def test_mistakes_in_the_amx_kernels_are_seen(mutation: str, tmp_path: Path) -> 
     right, wrong, said = MUTATIONS[mutation]
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
-    source = (csrc / "amx.h").read_text()
-    assert source.count(right) == 1
-    (csrc / "amx.h").write_text(source.replace(right, wrong))
+    sources = [csrc / "amx.h", csrc / "amx_overlapped.h"]
+    (mutated,) = [path for path in sources if right in path.read_text()]
+    assert mutated.read_text().count(right) == 1
+    mutated.write_text(mutated.read_text().replace(right, wrong))
     target = build(tmp_path / "compare", "g++", PROGRAM, "-O1", *FLAGS[EMULATED], csrc=csrc)
     done = subprocess.run([str(target), "compare", "few"], capture_output=True, text=True, timeout=570)
     assert done.returncode != 0
