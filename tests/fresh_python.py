@@ -1,4 +1,4 @@
-"""Pythons of their own for Triton, whose interpreter has to be chosen before it is imported: forked from one that was started with the choice."""
+"""Pythons of their own for Triton, whose interpreter has to be chosen before it is imported: forked from one that has made the choice."""
 
 from __future__ import annotations
 
@@ -56,6 +56,8 @@ def _serve() -> None:
     """For every line of stdin, a process; its exit status is a line of stdout."""
     for name in PRELOAD:
         importlib.import_module(name)
+    if "TRITON_INTERPRET" in os.environ:
+        importlib.import_module("triton_preparation").prepare_once_per_kernel()
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
