@@ -81,13 +81,13 @@ compatibility: $(READY)
 # the contract of every op on the CPU kernels of older processors; its other implementations know nothing of them. Then attention on the
 # kernels for AMX, with tiles emulated by AVX-512
 EMULATED := $(addprefix tests/ops/,dense_attention/test_contract.py block_sparse_attention/test_contract.py block_sparse_attention/test_tail.py \
-  test_any_layout.py test_cpu_library.py::test_drawn_plans test_cpu_library.py::test_bf16_parts_run_only_by_name_and_on_a_tile_unit) \
-  tests/bench/test_cpu_attention.py::test_products_from_bf16_parts_are_rows_where_there_is_a_tile_unit
+  test_any_layout.py test_cpu_library.py::test_drawn_plans test_cpu_library.py::test_bf16_parts_run_only_by_name_and_on_a_tile_unit test_amx_schedule.py) \
+  tests/bench/test_cpu_attention.py::test_what_needs_a_tile_unit_has_rows_where_there_is_one
 test-isa: $(READY)
 	for isa in baseline avx2; do \
 	  DITATTN_CPU_ISA=$$isa $(BIN)/python $(TESTS) --implementation cpu $(wildcard tests/ops/*/test_contract.py) || exit 1; \
 	done
-	$(BIN)/python $(TESTS) --emulated-tiles $(addprefix --implementation ,cpu cpu_fast_fp32 cpu_bf16x3 cpu_bf16x6) $(EMULATED)
+	$(BIN)/python $(TESTS) --emulated-tiles $(addprefix --implementation ,cpu cpu_sequential cpu_overlapped cpu_fast_fp32 cpu_bf16x3 cpu_bf16x6) $(EMULATED)
 
 # a package's releases, each in a folder of its own in front of the pinned one on the path: package, releases, options of pip, tests
 define test_releases

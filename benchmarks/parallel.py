@@ -64,6 +64,8 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--backend", action="append", help=f"one or more, in place of {' and '.join(BACKENDS)}")
     parser.add_argument("--sparsity", type=float, default=0.75)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--prompt", default=PROMPT, help="a caption that the demo model knows; unless given: %(default)s")
+    parser.add_argument("--num-frames", type=int, default=DEFAULTS["num_frames"], help="the model is made for %(default)s")
     parser.add_argument("--count-pairs", action="store_true", help="count what each rank of a ring would compute, in place of a run")
     parser.add_argument("--ring", action="store_true", help="split queries, not heads")
     parser.add_argument("--rank-writes-to", type=Path, help=argparse.SUPPRESS)
@@ -73,7 +75,8 @@ def _options() -> argparse.ArgumentParser:
 def run(backend: str, processes: int, options: argparse.Namespace) -> tuple[np.ndarray[Any, Any], list[dict[str, Any]]]:
     """The frames, and what every rank reports."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = ["--backend", backend, "--sparsity", str(options.sparsity), "--steps", str(options.steps), "--rank-writes-to", folder]
+        arguments = ["--backend", backend, "--sparsity", str(options.sparsity), "--steps", str(options.steps)]
+        arguments += ["--num-frames", str(options.num_frames), "--prompt", options.prompt, "--rank-writes-to", folder]
         start_ranks(processes, arguments + ["--ring"] * options.ring)
         return np.load(Path(folder) / "frames.npy"), json.loads((Path(folder) / "ranks.json").read_text(encoding="utf-8"))
 
@@ -101,20 +104,23 @@ def _run_rank(options: argparse.Namespace) -> None:
     if count > 1:
         split_denoisers(pipe, **{"ring_degree" if options.ring else "ulysses_degree": count})
     backend = options.backend[0]
-    arguments = {key: DEFAULTS[key] for key in ("height", "width", "num_frames", "guidance_scale")}
+    arguments = {key: DEFAULTS[key] for key in ("height", "width", "guidance_scale")}
+    arguments |= {"num_frames": options.num_frames, "num_inference_steps": options.steps, "prompt": options.prompt}
     with ExitStack() as stack:
-        config = {} if backend == "torch_sdpa" else {"sparsity": options.sparsity}
+        # the clip is short for real devices
+        config = {} if backend == "torch_sdpa" else {"sparsity": options.sparsity, "min_tokens": 0}
         handle = stack.enter_context(ditattn.install(pipe, backend, **config))
-        frames, times = call_pipeline(pipe, {**arguments, "prompt": PROMPT, "num_inference_steps": options.steps}, seed=0)
+        frames, times = call_pipeline(pipe, arguments, seed=0)
     report = handle.report().components["transformer"]
+    of_tensor = bytes_of_tensor(pipe.transformer.config, count, options.num_frames)
+    dealt = report.sparse if options.ring and backend == "permuted_sparse_attn" else 0
     own = {
         "denoise_ms": times.stages["denoise"],
         "attention_ms": report.attention_ms,
         "communication_ms": report.communication_ms,
         "density": report.sparse_density,
         "own_blocks": report.own_blocks,
-        "bytes": report.calls * bytes_per_call(pipe.transformer.config, count, ring=options.ring)
-        + (report.sparse * bytes_of_deal(pipe.transformer.config, count) if options.ring and backend == "permuted_sparse_attn" else 0),
+        "bytes": report.calls * bytes_per_call(of_tensor, count, ring=options.ring) + dealt * bytes_of_deal(of_tensor, count),
     }
     ranks: list[Any] = [None] * count
     dist.all_gather_object(ranks, own)
@@ -124,20 +130,20 @@ def _run_rank(options: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def bytes_per_call(config: Any, count: int, *, ring: bool) -> int:
-    """What a rank sends in one attention call of the demo model, fp32: its part of four tensors, or its keys and values to all others."""
-    of_tensor = _bytes_of_tensor(config, count)
+def bytes_of_tensor(config: Any, count: int, num_frames: int) -> int:
+    """A rank's part of the queries of one attention call of the demo model, fp32."""
+    tokens = num_frames * (DEFAULTS["height"] // 4) * (DEFAULTS["width"] // 4)
+    return tokens // count * config.num_attention_heads * int(config.attention_head_dim) * 4
+
+
+def bytes_per_call(of_tensor: int, count: int, *, ring: bool) -> int:
+    """What a rank sends in one attention call: its part of four tensors, or its keys and values to all others."""
     return 2 * of_tensor * (count - 1) if ring else 4 * of_tensor * (count - 1) // count
 
 
-def bytes_of_deal(config: Any, count: int) -> int:
+def bytes_of_deal(of_tensor: int, count: int) -> int:
     """What a rank of a ring sends beside, where blocks of queries are dealt out: its part of its queries, and of results."""
-    return 2 * _bytes_of_tensor(config, count) * (count - 1) // count
-
-
-def _bytes_of_tensor(config: Any, count: int) -> int:
-    tokens = int(DEFAULTS["num_frames"]) * (DEFAULTS["height"] // 4) * (DEFAULTS["width"] // 4)
-    return tokens // count * config.num_attention_heads * int(config.attention_head_dim) * 4
+    return 2 * of_tensor * (count - 1) // count
 
 
 def lines(processes: int, psnr: float, psnr_of_dense: float, ranks: list[dict[str, Any]]) -> list[str]:

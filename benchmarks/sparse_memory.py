@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -81,7 +82,7 @@ def measure(name: str, dtype: torch.dtype, sparsity: float, heads: int = HEADS) 
     }
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="rain_fusion_attn")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument(
         "--heads", type=int, default=HEADS, help="fewer than the model's take less time; what is kept for all heads weighs more"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     print(json.dumps(measure(arguments.backend, getattr(torch, arguments.dtype), arguments.sparsity, arguments.heads)))
 
 

@@ -38,7 +38,11 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.manual_seed(0)
+    if torch.accelerator.is_available():
+        torch.manual_seed(0)
+    else:
+        # that would note the stack for every kind of device that may yet appear, a millisecond for each test
+        torch.default_generator.manual_seed(0)
     yield
     torch.set_num_threads(threads)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 
+import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ditattn.cli import main as command
@@ -25,4 +26,10 @@ def main(arguments: list[str]) -> None:
         max_restarts=0,
         start_method="fork",
     )
-    elastic_launch(config, command)(arguments)
+    elastic_launch(config, _rank)(arguments)
+
+
+def _rank(arguments: list[str]) -> None:
+    # after a fork torch replaces its thread pool at the first use; where two threads came first at once, one of them found none
+    torch.set_num_threads(1)
+    command(arguments)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+import forked
 
 
 @pytest.mark.slow
@@ -18,17 +17,18 @@ ROOT = Path(__file__).resolve().parents[2]
     ("backend", "heads"),
     [
         # beside fewer heads what is kept once for all of them weighs more: the limit is the stricter one
-        ("rain_fusion_attn", 3),
+        ("rain_fusion_attn", 1),
         ("block_sparse_attn", 6),
         pytest.param("rain_fusion_attn", 12, marks=pytest.mark.long),
         pytest.param("block_sparse_attn", 12, marks=pytest.mark.long),
     ],
 )
-def test_peak_stays_under_three_times_the_tensors(backend: str, heads: int) -> None:
-    command = [sys.executable, "-m", "benchmarks.sparse_memory", "--backend", backend, "--heads", str(heads)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    row = json.loads(done.stdout)
+def test_peak_stays_under_three_times_the_tensors(backend: str, heads: int, tmp_path: Path) -> None:
+    with (tmp_path / "said").open("wb") as file:
+        process = forked.start("benchmarks.sparse_memory", ["--backend", backend, "--heads", str(heads)], {}, file.fileno())
+        process.join()
+    assert process.exitcode == 0
+    row = json.loads((tmp_path / "said").read_text())
     assert row["qkv_out_bytes"] == 4 * 32760 * heads * 128 * 2
     assert 0.1 < row["density"] < 0.5
     assert 1 < row["peak_over_qkv_out"] < 3

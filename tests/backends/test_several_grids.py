@@ -32,6 +32,12 @@ SEQUENCES: dict[str, tuple[int, Size, list[tuple[int, Size]], int]] = {
 }
 sequences = pytest.mark.parametrize("name", SEQUENCES)
 some_sequences = pytest.mark.parametrize("name", ["text between and behind", "a picture and a video"])
+# for what holds at any size: the oracle's time grows with the square of the tokens
+SHORT: dict[str, tuple[int, Size, list[tuple[int, Size]], int]] = {
+    "text between and behind, short": (10, (1, 16, 20), [(130, (1, 16, 20)), (9, (1, 12, 20))], 40),
+    "a picture and a video, short": (12, (1, 16, 20), [(0, (3, 12, 10))], 0),
+}
+short_sequences = pytest.mark.parametrize("name", SHORT)
 
 
 def call(backend: type[AttentionBackend], *args: Any, **fields: Any) -> tuple[Tensor, CallRecord]:
@@ -43,7 +49,7 @@ def call(backend: type[AttentionBackend], *args: Any, **fields: Any) -> tuple[Te
 
 def fields_of(name: str) -> tuple[Size, int, dict[str, Any]]:
     """The target's grid, the length, and the metadata's fields of a sequence."""
-    front, target, parts, behind = SEQUENCES[name]
+    front, target, parts, behind = {**SEQUENCES, **SHORT}[name]
     start = front + target[0] * target[1] * target[2]
     stop, further = start, []
     for text, size in parts:
@@ -111,7 +117,7 @@ def test_every_grid_has_its_share_of_every_row(backend: type[AttentionBackend], 
 
 
 @backends
-@some_sequences
+@short_sequences
 def test_output_is_exact_attention_over_the_recorded_plan(backend: type[AttentionBackend], name: str) -> None:
     target, length, fields = fields_of(name)
     q, k, v = (draw(1, length, heads, 32, seed=i) for i, heads in enumerate((2, 1, 1)))
@@ -123,7 +129,7 @@ def test_output_is_exact_attention_over_the_recorded_plan(backend: type[Attentio
 
 
 @backends
-@some_sequences
+@short_sequences
 def test_keeping_everything_equals_dense(backend: type[AttentionBackend], name: str) -> None:
     target, length, fields = fields_of(name)
     q, k, v = (draw(1, length, 1, 32, seed=i) for i in range(3))
@@ -160,9 +166,9 @@ def test_a_planted_object_in_the_last_reference_is_kept(backend: type[AttentionB
     v[:, shown] += 3.0
     out, record = call(backend, q, k, v, target, sparsity=0.75, first_frame_sink=False, **fields)
     assert record.plan.density() < 0.5
-    dense = oracle.attention(q, k, v)[0]
-    assert float(dense[:, looking].mean()) > 2.5
-    assert judge.relative_error(out[:, looking], dense[:, looking]) < 1e-3
+    dense = oracle.attention(q[:, looking], k, v)[0]
+    assert float(dense.mean()) > 2.5
+    assert judge.relative_error(out[:, looking], dense) < 1e-3
 
 
 @backends
@@ -184,7 +190,7 @@ def test_any_grids_run(backend: type[AttentionBackend], sizes: list[Size]) -> No
 
 @backends
 def test_padding_behind_the_last_grid_is_hidden_and_in_a_grid_it_is_refused(backend: type[AttentionBackend]) -> None:
-    target, length, fields = fields_of("text between and behind")
+    target, length, fields = fields_of("text between and behind, short")
     q, k, v = (draw(1, length, 1, 32, seed=i) for i in range(3))
     k[:, -30:], v[:, -30:] = 1e4, 1e4
     lengths = {"key_lengths": torch.tensor([length - 30]), "known_key_lengths": (length - 30,)}

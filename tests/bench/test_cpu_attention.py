@@ -76,7 +76,7 @@ def test_a_report_has_every_ratio_and_is_json(quick: None) -> None:
     assert set(found["report"][0]["rounds"].values()) == {2}
     assert found["report"][0]["smaller"] == {}
     # packages that may be here or not
-    assert found["report"][0]["left_out"].keys() <= {"zentorch", "vLLM"}
+    assert found["report"][0]["left_out"].keys() <= {"zentorch", "vLLM", "sequential, overlapped"}
     text = cpu_attention.render(measured)
     assert "| sparse 0.25 |" in text
     assert "### B1 H2 S512 D64 bfloat16" in text
@@ -103,7 +103,7 @@ def test_peers_are_rows_and_one_that_refuses_or_differs_is_left_out_with_the_rea
     monkeypatch.setattr(cpu_attention, "PEERS", (*PEERS[:2], *others))
     told: list[str] = []
     measured = cpu_attention.measure_shape(256, 2, 64, torch.float32, Effort(rounds=1, progress=told.append), matmul=128)
-    without_tiles = {"bf16x3, bf16x6"} if cpu_library.parts_problem() else set()
+    without_tiles = {"bf16x3, bf16x6"} if cpu_library.tile_problem() else set()
     assert measured.left_out.keys() == {"refuses", "zeros", "NaN"} | without_tiles
     assert measured.left_out["refuses"] == "RuntimeError: not on a Tuesday"
     assert measured.left_out["zeros"] == "its result differs from the reference by 1 of the norm at S 256, more than 1e-05"
@@ -123,15 +123,18 @@ def test_peers_are_rows_and_one_that_refuses_or_differs_is_left_out_with_the_rea
 
 
 @needs_kernel
-@pytest.mark.parametrize(("dtype", "forms"), [(torch.float32, ("bf16x3", "bf16x6")), (torch.float16, ("bf16x3",)), (torch.bfloat16, ())])
-def test_products_from_bf16_parts_are_rows_where_there_is_a_tile_unit(
+@pytest.mark.parametrize(
+    ("dtype", "forms"),
+    [(torch.float32, ("bf16x3", "bf16x6")), (torch.float16, ("bf16x3",)), (torch.bfloat16, ("sequential", "overlapped"))],
+)
+def test_what_needs_a_tile_unit_has_rows_where_there_is_one(
     quick: None, without_peers: None, dtype: torch.dtype, forms: tuple[str, ...]
 ) -> None:
     measured = cpu_attention.measure_shape(256, 2, 64, dtype, Effort(rounds=1), matmul=128)
-    rows = {t.name for t in measured.times if "bf16x" in t.name}
-    ratios = {ratio.what for ratio in measured.ratios if "bf16x" in ratio.what}
-    if problem := cpu_library.parts_problem():
-        assert measured.left_out == ({", ".join(forms): problem} if forms else {})
+    rows = {t.name for t in measured.times if t.name.endswith(forms)}
+    ratios = {ratio.what for ratio in measured.ratios if any(form in ratio.what for form in forms)}
+    if problem := cpu_library.tile_problem():
+        assert measured.left_out == {", ".join(forms): problem}
         assert not rows
         assert not ratios
         return
@@ -201,7 +204,8 @@ def test_a_table_without_a_warm_up_round_says_so(quick: None, without_peers: Non
     # a single size is run without a look; a second run would end at 250 s
     measured = cpu_attention.measure_shape(256, 2, 64, torch.bfloat16, slow.effort(rounds=7, budget_s=200), matmul=256)
     assert slow.ran == [256]
-    assert measured.as_dict()["left_out"] == {"warm-up round": "the budget had time for one round only, which counts"}
+    assert measured.left_out["warm-up round"] == "the budget had time for one round only, which counts"
+    assert measured.as_dict()["left_out"] == measured.left_out
     assert "left out: warm-up round: the budget" in cpu_attention.render(measured)
 
 

@@ -18,12 +18,13 @@ WHOLE = 17 * 16 * 16 * 4 * 64 * 4
 
 
 def test_bytes_are_those_of_the_exchange() -> None:
-    assert bench.bytes_per_call(CONFIG, 1, ring=False) == 0
+    of_tensor = {ranks: bench.bytes_of_tensor(CONFIG, ranks, 17) for ranks in (1, 2, 4)}
+    assert bench.bytes_per_call(of_tensor[1], 1, ring=False) == 0
     # half of the own half goes to the other rank, for queries, keys, values and the result
-    assert bench.bytes_per_call(CONFIG, 2, ring=False) == 4 * WHOLE // 4
-    assert bench.bytes_per_call(CONFIG, 4, ring=True) == 3 * 2 * WHOLE // 4
+    assert bench.bytes_per_call(of_tensor[2], 2, ring=False) == 4 * WHOLE // 4
+    assert bench.bytes_per_call(of_tensor[4], 4, ring=True) == 3 * 2 * WHOLE // 4
     # three quarters of the own queries go to other ranks, and as many results
-    assert bench.bytes_of_deal(CONFIG, 4) == 2 * 3 * WHOLE // 16
+    assert bench.bytes_of_deal(of_tensor[4], 4) == 2 * 3 * WHOLE // 16
 
 
 def test_every_rank_has_a_line_and_the_slowest_is_named() -> None:
@@ -87,8 +88,8 @@ def test_two_processes_make_the_demo_clip_of_one(
     start: Callable[[int, Sequence[str]], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "start_ranks", start)
-    # one dense step, one sparse
-    bench.main(["--processes", "1", "2", "--steps", "2", "--backend", "rain_fusion_attn"])
+    # one dense step, one sparse, of ten blocks
+    bench.main(["--processes", "1", "2", "--steps", "2", "--num-frames", "5", "--backend", "rain_fusion_attn"])
     said = capsys.readouterr().out
     psnr = [float(found) for found in re.findall(r"PSNR (\S+) dB against one", said)]
     assert len(psnr) == 2

@@ -46,9 +46,9 @@ def ditattn(capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
 
 @pytest.fixture(scope="session")
 def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Wan pipeline like the demo model, with one layer of two heads and a narrow VAE, which takes longest otherwise."""
+    """A Wan pipeline like the demo model, with one layer of two small heads and a narrow VAE, which takes longest otherwise."""
     folder = tmp_path_factory.mktemp("wan")
-    transformer = {**RANDOM_MODEL["transformer"], "num_layers": 1, "num_attention_heads": 2, "ffn_dim": 64}
+    transformer = {**RANDOM_MODEL["transformer"], "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 64}
     build_random_model(folder, {**RANDOM_MODEL, "transformer": transformer, "vae": {**RANDOM_MODEL["vae"], "base_dim": 8}})
     return folder
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 
+import forked
 from ditattn.bench import cpu_attention, suite, timing
 from ditattn.bench.timing import machine
 from ditattn.ops import cpu_library
@@ -22,14 +20,6 @@ TITLES = (
     "B1 H4 S256 D128 float16",
     "Growth with S at density 0.25: B1 H1 D128 bfloat16",
 )
-FRESH = """
-import sys
-from ditattn.cli import main
-from ditattn.bench import suite, timing
-timing.SHORTEST_S = 0
-suite.FULL = suite.Sizes(256, (256, 512), None, matmul=128)
-main(sys.argv[1:])
-"""
 needs_kernel = pytest.mark.skipif(cpu_library.problem() is not None, reason=f"no CPU kernels: {cpu_library.problem()}")
 
 
@@ -41,9 +31,19 @@ def _tiny(monkeypatch):
     monkeypatch.setattr(suite, "QUICK", suite.Sizes(128, (128, 256), None, matmul=128))
 
 
-def fresh(isa):
-    command = [sys.executable, "-c", FRESH, "bench", "--no-flex", "--rounds", "1", "--json"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "DITATTN_CPU_ISA": isa})
+@pytest.fixture
+def fresh(tmp_path):
+    """The command in a process that takes the kernels which the environment names: (exit status, stdout, stderr)."""
+
+    def run(isa):
+        said = [tmp_path / name for name in ("stdout", "stderr")]
+        with said[0].open("wb") as out, said[1].open("wb") as err:
+            arguments = ["bench", "--no-flex", "--rounds", "1", "--json"]
+            process = forked.start("tiny_bench", arguments, {"DITATTN_CPU_ISA": isa}, out.fileno(), err.fileno())
+            process.join()
+        return process.exitcode, *(path.read_text(encoding="utf-8") for path in said)
+
+    return run
 
 
 @needs_kernel
@@ -122,21 +122,19 @@ def test_flex_attention_that_cannot_be_compiled_is_left_out_with_the_reason(dita
     assert not any("FlexAttention 0.25" in answer["ms"] for answer in found["report"])
 
 
-def test_without_kernels_it_says_why_and_measures_nothing():
-    done = fresh("none")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines() == [
-        "ditattn: error: nothing was measured, there is no compiled kernel: switched off by DITATTN_CPU_ISA=none"
-    ]
+def test_without_kernels_it_says_why_and_measures_nothing(fresh):
+    status, out, err = fresh("none")
+    assert (status, out) == (1, "")
+    assert err.splitlines() == ["ditattn: error: nothing was measured, there is no compiled kernel: switched off by DITATTN_CPU_ISA=none"]
 
 
 @pytest.mark.slow
-def test_the_kernels_that_the_environment_names_are_measured():
-    done = fresh("avx2")
-    if "ditattn: error: nothing was measured" in done.stderr:
-        pytest.skip(done.stderr)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+def test_the_kernels_that_the_environment_names_are_measured(fresh):
+    status, out, err = fresh("avx2")
+    if "ditattn: error: nothing was measured" in err:
+        pytest.skip(err)
+    assert status == 0, err
+    found = json.loads(out)
     assert found["machine"]["kernels"] == "avx2"
     assert [answer["title"] for answer in found["report"]] == list(TITLES)
 

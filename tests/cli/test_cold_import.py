@@ -8,8 +8,6 @@ import subprocess
 import sys
 import textwrap
 
-import pytest
-
 HEAVY = ("diffusers", "transformers", "triton", "torch_npu", "typer", "rich")
 
 
@@ -62,35 +60,36 @@ def test_importing_ours_costs_little_beside_torch():
     assert float(done.stdout) < 0.5, done.stderr
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["--version"],
-        ["generate", "--help"],
-        ["compare", "--help"],
-        ["tune", "--help"],
-        ["backends", "--help"],
-        ["models", "--help"],
-        ["bench", "--help"],
-        [],
-    ],
+HELP = (
+    ["--help"],
+    ["--version"],
+    *([verb, "--help"] for verb in ("generate", "compare", "tune", "backends", "models", "bench")),
+    [],
 )
-def test_help_needs_no_torch(arguments):
+
+
+def test_help_needs_no_torch():
+    """In one process: what one of them had imported would be there after the last."""
     done = fresh(
         f"""
-        import sys
+        import io, json, sys
+        from contextlib import redirect_stdout
         from ditattn.cli import main
-        try:
-            main({arguments!r})
-        except SystemExit as error:
-            status = error.code
-        heavy = {{"torch", "diffusers", "transformers", "numpy"}} & set(sys.modules)
-        sys.stderr.write(f"{{status}} {{sorted(heavy)}}")
+        seen = []
+        for arguments in {HELP!r}:
+            with redirect_stdout(io.StringIO()) as out:
+                try:
+                    main(arguments)
+                except SystemExit as error:
+                    status = error.code
+            heavy = {{"torch", "diffusers", "transformers", "numpy"}} & set(sys.modules)
+            seen.append([status, sorted(heavy), "ditattn" in out.getvalue()])
+        print(json.dumps(seen))
         """
     )
-    assert done.stderr == ("2 []" if arguments == [] else "0 []")
-    assert "ditattn" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    seen = {" ".join(arguments): found for arguments, found in zip(HELP, json.loads(done.stdout), strict=True)}
+    assert seen == {" ".join(arguments): [0 if arguments else 2, [], True] for arguments in HELP}
 
 
 def test_python_m():

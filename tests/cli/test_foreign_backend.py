@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from ditattn.backends.registry import BACKENDS
+from ditattn.cli.app import run
 from ditattn.devices import DEVICES
 from ditattn.tune.sensitivity import Sensitivity
 from foreign_package import BROKEN, on_path, write_broken_package, write_documented_package
@@ -52,13 +53,24 @@ def request_of(wan_folder: Path, tmp_path: Path) -> Any:
     return arguments
 
 
-@pytest.mark.slow
-def test_generate_in_a_fresh_process(request_of, package, tmp_path):
-    config = ("--attention-backend-config", f"{SPARSE},sink_blocks=2", "--strict")
-    command = [sys.executable, "-m", "ditattn", *map(str, request_of("generate", "--output-file-name", "clip", *config))]
+def in_this_process(package, arguments):
+    with on_path(package):
+        assert run(arguments) == 0
+
+
+def in_a_fresh_process(package, arguments):
     path = os.pathsep.join([str(ROOT / "src"), str(package)])
+    command = [sys.executable, "-m", "ditattn", *arguments]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+# tests/cli/test_cold_import.py has fresh ones find the backend of another package, and those import less
+@pytest.mark.parametrize("generate", [in_this_process, pytest.param(in_a_fresh_process, marks=pytest.mark.long)])
+def test_generate(generate, request_of, package, tmp_path):
+    config = ("--attention-backend-config", f"{SPARSE},sink_blocks=2", "--strict")
+    generate(package, [str(word) for word in request_of("generate", "--output-file-name", "clip", *config)])
     record = json.loads((tmp_path / "out" / "clip.json").read_text())
     component = record["attention"]["components"]["transformer"]
     assert component["backend"] == NAME

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ pytest.importorskip("torchmetrics", reason="SSIM comes from torchmetrics")
 
 from ditattn.backends.config import RainFusionAttentionConfig
 from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionConfig
+from ditattn.cli.app import run
 from ditattn.compare.metrics import pooled_psnr
 from ditattn.ops import cpu_library
 from ditattn.plan.bricks import parse_bricks
@@ -27,10 +30,9 @@ CALL = ("--height", 64, "--width", 64, "--num-frames", 4, "--num-inference-steps
 FIXED = ("--attention-backend-config", "min_tokens=0")
 
 
-@pytest.fixture
-def options(wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A quick tune. The tiny model's sparse calls are slower than its dense ones, so the clock is told otherwise."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def quick_tune(wan_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Its arguments. The tiny model's sparse calls are slower than its dense ones, so the clock is told otherwise."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     measured = Sensitivity.from_readings.__func__
 
     def as_if_faster(cls, *arguments):
@@ -38,7 +40,12 @@ def options(wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Sensitivity, "from_readings", classmethod(as_if_faster))
     backend = ("--attention-backend", "rain_fusion_attn")
-    return ["tune", "--model-path", wan_folder, "--prompt", "a red circle", *CALL, *FIXED, *backend, "--output-path", tmp_path / "out"]
+    return ["tune", "--model-path", wan_folder, "--prompt", "a red circle", *CALL, *FIXED, *backend, "--output-path", folder / "out"]
+
+
+@pytest.fixture
+def options(wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    return quick_tune(wan_folder, tmp_path, monkeypatch)
 
 
 def files(folder: Path, pattern: str) -> list[Path]:
@@ -198,42 +205,55 @@ CACHE = ("--cache", "pyramid_attention_broadcast", "--cache-config", json.dumps(
 STEP_CACHE = {"name": "pyramid_attention_broadcast", "keys": CACHE_KEYS}
 
 
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Settings that were run on a clip, of which those of the dense runs are not among them."""
-    run_clip, made = objective.run_clip, []
-    monkeypatch.setattr(objective, "run_clip", lambda *a, **k: made.append(a[1]) or run_clip(*a, **k))
-    return made
+@dataclass(frozen=True)
+class Tuned:
+    """A tune with a step cache that leaves out every second call.
+
+    Attributes:
+        settings: those that were run on a clip, of which those of the dense runs are not among them.
+    """
+
+    status: int
+    out: str
+    err: str
+    folder: Path
+    settings: list[Any]
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "out" / "tuned.yaml"
 
 
-@pytest.fixture
-def tuned(ditattn, options, tmp_path, watched) -> tuple[Any, Path]:
-    """A tune with a step cache that leaves out every second call, and its file."""
-    done = ditattn(*options, *CACHE, "--target-psnr", 5, "--budget-runs", 2, "--output-file-name", "tuned")
-    return done, tmp_path / "out" / "tuned.yaml"
+@pytest.fixture(scope="module")
+def tuned(wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
+    folder, made, run_clip = tmp_path_factory.mktemp("tuned"), [], objective.run_clip
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        patch.setattr(objective, "run_clip", lambda *a, **k: made.append(a[1]) or run_clip(*a, **k))
+        arguments = [*quick_tune(wan_folder, folder, patch), *CACHE, "--target-psnr", 5, "--budget-runs", 2, "--output-file-name", "tuned"]
+        status = run([str(word) for word in arguments])
+    return Tuned(status, out.getvalue(), err.getvalue(), folder, made)
 
 
-def test_a_step_cache_is_on_in_every_run_but_the_dense_ones(tuned, watched, tmp_path):
-    done, path = tuned
+def test_a_step_cache_is_on_in_every_run_but_the_dense_ones(tuned):
     # 3: it may be slower than dense on the clock
-    assert done.status in (0, 3), done.err
-    alone, *candidates = watched
+    assert tuned.status in (0, 3), tuned.err
+    alone, *candidates = tuned.settings
     assert (alone.backend, alone.step_cache.as_dict()) == ("torch_sdpa", STEP_CACHE)
     assert candidates
     assert {one.backend for one in candidates} == {"rain_fusion_attn"}
     assert all(one.step_cache == alone.step_cache for one in candidates)
-    state = json.loads(files(tmp_path / "out", "*.state.json")[0].read_text())
+    state = json.loads(files(tuned.folder / "out", "*.state.json")[0].read_text())
     assert state["cache_alone"]["meets"]
     assert {(one["step"], one["layer"]) for some in state["readings"].values() for one in some} == {(0, 0), (2, 0)}
     # the dense runs have all steps
-    runs = [json.loads(place.read_text())["run"] for place in (tmp_path / "cache").rglob("run.json")]
+    runs = [json.loads(place.read_text())["run"] for place in (tuned.folder / "cache").rglob("run.json")]
     assert [[step for step, _, _ in run["densities"]["transformer"]] for run in runs] == [[0, 1, 2, 3]]
     words = "pyramid_attention_broadcast spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=[0, 1001]"
-    text = path.read_text()
+    text = tuned.path.read_text()
     for line in (f"{words} alone, with dense attention: PSNR", f", beside the step cache {words}", "# there pyramid_attention_broadcast"):
         assert line in text
-        assert line.removeprefix("# ") in done.out
-    assert done.err.index("alone, with dense attention: PSNR") < done.err.index("search: at most")
+        assert line.removeprefix("# ") in tuned.out
+    assert tuned.err.index("alone, with dense attention: PSNR") < tuned.err.index("search: at most")
     assert yaml.safe_load(text)["step_cache"] == STEP_CACHE
 
 
@@ -246,7 +266,7 @@ OVERRIDES = (
 
 
 def test_generate_reads_the_step_cache_of_the_file(ditattn, options, tuned, tmp_path):
-    _, path = tuned
+    path = tuned.path
     generate = ("generate", *options[1:5], *CALL, "--output-path", tmp_path, "--output-file-name", "used.mp4",
                 "--attention-backend", "rain_fusion_attn", "--attention-backend-config", path)  # fmt: skip
     for asked, said, calls in OVERRIDES:
@@ -264,7 +284,7 @@ def test_generate_reads_the_step_cache_of_the_file(ditattn, options, tuned, tmp_
 
 
 def test_compare_reads_the_step_cache_of_the_file(ditattn, options, tuned, tmp_path):
-    _, path = tuned
+    path = tuned.path
     compare = ("compare", *options[1:5], *CALL, "--output-path", tmp_path, "--output-file-name", "x", "--no-probe",
                "--attention-backend", "rain_fusion_attn", "--attention-backend-config", path)  # fmt: skip
     for asked, said, caches in (

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import diffusers
 import pytest
 
 import ditattn
+import forked
 import shown
 import tiny_pipelines
 from ditattn.backends.dense import DENSE_BACKEND
@@ -37,10 +36,15 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def collected() -> dict[str, tuple[list[str], bool]]:
+def collected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[str], bool]]:
     """Tests that hold cells: their columns, and whether they are skipped here."""
-    made = subprocess.run([sys.executable, ROOT / "tests" / "collected_shows.py"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return json.loads(made.stdout.splitlines()[-1])
+    said = tmp_path_factory.mktemp("collected") / "said"
+    with said.open("wb") as file:
+        process = forked.start("collected_shows", [str(ROOT / "tests/hosts/diffusers")], {}, file.fileno())
+        process.join()
+    text = said.read_text(encoding="utf-8")
+    assert process.exitcode == 0, text
+    return json.loads(text.splitlines()[-1])
 
 
 def cells(record: dict[str, dict[str, tuple[str, str]]]) -> Iterator[tuple[str, str, str]]:

@@ -1,8 +1,8 @@
 """How fast attention is on this CPU: the compiled kernel against what others have for it, and against a plain matrix product.
 
 The others: torch's SDPA, its flash and its math kernel alone, gather + SDPA, FlexAttention, oneDNN's graph, zentorch and vLLM. On CPUs
-with a tile unit fp32 and fp16 also have rows for products from bf16 parts. Every call of attention is compared with the reference before it
-is timed; one that refuses or differs is left out, with the reason.
+with a tile unit fp32 and fp16 also have rows for products from bf16 parts, bf16 for each of the kernel's two schedules. Every call of
+attention is compared with the reference before it is timed; one that refuses or differs is left out, with the reason.
 
 Times are medians of interleaved rounds; what is compared is the ratio of calls in the same round. Rates count the work that the plan
 keeps: 4 * D operations per kept query-key pair. A call that is too slow for its share of the time runs once at a smaller size, and is
@@ -36,8 +36,8 @@ from ditattn.plan.token_order import token_order
 __all__ = ["Measured", "Ratio", "measure_growth", "measure_shape", "measure_video", "render", "render_machine"]
 
 DENSITIES = (0.5, 0.25, 0.125)
-# implementations `cpu_NAME`: products from bf16 parts, on a tile unit
-FORMS = ("bf16x3", "bf16x6")
+# implementations `cpu_NAME` on a tile unit: products from bf16 parts, and the two schedules of those of bf16 tensors
+FORMS = ("bf16x3", "bf16x6", "sequential", "overlapped")
 # tokens, and rows of a matrix, at which it is found out how slow a call is
 LEAST_SIZE = 256
 # of one copy, in fp32, of the scores that a call may hold
@@ -135,7 +135,7 @@ def measure_shape(
     title = problems.title(length)
     effort = effort.about(title)
     forms = _forms(dtype)
-    without_tiles = cpu_library.parts_problem()
+    without_tiles = cpu_library.tile_problem()
     calls, left_out = agreeing(_shape_calls(problems, length, matmul, () if without_tiles else forms, flex, effort), effort)
     if forms and without_tiles:
         left_out[", ".join(forms)] = without_tiles

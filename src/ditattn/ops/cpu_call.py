@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ditattn.errors import UnsupportedCall
-from ditattn.ops import cpu_library
+from ditattn.ops import amx_schedule, cpu_library
 from ditattn.ops.calls import DenseCall, SparseCall
 from ditattn.ops.cpu_library import Library, Tensor4
 from ditattn.ops.pooled_tail import PooledTail
@@ -24,12 +24,14 @@ SMALLEST_TAIL_SCALE = 1e-30
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def attention(call: DenseCall | SparseCall, *, bf16_parts: int = 0) -> tuple[Tensor, Tensor | None]:
+def attention(call: DenseCall | SparseCall, *, bf16_parts: int = 0, overlapped: bool | None = None) -> tuple[Tensor, Tensor | None]:
     """Dense attention, or block-sparse.
 
     Args:
         bf16_parts: form the products of fp32 and fp16 tensors from so many bf16 parts of each number, 1 (not for fp16) to 3; 0 forms them
             in fp32. bf16 tensors are multiplied as bf16 where the CPU can.
+        overlapped: on a tile unit, whether the overlapped or the sequential schedule forms products of single bf16 numbers; None takes the
+            faster one, measured once.
 
     Returns:
         `[B, S, H, D]` in the query's dtype, and the log-sum-exp fp32 `[B, H, S]` where asked for.
@@ -49,6 +51,9 @@ def attention(call: DenseCall | SparseCall, *, bf16_parts: int = 0) -> tuple[Ten
     query, key, value = (_dense_rows(x) for x in (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype)
     lse = torch.empty(batch, heads, length, dtype=torch.float32) if sparse and sparse.return_lse else None
+    parts = min(1, library.most_bf16_parts) if query.dtype == torch.bfloat16 else bf16_parts
+    if overlapped is None:
+        overlapped = parts == 1 and library.most_bf16_parts > 1 and amx_schedule.measurement(dim, _by_schedule).overlapped
     structure = cpu_library.Attention(
         query=_tensor(query),
         key=_tensor(key),
@@ -62,10 +67,11 @@ def attention(call: DenseCall | SparseCall, *, bf16_parts: int = 0) -> tuple[Ten
         key_length=key.shape[1],
         head_dim=dim,
         dtype=_DTYPES[query.dtype],
-        bf16_parts=min(1, library.most_bf16_parts) if query.dtype == torch.bfloat16 else bf16_parts,
+        bf16_parts=parts,
         causal=call.causal,
         num_threads=torch.get_num_threads(),
         scale=scale,
+        overlapped=overlapped,
     )
     # locals keep alive what the structure points to
     lengths = None if call.key_lengths is None else call.key_lengths.clamp(0, key.shape[1]).to(torch.int32).contiguous()
@@ -78,6 +84,10 @@ def attention(call: DenseCall | SparseCall, *, bf16_parts: int = 0) -> tuple[Ten
         _set_tail(structure, tail)
     _run(library.functions.ditattn_attention, structure)
     return out[..., :head_dim], lse
+
+
+def _by_schedule(call: DenseCall, overlapped: bool) -> Tensor:
+    return attention(call, overlapped=overlapped)[0]
 
 
 def block_mean(x: Tensor, block_size: int, order: Tensor | None = None) -> Tensor:

@@ -29,6 +29,7 @@ __all__ = [
     "parts_problem",
     "problem",
     "selection",
+    "tile_problem",
 ]
 
 ENVIRONMENT = "DITATTN_CPU_ISA"
@@ -62,6 +63,7 @@ class Attention(ctypes.Structure):
         *((name, c_int32) for name in ("batch", "heads", "key_heads", "query_length", "key_length", "head_dim")),
         *((name, c_int32) for name in ("dtype", "bf16_parts", "causal", "num_threads")),
         ("scale", c_float),
+        ("overlapped", c_int32),
         ("host", POINTER(Host)),
         ("order_stride", c_int64),
         *((name, Tensor4) for name in ("tail_key", "tail_value")),
@@ -150,11 +152,19 @@ def bf16_problem() -> str | None:
 
 def parts_problem() -> str | None:
     """As `problem`, for rows that multiply fp32 tensors as several bf16 parts: worth it on a tile unit only."""
+    why = tile_problem()
+    if why is None or selection().library is None:
+        return why
+    return f"{why}. Without one, several bf16 products take longer than one of fp32"
+
+
+def tile_problem() -> str | None:
+    """As `problem`, for rows that need a tile unit."""
     library = selection().library
     if library is None or library.most_bf16_parts > 1:
         return selection().problem
     why = selection().rejected.get("amx", f"the kernels chosen here are '{library.variant}'")
-    return f"needs the tile unit (amx): {why}. Without one, several bf16 products take longer than one of fp32"
+    return f"needs the tile unit (amx): {why}"
 
 
 @cache

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ditattn.ops import amx_schedule
 from ditattn.ops.calls import DenseCall
 from ditattn.ops.dense_attention import cpu, pure_torch
-from ditattn.ops.table import CallFacts
+from ditattn.ops.table import CallFacts, kernel_head_dim
 
 __all__ = ["Measurement", "dense_on_cpu"]
 
@@ -30,11 +31,12 @@ TOKENS = 1024
 
 @dataclass(frozen=True)
 class Measurement:
-    """Fastest runs of one kind of call in milliseconds."""
+    """Fastest runs of one kind of call in milliseconds; on a tile unit for bf16 also which schedule of the kernel ran."""
 
     kind: str
     cpu_ms: float
     torch_ms: float
+    schedule: amx_schedule.Measurement | None = None
 
     @property
     def preferred(self) -> str:
@@ -42,7 +44,8 @@ class Measurement:
         return "torch" if self.cpu_ms > CLEARLY_FASTER * self.torch_ms else "cpu"
 
     def sentence(self) -> str:
-        return f"measured here for {self.kind}: cpu {self.cpu_ms:.2f} ms, torch {self.torch_ms:.2f} ms, so {self.preferred}"
+        schedule = "" if self.schedule is None else f"; {self.schedule.sentence()}"
+        return f"measured here for {self.kind}: cpu {self.cpu_ms:.2f} ms, torch {self.torch_ms:.2f} ms, so {self.preferred}{schedule}"
 
 
 _MEASURED: dict[CallFacts, Measurement] = {}
@@ -65,7 +68,9 @@ def _measure(facts: CallFacts, threads: int) -> Measurement:
     torch.set_num_threads(threads)
     call = _call_of(facts)
     rounds = [(_time_ms(cpu.run, call), _time_ms(pure_torch.run, call)) for _ in range(ROUNDS)]
-    return Measurement(facts.sentence(), *map(min, zip(*rounds, strict=True)))
+    schedule = amx_schedule.found(kernel_head_dim(facts.head_dim)) if facts.dtype == torch.bfloat16 else None
+    cpu_ms, torch_ms = map(min, zip(*rounds, strict=True))
+    return Measurement(facts.sentence(), cpu_ms, torch_ms, schedule)
 
 
 def _call_of(facts: CallFacts) -> DenseCall:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -27,7 +28,12 @@ def _reference_norms() -> Iterator[None]:
 
 @pytest.fixture
 def native(serve: Serve) -> Tensor:
-    """By sglang's SDPA."""
+    """By sglang's SDPA, made once."""
+    return _native(serve)
+
+
+@cache
+def _native(serve: Serve) -> Tensor:
     return denoised(serve("torch_sdpa"))
 
 

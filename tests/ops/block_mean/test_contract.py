@@ -68,12 +68,12 @@ def test_layouts(name: str, dtype: torch.dtype, device: str, layout: str, dim: i
 @pytest.mark.parametrize("layout", ["padded", "transposed"])
 def test_blocks_of_tokens_in_another_order(name: str, dtype: torch.dtype, device: str, layout: str) -> None:
     """The same bits as on a reordered copy."""
-    x = _tensor(594, dtype, device, layout)
-    order = token_order("tile", (3, 11, 18), device=device)
+    x = _tensor(330, dtype, device, layout)
+    order = token_order("tile", (3, 11, 10), device=device)
     mean = block_mean(x, order=order, implementation=name)
     assert torch.equal(mean, block_mean(order.apply(x), implementation=name))
     assert not torch.equal(mean, block_mean(x, implementation=name))
-    with pytest.raises(UnsupportedCall, match="order is for 594 tokens, the call has 593"):
+    with pytest.raises(UnsupportedCall, match="order is for 330 tokens, the call has 329"):
         block_mean(x[:, 1:], order=order, implementation=name)
 
 

@@ -74,7 +74,7 @@ def test_log_sum_exp(name: str, case: Case, dtype: torch.dtype, device: str) -> 
 
 @pytest.mark.parametrize(("name", "device", "dtype"), [(*row, dtype) for row in NAMES for dtype in dtypes_of(*row)])
 def test_keeping_everything_is_dense_attention(name: str, device: str, dtype: torch.dtype) -> None:
-    problem = build(Case("full", plan="full", query_length=517, key_length=517), dtype, device)
+    problem = build(Case("full", plan="full"), dtype, device)
     out = block_sparse_attention(problem.query, problem.key, problem.value, problem.plan, implementation=name)
     dense = dense_attention(problem.query, problem.key, problem.value, implementation="reference")
     assert judge.relative_error(out, dense.double()) < max(2 * judge.eps(TABLE, name, dtype), 1e-6)
@@ -113,7 +113,7 @@ def test_autocast_changes_nothing(name: str, device: str) -> None:
 
 @pytest.mark.parametrize(("name", "device"), NAMES)
 def test_same_input_same_bits(name: str, device: str) -> None:
-    problem = build(Case("twice", plan="uneven", query_length=517, key_length=517), half_of(name, device), device)
+    problem = build(replace(PLAIN, name="twice"), half_of(name, device), device)
     first, second = (block_sparse_attention(problem.query, problem.key, problem.value, problem.plan, implementation=name) for _ in range(2))
     assert torch.equal(first, second)
 
@@ -122,8 +122,8 @@ def test_same_input_same_bits(name: str, device: str) -> None:
 @pytest.mark.parametrize("layout", ["padded", "transposed"])
 def test_token_order_changes_nothing_but_the_place(name: str, device: str, dtype: torch.dtype, layout: str) -> None:
     """The same bits as on reordered copies, every token back at its place: whether or not the implementation reorders by itself."""
-    grid = (3, 11, 18)
-    problem = build(Case("ordered", plan="uneven", query_length=594, key_length=594, layout=layout), dtype, device)
+    grid = (3, 11, 10)
+    problem = build(Case("ordered", plan="uneven", query_length=330, key_length=330, layout=layout), dtype, device)
     order = token_order("tile", grid, device=device)
     with_lse = "lse" in next(row for row in TABLE if row.name == name).honours
     tensors = (problem.query, problem.key, problem.value)
@@ -151,9 +151,9 @@ def _order_of_head(order: TokenOrder, head: int) -> TokenOrder:
 
 
 PER_HEAD = (
-    Case("per head", plan="uneven", query_length=390, key_length=390),
+    Case("per head", plan="uneven"),
     Case("per head, grouped, batch, key lengths", plan="uneven", batch=2, heads=4, key_lengths=(300, 129)),
-    Case("per head, plan shared", plan="uneven", batch=2, plan_batch=1, plan_heads=1, layout="transposed", dim=128),
+    Case("per head, plan shared", 2, 200, 200, plan="uneven", plan_batch=1, plan_heads=1, layout="transposed", dim=128),
 )
 
 
@@ -186,7 +186,7 @@ def test_an_order_per_head_is_each_group_in_its_own(name: str, device: str, case
 @pytest.mark.parametrize(("name", "device"), NAMES)
 @pytest.mark.parametrize("spread", [lambda x: x[:1].expand(2), lambda x: x[::2]], ids=["expanded", "column"])
 def test_key_lengths_of_any_stride(name: str, device: str, spread: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    problem = build(Case("strided", plan="full", batch=2, key_lengths=(200, 200)), dtypes_of(name, device)[0], device)
+    problem = build(Case("strided", plan="full", batch=2, heads=1, key_heads=1, key_lengths=(200, 200)), dtypes_of(name, device)[0], device)
     assert problem.key_lengths is not None
     lengths = spread(torch.tensor([200, 290, 200, 290], device=device))
     assert not lengths.is_contiguous()
@@ -199,7 +199,7 @@ def test_key_lengths_of_any_stride(name: str, device: str, spread: Callable[[tor
 
 @pytest.mark.parametrize(("name", "device"), NAMES)
 def test_indices_wider_than_needed_change_nothing(name: str, device: str) -> None:
-    problem = build(Case("wide", plan="random", query_length=517, key_length=517), dtypes_of(name, device)[0], device)
+    problem = build(Case("wide", plan="random"), dtypes_of(name, device)[0], device)
     wide = block_sparse_attention(problem.query, problem.key, problem.value, problem.plan, implementation=name)
     narrow = block_sparse_attention(problem.query, problem.key, problem.value, problem.plan.trimmed(), implementation=name)
     assert torch.equal(wide, narrow)

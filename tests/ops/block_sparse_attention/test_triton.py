@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from ditattn.ops.block_sparse_attention.tiles import SHARED_MEMORY_BYTES, Tiles,
 from ditattn.ops.block_sparse_attention.tiles import TABLE as TILES
 from ditattn.ops.table import CallFacts
 from ditattn.packages import TRITON
-from fresh_python import child
+from fresh_python import child, environment
 from sparse_calls import draw
 
 needs_triton = pytest.mark.skipif(TRITON.missing(), reason=TRITON.sentence())
@@ -199,4 +201,4 @@ def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, capability: tuple
 
 def test_importing_the_package_imports_no_triton() -> None:
     code = "import sys, ditattn, ditattn.ops.block_sparse_attention, ditattn.ops.block_mean; sys.exit('triton' in sys.modules)"
-    assert child(["-c", code], interpreted=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], env=environment(interpreted=False)).returncode == 0

@@ -82,11 +82,11 @@ def tolerance(name: str, device: str) -> dict[str, float]:
 
 
 @every_implementation
-@pytest.mark.parametrize("length", [256, 300, 517, 90])
-def test_the_estimate_is_the_formula(name: str, device: str, length: int) -> None:
-    q, k, v = drawn(device, 2, length, 4, 2, 2)
+@pytest.mark.parametrize(("batch", "length"), [(1, 256), (1, 300), (1, 517), (2, 90)])
+def test_the_estimate_is_the_formula(name: str, device: str, batch: int, length: int) -> None:
+    q, k, v = drawn(device, batch, length, 4, 2, 2)
     found = costs_of(q, k, v, name)
-    for b in range(2):
+    for b in range(batch):
         for h in range(4):
             expected = spelled_out(q[b, :, h], k[b, :, h // 2], v[b, :, h // 2], SCALE)
             torch.testing.assert_close(found[b, h].double().cpu(), expected, **tolerance(name, device))
@@ -97,7 +97,7 @@ def test_the_estimate_is_the_formula(name: str, device: str, length: int) -> Non
 def test_what_all_keys_and_values_share_changes_nothing(name: str, device: str, dim: int) -> None:
     """A shift of all keys is a factor on all weights, one of all values a shift of the output."""
     # neighbours resemble each other, as they do in videos
-    q, k, v = (x.repeat_interleave(10, 1) for x in drawn(device, 1, 70, 2, 2, 2, dim=dim))
+    q, k, v = (x.repeat_interleave(10, 1) for x in drawn(device, 1, 30, 2, 2, 2, dim=dim))
     k = k * 4 * dim**-0.5
     found, shifted = costs_of(q, k, v, name), costs_of(q, k + 1, v + 30, name)
     assert float((shifted - found).abs().max()) < 2e-2 * float(found.max())
@@ -105,43 +105,43 @@ def test_what_all_keys_and_values_share_changes_nothing(name: str, device: str, 
 
 @every_implementation
 def test_padded_keys_count_for_nothing(name: str, device: str) -> None:
-    q, k, v = drawn(device, 2, 517, 2, 2, 2)
-    lengths = torch.tensor([300, 517], device=device)
-    k[0, 300:], v[0, 300:] = torch.nan, torch.inf
-    found = key_summary(mean_of(q, 2), k, v, raster(517, device), lengths, SCALE, implementation=name)
-    short = key_summary(mean_of(q[:1], 2), k[:1, :300], v[:1, :300], raster(300, device), None, SCALE, implementation=name)
-    assert found.tail.counts.tolist() == [[128, 128, 44, 0, 0], [128, 128, 128, 128, 5]]
-    assert found.counts.sum(1).tolist() == [300, 517]
-    torch.testing.assert_close(found.tail.key[:1, :3], short.tail.key, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.tail.value[:1, :3], short.tail.value, rtol=1e-4, atol=1e-4)
+    q, k, v = drawn(device, 2, 390, 2, 2, 2)
+    lengths = torch.tensor([172, 390], device=device)
+    k[0, 172:], v[0, 172:] = torch.nan, torch.inf
+    found = key_summary(mean_of(q, 2), k, v, raster(390, device), lengths, SCALE, implementation=name)
+    short = key_summary(mean_of(q[:1], 2), k[:1, :172], v[:1, :172], raster(172, device), None, SCALE, implementation=name)
+    assert found.tail.counts.tolist() == [[128, 44, 0, 0], [128, 128, 128, 6]]
+    assert found.counts.sum(1).tolist() == [172, 390]
+    torch.testing.assert_close(found.tail.key[:1, :2], short.tail.key, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.tail.value[:1, :2], short.tail.value, rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(found[:3], short[:3], strict=True):
-        torch.testing.assert_close(ours[:1, :, : 3 * PER_BLOCK], theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[:1, :, : 2 * PER_BLOCK], theirs, rtol=1e-4, atol=1e-5)
     assert all(x.isfinite().all() for x in (*found[:3], found.tail.key, found.tail.value))
-    costs = tail_cost(query_groups(q, raster(517, device)).means, found, SCALE, implementation=name)
-    alone = tail_cost(query_groups(q[:1], raster(517, device)).means, short, SCALE, implementation=name)
-    torch.testing.assert_close(costs[:1, ..., :3], alone, rtol=1e-2, atol=1e-5)
-    assert bool((costs[0, ..., 3:] == 0).all())
+    costs = tail_cost(query_groups(q, raster(390, device)).means, found, SCALE, implementation=name)
+    alone = tail_cost(query_groups(q[:1], raster(390, device)).means, short, SCALE, implementation=name)
+    torch.testing.assert_close(costs[:1, ..., :2], alone, rtol=1e-2, atol=1e-5)
+    assert bool((costs[0, ..., 2:] == 0).all())
     assert costs.isfinite().all()
 
 
 @every_implementation
 def test_key_lengths_beyond_the_keys_hide_nothing(name: str, device: str) -> None:
-    q, k, v = drawn(device, 2, 300, 2, 2, 2)
-    lengths = torch.tensor([305, 300], device=device)
-    found = key_summary(mean_of(q, 2), k, v, raster(300, device), lengths, SCALE, implementation=name)
-    whole = key_summary(mean_of(q, 2), k, v, raster(300, device), None, SCALE, implementation=name)
+    q, k, v = drawn(device, 2, 140, 2, 2, 2)
+    lengths = torch.tensor([145, 140], device=device)
+    found = key_summary(mean_of(q, 2), k, v, raster(140, device), lengths, SCALE, implementation=name)
+    whole = key_summary(mean_of(q, 2), k, v, raster(140, device), None, SCALE, implementation=name)
     for ours, theirs in zip((*found[:3], found.tail.key), (*whole[:3], whole.tail.key), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 @every_implementation
 def test_every_head_has_its_own_order(name: str, device: str) -> None:
-    grid = (5, 8, 16)
-    q, k, v = drawn(device, 1, 640, 2, 2, 2)
+    grid = (3, 8, 16)
+    q, k, v = drawn(device, 1, 384, 2, 2, 2)
     mean = mean_of(q, 2)
-    one, other = (brick_order(brick, grid, device=device) for brick in ((4, 2, 16), (1, 8, 16)))
-    both = TokenOrder(torch.stack([one.forward, other.forward]), torch.stack([one.inverse, other.inverse]), one.first_frame, one.video, 640)
-    for lengths in (None, torch.tensor([500], device=device)):
+    one, other = (brick_order(brick, grid, device=device) for brick in ((2, 4, 16), (1, 8, 16)))
+    both = TokenOrder(torch.stack([one.forward, other.forward]), torch.stack([one.inverse, other.inverse]), one.first_frame, one.video, 384)
+    for lengths in (None, torch.tensor([300], device=device)):
         found = key_summary(mean, k, v, both, lengths, SCALE, implementation=name)
         for head, order in enumerate((one, other)):
             part = slice(head, head + 1)
@@ -163,10 +163,10 @@ def test_orders_of_other_tokens_or_heads_are_refused(name: str, device: str, sha
 
 @every_implementation
 def test_autocast_changes_nothing(name: str, device: str) -> None:
-    q, k, v = drawn(device, 1, 300, 2, 2, 2)
-    plainly = key_summary(mean_of(q, 2), k, v, raster(300, device), None, SCALE, implementation=name)
+    q, k, v = drawn(device, 1, 140, 2, 2, 2)
+    plainly = key_summary(mean_of(q, 2), k, v, raster(140, device), None, SCALE, implementation=name)
     with torch.autocast(device, torch.bfloat16):
-        found = key_summary(mean_of(q, 2), k, v, raster(300, device), None, SCALE, implementation=name)
+        found = key_summary(mean_of(q, 2), k, v, raster(140, device), None, SCALE, implementation=name)
     for ours, theirs in zip((*found[:3], found.tail.key), (*plainly[:3], plainly.tail.key), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -195,7 +195,7 @@ def sums(mean_query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @every_implementation
-@pytest.mark.parametrize("length", [256, 300, 90])
+@pytest.mark.parametrize("length", [256, 140, 90])
 @pytest.mark.parametrize("times", [1.0, 20.0])
 def test_weight_and_value_of_the_tail_are_exact_for_the_mean_query(name: str, device: str, length: int, times: float) -> None:
     k, v = drawn(device, 2, length, 2, 2)
@@ -211,10 +211,10 @@ def test_weight_and_value_of_the_tail_are_exact_for_the_mean_query(name: str, de
 
 @every_implementation
 def test_a_mean_query_that_says_nothing_gives_plain_means(name: str, device: str) -> None:
-    k, v = drawn(device, 1, 300, 1, 1)
+    k, v = drawn(device, 1, 140, 1, 1)
     for times in (0.0, 1e-4, 1e-8):
         mean_query = times * torch.ones(1, 1, 32, device=device)
-        tail = key_summary(mean_query, k, v, raster(300, device), None, SCALE, implementation=name).tail
+        tail = key_summary(mean_query, k, v, raster(140, device), None, SCALE, implementation=name).tail
         for found, x in ((tail.key, k), (tail.value, v)):
             means = torch.stack([block.mean(0) for block in x[0].split(BLOCK_SIZE)])
             torch.testing.assert_close(found[0], means, rtol=0, atol=2e-3)
@@ -223,10 +223,10 @@ def test_a_mean_query_that_says_nothing_gives_plain_means(name: str, device: str
 @every_implementation
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 def test_scales_of_zero_and_below(name: str, device: str, scale: float) -> None:
-    q, k, v = drawn(device, 1, 300, 2, 2, 2)
+    q, k, v = drawn(device, 1, 140, 2, 2, 2)
     mean = mean_of(q, 2)
-    found = key_summary(mean, k, v, raster(300, device), None, scale, implementation=name)
-    expected = key_summary(-mean, k, v, raster(300, device), None, -scale, implementation=name)
+    found = key_summary(mean, k, v, raster(140, device), None, scale, implementation=name)
+    expected = key_summary(-mean, k, v, raster(140, device), None, -scale, implementation=name)
     torch.testing.assert_close(found.tail.key, expected.tail.key)
     assert found.tail.key.isfinite().all()
     if scale == 0:

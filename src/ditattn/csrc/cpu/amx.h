@@ -277,22 +277,35 @@ template <int D, int PARTS> struct AmxKernel {
     accumulate(visits, t.P, panel.O, alpha, first, steps, fetch, num_visits);
   }
 
-  static void attend(const Unit& unit, char* memory) {
-    Scratch& t = *(Scratch*)memory;
+  // Panels from their queries on.
+  static void begin(const Unit& unit, Scratch& t) {
     // here and not once per thread: between two units a Python signal handler may have run torch's own tile code
     load_config(TileConfig::full());
-    const int panels = (unit.rows + PQ - 1) / PQ;
-    for (int p = 0; p < panels; p++) {
+    for (int p = 0; p * PQ < unit.rows; p++) {
       pack_query(unit, p * PQ, t.panels[p]);
       t.panels[p].softmax.reset();
     }
-    for (int n = 0, number; n < unit.num_visits; n += number) {
+  }
+
+  // Every panel against the visits from n on.
+  static void attend_from(const Unit& unit, Scratch& t, int n) {
+    for (int number; n < unit.num_visits; n += number) {
       number = together(unit, n);
       const bool fetch = number == VISITS && n + 2 * VISITS <= unit.num_visits;
-      for (int p = 0; p < panels; p++)
+      for (int p = 0; p * PQ < unit.rows; p++)
         attend_some(t, t.panels[p], unit.visits + n, number, n == 0, p == 0 && fetch, unit.scale * LOG2E, p * PQ);
     }
-    for (int p = 0; p < panels; p++) write_panel<D>(t.panels[p].O, TILES_OF_PANEL, t.panels[p].softmax, unit, p * PQ);
+  }
+
+  static void write(const Unit& unit, const Scratch& t) {
+    for (int p = 0; p * PQ < unit.rows; p++) write_panel<D>(t.panels[p].O, TILES_OF_PANEL, t.panels[p].softmax, unit, p * PQ);
+  }
+
+  static void attend(const Unit& unit, char* memory) {
+    Scratch& t = *(Scratch*)memory;
+    begin(unit, t);
+    attend_from(unit, t, 0);
+    write(unit, t);
   }
 };
 

@@ -9,7 +9,7 @@
 #endif
 #if defined(__AMX_BF16__) || defined(DITATTN_EMULATED_TILES)
 #define DITATTN_TILES
-#include "amx.h"
+#include "amx_overlapped.h"
 #endif
 #include "instruction_sets.h"
 
@@ -23,7 +23,7 @@ template <int D> int run_attention(DitattnAttention& a) {
   switch (a.bf16_parts) {
     case 0: return Attention<F32Kernel<D>>(a).run();
 #if defined(DITATTN_TILES)
-    case 1: return Attention<AmxKernel<D, 1>>(a).run();
+    case 1: return a.overlapped ? Attention<OverlappedAmxKernel<D>>(a).run() : Attention<AmxKernel<D, 1>>(a).run();
     case 2: return Attention<AmxKernel<D, 2>>(a).run();
     case 3: return Attention<AmxKernel<D, 3>>(a).run();
 #elif defined(__AVX512BF16__)

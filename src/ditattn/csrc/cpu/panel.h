@@ -68,8 +68,8 @@ inline __attribute__((noinline)) void find_maximum(const float* S, float* block_
   }
 }
 
-// O^T / sum -> rows of the caller's output; log-sum-exp where asked for.
-template <int D> void write_panel(const float* O, Layout layout, const Softmax& s, const Unit& unit, int first_row) {
+// O^T / sum -> rows of the caller's output; log-sum-exp where asked for, with `missing` added to the sums.
+template <int D> void write_panel(const float* O, Layout layout, const Softmax& s, const Unit& unit, int first_row, const float* missing = nullptr) {
   const int rows = std::min(PQ, unit.rows - first_row);
   const int size = size_of(unit.out.dtype);
   for (int j = 0; j * W < rows; j++) {
@@ -82,7 +82,8 @@ template <int D> void write_panel(const float* O, Layout layout, const Softmax& 
         store_narrow(unit.out.at(first_row + j * W + i) + (int64_t)d * size, unit.out.dtype, r[i]);
     }
   }
-  if (unit.lse) for (int i = 0; i < rows; i++) unit.lse[unit.out.token(first_row + i)] = s.max[i] * unit.scale + std::log(s.sum[i]);
+  if (unit.lse) for (int i = 0; i < rows; i++)
+    unit.lse[unit.out.token(first_row + i)] = s.max[i] * unit.scale + std::log(s.sum[i] + (missing ? missing[i] : 0));
 }
 
 // What the kernels of the vector units share: one visit after the other, each against every panel of the query block. A kernel K provides

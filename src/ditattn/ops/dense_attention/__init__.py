@@ -95,6 +95,21 @@ TABLE: tuple[Implementation, ...] = (
         automatic=False,
         computes_in="bfloat16",
     ),
+    # the two schedules of `cpu` for bf16 tensors on a tile unit, which takes the faster one by itself
+    _on_cpu(
+        "cpu_sequential",
+        "ditattn.ops.dense_attention.cpu:run_sequential",
+        ("bfloat16",),
+        "ditattn.ops.cpu_library:tile_problem",
+        automatic=False,
+    ),
+    _on_cpu(
+        "cpu_overlapped",
+        "ditattn.ops.dense_attention.cpu:run_overlapped",
+        ("bfloat16",),
+        "ditattn.ops.cpu_library:tile_problem",
+        automatic=False,
+    ),
     # fp32 products from bf16 products of the tile unit: never timed on one, so they run by name only
     _on_cpu(
         "cpu_bf16x3",

@@ -17,6 +17,16 @@ def run_fast_fp32(call: DenseCall) -> Tensor:
     return _by_parts(call, 1)
 
 
+def run_sequential(call: DenseCall) -> Tensor:
+    """As `run`, on a tile unit by the sequential schedule."""
+    return _by_parts(call, 0, False)
+
+
+def run_overlapped(call: DenseCall) -> Tensor:
+    """As `run`, on a tile unit by the overlapped schedule."""
+    return _by_parts(call, 0, True)
+
+
 def run_bf16x3(call: DenseCall) -> Tensor:
     """As `run`, forming products of fp32 tensors from two bf16 parts of each number."""
     return _by_parts(call, 2)
@@ -27,6 +37,6 @@ def run_bf16x6(call: DenseCall) -> Tensor:
     return _by_parts(call, 3)
 
 
-def _by_parts(call: DenseCall, bf16_parts: int) -> Tensor:
+def _by_parts(call: DenseCall, bf16_parts: int, overlapped: bool | None = None) -> Tensor:
     assert call.attn_mask is None, "the table refuses calls with a mask"
-    return cpu_call.attention(call, bf16_parts=bf16_parts)[0]
+    return cpu_call.attention(call, bf16_parts=bf16_parts, overlapped=overlapped)[0]
