@@ -14,7 +14,7 @@ import tiny_pipelines
 from ditattn.errors import UnsupportedModel
 from ditattn.hosts.diffusers.install import self_attention_modules
 from ditattn.models import family_of
-from tiny_pipelines import FAMILIES, TinyPipeline
+from tiny_pipelines import FAMILIES, TinyPipeline, few_tokens
 from tiny_pipelines.footprint import footprint
 from tiny_pipelines.wan import transformer
 
@@ -35,7 +35,7 @@ def _turned_into(module: nn.Module, **members: Any) -> str:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_subclass_is_served_as_the_known_class(name: str) -> None:
-    tiny = FAMILIES[name]()
+    tiny = few_tokens(FAMILIES[name](), name)
     with ditattn.install(tiny.pipe, "rain_fusion_attn", strict=True, **SPARSE):
         expected = tiny.run(2)
     known = _turned_into(tiny.pipe.transformer)
@@ -55,7 +55,7 @@ def test_a_known_class_needs_no_further_word() -> None:
 
 
 def test_a_registered_name_serves_a_subclass() -> None:
-    tiny = tiny_pipelines.wan()
+    tiny = few_tokens(tiny_pipelines.wan(), "wan")
     _turned_into(tiny.pipe.transformer)
     with ditattn.register(**SPARSE) as registration:
         tiny.pipe.transformer.set_attention_backend("rain_fusion_attn")
@@ -66,7 +66,7 @@ def test_a_registered_name_serves_a_subclass() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_subclass_whose_forward_takes_anything_is_read_by_its_keywords(name: str) -> None:
-    tiny = FAMILIES[name]()
+    tiny = few_tokens(FAMILIES[name](), name)
     forward = type(tiny.pipe.transformer).forward
     # diffusers asks for parameters by name in some pipelines
     _turned_into(tiny.pipe.transformer, forward=lambda self, *args, **kwargs: forward(self, *args, **kwargs))
@@ -76,7 +76,7 @@ def test_a_subclass_whose_forward_takes_anything_is_read_by_its_keywords(name: s
 
 
 def test_a_subclass_with_arguments_of_its_own_runs_densely_and_says_so() -> None:
-    tiny = tiny_pipelines.wan()
+    tiny = few_tokens(tiny_pipelines.wan(), "wan")
     forward = type(tiny.pipe.transformer).forward
 
     def renamed(self: Any, hidden_states: Any, **rest: Any) -> Any:
@@ -122,7 +122,7 @@ def _with_own_processors(tiny: TinyPipeline, *layers: int) -> list[str]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_layer_with_a_processor_of_the_users_own_is_left_alone_and_named(name: str) -> None:
-    tiny = FAMILIES[name]()
+    tiny = few_tokens(FAMILIES[name](), name)
     with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE, skip_layers="0"):
         expected = tiny.run(2)
     native = tiny.run(2)
@@ -147,7 +147,7 @@ def test_a_layer_with_a_processor_of_the_users_own_is_left_alone_and_named(name:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_of_which_no_layer_can_be_served_stays_as_it_was(name: str) -> None:
-    tiny = FAMILIES[name]()
+    tiny = few_tokens(FAMILIES[name](), name)
     native = tiny.run(1)
     paths = _with_own_processors(tiny, 0, 1)
     before = footprint(tiny.pipe)
@@ -161,7 +161,7 @@ def test_a_model_of_which_no_layer_can_be_served_stays_as_it_was(name: str) -> N
 
 
 def test_a_processor_of_the_users_own_that_calls_sdpa_itself_is_served_where_the_family_does_so() -> None:
-    tiny = tiny_pipelines.cogvideox()
+    tiny = few_tokens(tiny_pipelines.cogvideox(), "cogvideox")
 
     class Own(type(tiny.pipe.transformer.transformer_blocks[0].attn1.processor)):  # type: ignore[misc]
         pass
@@ -173,7 +173,7 @@ def test_a_processor_of_the_users_own_that_calls_sdpa_itself_is_served_where_the
 
 
 def test_a_function_as_processor_is_left_alone() -> None:
-    tiny = tiny_pipelines.cogvideox()
+    tiny = few_tokens(tiny_pipelines.cogvideox(), "cogvideox")
     attention = tiny.pipe.transformer.transformer_blocks[0].attn1
     native, inner = tiny.run(1), attention.processor
 

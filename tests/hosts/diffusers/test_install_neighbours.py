@@ -14,7 +14,7 @@ from torch import nn
 import ditattn
 import tiny_pipelines
 from ditattn.errors import ConfigError, UnsupportedModel
-from tiny_pipelines import TinyPipeline
+from tiny_pipelines import FAMILIES, TinyPipeline, few_tokens
 from tiny_pipelines.footprint import footprint
 from tiny_pipelines.wan import transformer
 from wan_runs import CALLS_PER_STEP, SPARSE, ran
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_two_installations_do_not_know_each_other() -> None:
-    one, other = tiny_pipelines.wan(), tiny_pipelines.flux()
+    one, other = (few_tokens(FAMILIES[name](), name) for name in ("wan", "flux"))
     natives = one.run(3), other.run(3)
     with ditattn.install(one.pipe, "rain_fusion_attn", **SPARSE) as first:
         with ditattn.install(other.pipe, "block_sparse_attn", **SPARSE) as second:
@@ -83,7 +83,7 @@ def test_a_removed_handle_opens_no_block(wan: TinyPipeline) -> None:
 
 
 def test_cross_attention_that_shares_a_processor_stays_native() -> None:
-    tiny = tiny_pipelines.wan()
+    tiny = few_tokens(tiny_pipelines.wan(), "wan")
     processor = tiny.pipe.transformer.blocks[0].attn1.processor
     tiny.pipe.transformer.set_attn_processor(processor)
     before = footprint(tiny.pipe)
@@ -94,7 +94,7 @@ def test_cross_attention_that_shares_a_processor_stays_native() -> None:
 
 @pytest.mark.parametrize("later", ["hook", "accelerate"])
 def test_what_was_wrapped_around_the_denoiser_later_survives_the_removal(later: str) -> None:
-    tiny = tiny_pipelines.wan()
+    tiny = few_tokens(tiny_pipelines.wan(), "wan")
     native = tiny.run(2)
     handle = ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE)
     denoiser, seen = tiny.pipe.transformer, []
@@ -156,7 +156,7 @@ def test_a_block_cache_leaves_steps_and_layers_right() -> None:
     version.parse(diffusers.__version__) < version.parse("0.41"), reason="group offloading without an accelerator fails in this diffusers"
 )
 def test_blocks_that_are_offloaded_later_are_served() -> None:
-    tiny = tiny_pipelines.wan()
+    tiny = few_tokens(tiny_pipelines.wan(), "wan")
     native, cpu = tiny.run(2), torch.device("cpu")
     with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE) as handle:
         tiny.pipe.transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
@@ -203,7 +203,7 @@ class UnknownTransformer(nn.Module):
 
 
 def test_an_unknown_family_is_served_by_rule_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    tiny = tiny_pipelines.wan()
+    tiny = few_tokens(tiny_pipelines.wan(), "wan")
     native = tiny.run(1)
     with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE) as handle:
         known = tiny.run(1)
@@ -221,7 +221,7 @@ def test_an_unknown_family_is_served_by_rule_and_says_so(caplog: pytest.LogCaptu
 
 
 def test_processors_that_are_split_alone_are_refused() -> None:
-    tiny = tiny_pipelines.wan()
+    tiny = few_tokens(tiny_pipelines.wan(), "wan")
     tiny.pipe.transformer.blocks[0].attn1.processor._parallel_config = object()
     with pytest.raises(UnsupportedModel, match="set for context parallelism, it is not"):
         ditattn.install(tiny.pipe, "rain_fusion_attn")

@@ -12,7 +12,7 @@ import ditattn
 import tiny_pipelines
 from ditattn.errors import DitattnError
 from ditattn.hosts.diffusers.execution import execution_device
-from tiny_pipelines import FAMILIES
+from tiny_pipelines import FAMILIES, few_tokens
 from tiny_pipelines.footprint import footprint
 from tiny_pipelines.wan import transformer
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sequential_offloading(name: str) -> None:
     """What `enable_sequential_cpu_offload` does, which asks for an accelerator itself: every weight is on meta until its module runs."""
-    tiny = FAMILIES[name]()
+    tiny = few_tokens(FAMILIES[name](), name)
     with ditattn.install(tiny.pipe, "rain_fusion_attn", **SPARSE):
         expected = tiny.run(2)
     native = tiny.run(2)
@@ -45,7 +45,7 @@ def test_sequential_offloading(name: str) -> None:
 
 @pytest.mark.parametrize("later", [False, True], ids=["before", "after"])
 def test_offloading_that_comes_after_the_installation(later: bool) -> None:
-    tiny = tiny_pipelines.wan()
+    tiny = few_tokens(tiny_pipelines.wan(), "wan")
     native = tiny.run(1)
     if not later:
         cpu_offload(tiny.pipe.transformer, CPU)

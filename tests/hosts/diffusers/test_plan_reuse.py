@@ -23,7 +23,7 @@ from ditattn.hosts.diffusers.workload import PipelineWorkload
 from ditattn.plan.block_plan import BlockPlan
 from ditattn.runtime.forward import running
 from ditattn.runtime.report import ComponentReport
-from tiny_pipelines import TinyPipeline
+from tiny_pipelines import TinyPipeline, few_tokens
 from tiny_pipelines.wan import transformer
 
 SPARSE = {"sparsity": 0.6, "skip_first_steps": 0, "min_tokens": 0}
@@ -40,7 +40,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def wan() -> TinyPipeline:
-    return tiny_pipelines.wan()
+    return few_tokens(tiny_pipelines.wan(), "wan")
 
 
 class Made:
@@ -187,7 +187,7 @@ def test_equally_padded_text_reuses_plans(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_probe_of_compare_and_tune_tries_reuse_as_a_run_would(made: Made) -> None:
-    tiny = tiny_pipelines.wan()
+    tiny = few_tokens(tiny_pipelines.wan(), "wan")
     arguments = {**tiny.arguments, "num_inference_steps": 3}
     workload = PipelineWorkload(tiny.pipe, lambda _: arguments)
     workload.probe([Setting.parse("rain_fusion_attn", {**SPARSE, "plan_refresh_steps": 2})], Clip("", 0))

@@ -18,6 +18,7 @@ from ditattn.compare.setting import Clip
 from ditattn.errors import ConfigError, UnknownKey, UnsupportedModel
 from ditattn.hosts.diffusers.step_cache import STEP_CACHES, add_step_cache, check_pipeline, parse_step_cache
 from ditattn.hosts.diffusers.workload import PipelineWorkload
+from tiny_pipelines import few_tokens
 from tiny_pipelines.footprint import footprint
 from tiny_pipelines.latent_images import stable_diffusion_3
 from tiny_pipelines.wan import transformer
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_every_denoiser_gets_it_and_loses_it_again() -> None:
-    tiny = tiny_pipelines.wan_two_transformers()
+    tiny = few_tokens(tiny_pipelines.wan_two_transformers(), "wan")
     plain = tiny.run(3)
     off = add_step_cache(tiny.pipe, parse_step_cache("first_block", {"threshold": 10.0}), 3)
     assert tiny.pipe.transformer.is_cache_enabled
@@ -38,12 +39,12 @@ def test_every_denoiser_gets_it_and_loses_it_again() -> None:
 
 
 def test_what_a_pipeline_knows_is_filled_in() -> None:
-    tiny = tiny_pipelines.wan()
+    tiny = few_tokens(tiny_pipelines.wan(), "wan")
     keys = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": [0, 1001]}
     add_step_cache(tiny.pipe, parse_step_cache("pyramid_attention_broadcast", keys), 3)
     assert tiny.pipe.transformer._cache_config.spatial_attention_timestep_skip_range == (0, 1001)
     tiny.run(2)
-    tiny = tiny_pipelines.wan()
+    tiny = few_tokens(tiny_pipelines.wan(), "wan")
     add_step_cache(tiny.pipe, parse_step_cache("mag", {"mag_ratios": [1.0, 1.0, 1.0]}), 3)
     assert tiny.pipe.transformer._cache_config.num_inference_steps == 3
 
@@ -117,7 +118,7 @@ TUNED: dict[str, Any] = {"sparsity": 0.5, "min_tokens": 0, "step_cache": {"name"
 
 
 def test_keys_that_were_tuned_beside_a_cache_warn_where_none_is_on(caplog: pytest.LogCaptureFixture) -> None:
-    tiny = tiny_pipelines.wan_two_transformers()
+    tiny = few_tokens(tiny_pipelines.wan_two_transformers(), "wan")
     with ditattn.install(tiny.pipe, "rain_fusion_attn", **TUNED):
         tiny.run(2)
     (message,) = [one.getMessage() for one in caplog.records if "step cache" in one.getMessage()]
@@ -151,7 +152,7 @@ def test_who_cannot_switch_a_cache_on_says_so() -> None:
 
 def test_a_probe_sees_the_calls_that_a_cache_lets_run() -> None:
     keys = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": (0, 1001)}
-    tiny = tiny_pipelines.wan()
+    tiny = few_tokens(tiny_pipelines.wan(), "wan")
     workload = PipelineWorkload(tiny.pipe, lambda _: {**tiny.arguments, "num_inference_steps": 4, "guidance_scale": 1.0})
     setting = Setting.parse("rain_fusion_attn", {"sparsity": 0.5, "skip_first_steps": 0, "min_tokens": 0})
     cached = replace(setting, step_cache=parse_step_cache("pyramid_attention_broadcast", keys))
