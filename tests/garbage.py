@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 
 # objects that are made before the newest are looked through, and such looks before older ones are
-SELDOM = (20_000, 20, 50)
+SELDOM = (50_000, 20, 100)
 
 
 def collect_seldom() -> None:

@@ -212,8 +212,8 @@ def test_a_whole_denoiser_is_one_graph(build: Any) -> None:
     torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-5)
 
 
-# masked text before the image, SDPA calls of its own, text as keys only, key padding, layers of the image alone, code that breaks graphs
-KINDS = {"chroma", "stable diffusion 3", "prx", "ernie image", "z image", "hidream"}
+# masked text before the image, SDPA calls of its own, text as keys only, key padding, layers of the image alone and code that breaks graphs
+KINDS = {"chroma", "stable diffusion 3", "prx", "ernie image", "z image"}
 
 
 @newest
