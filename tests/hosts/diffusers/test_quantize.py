@@ -76,6 +76,11 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+@pytest.fixture(scope="module")
+def wan() -> TinyPipeline:
+    return few_tokens(tiny_pipelines.wan(), "wan")
+
+
 @every_family
 def test_attention_projections_and_feed_forward_and_nothing_else(name: str) -> None:
     tiny = FAMILIES[name]()
@@ -171,7 +176,7 @@ def pickled(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("method", METHODS)
 def test_copies_are_quantised_and_of_their_own(copied: Callable[[nn.Module], nn.Module], method: str) -> None:
-    tiny = tiny_pipelines.wan()
+    tiny = few_tokens(tiny_pipelines.wan(), "wan")
     native = tiny.run(1)
     with ditattn.quantize(tiny.pipe, method):
         expected = tiny.run(1)
@@ -209,7 +214,7 @@ def test_state_dict_holds_the_packed_weights_and_loads_them_again() -> None:
 
 
 def test_saving_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    tiny = tiny_pipelines.wan()
+    tiny = few_tokens(tiny_pipelines.wan(), "wan")
     with ditattn.quantize(tiny.pipe, "mxfp4"), pytest.raises(UnsupportedModel, match=r"save it before, or after remove\(\)"):
         tiny.pipe.transformer.save_pretrained(tmp_path)
     tiny.pipe.transformer.save_pretrained(tmp_path)
@@ -251,7 +256,7 @@ def test_layers_that_others_quantised_are_left_alone_and_named() -> None:
 
 def test_lora_around_a_layer_stays_and_the_layer_is_quantised() -> None:
     peft = pytest.importorskip("peft")
-    tiny = tiny_pipelines.wan()
+    tiny = few_tokens(tiny_pipelines.wan(), "wan")
     torch.manual_seed(1)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
     tiny.pipe.transformer.add_adapter(config)
@@ -284,7 +289,7 @@ def test_layers_of_torchao_are_left_alone_and_named(kind: str) -> None:
         "int8": Int8WeightOnlyConfig(),
         "mxfp4": MXDynamicActivationMXWeightConfig(activation_dtype=fp4, weight_dtype=fp4, kernel_preference=KernelPreference.EMULATED),
     }
-    tiny = tiny_pipelines.wan()
+    tiny = few_tokens(tiny_pipelines.wan(), "wan")
     # what torchao's MXFP4 is written for
     tiny.pipe.to(dtype=torch.bfloat16 if kind == "mxfp4" else torch.float32)
     quantize_(tiny.pipe.transformer, configs[kind], filter_fn=lambda module, path: isinstance(module, nn.Linear) and "attn1" in path)
@@ -301,7 +306,7 @@ def test_layers_of_torchao_are_left_alone_and_named(kind: str) -> None:
 
 
 def test_dropped_originals_are_freed_and_cannot_come_back() -> None:
-    tiny = tiny_pipelines.wan()
+    tiny = few_tokens(tiny_pipelines.wan(), "wan")
     weight = weakref.ref(tiny.pipe.transformer.blocks[0].attn1.to_q.weight)
     handle = ditattn.quantize(tiny.pipe, "mxfp4", keep_originals=False)
     gc.collect()
