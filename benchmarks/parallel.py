@@ -64,6 +64,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--backend", action="append", help=f"one or more, in place of {' and '.join(BACKENDS)}")
     parser.add_argument("--sparsity", type=float, default=0.75)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--prompt", default=PROMPT, help="a caption that the demo model knows; unless given: %(default)s")
     parser.add_argument("--num-frames", type=int, default=DEFAULTS["num_frames"], help="the model is made for %(default)s")
     parser.add_argument("--count-pairs", action="store_true", help="count what each rank of a ring would compute, in place of a run")
     parser.add_argument("--ring", action="store_true", help="split queries, not heads")
@@ -75,7 +76,7 @@ def run(backend: str, processes: int, options: argparse.Namespace) -> tuple[np.n
     """The frames, and what every rank reports."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--backend", backend, "--sparsity", str(options.sparsity), "--steps", str(options.steps)]
-        arguments += ["--num-frames", str(options.num_frames), "--rank-writes-to", folder]
+        arguments += ["--num-frames", str(options.num_frames), "--prompt", options.prompt, "--rank-writes-to", folder]
         start_ranks(processes, arguments + ["--ring"] * options.ring)
         return np.load(Path(folder) / "frames.npy"), json.loads((Path(folder) / "ranks.json").read_text(encoding="utf-8"))
 
@@ -104,7 +105,7 @@ def _run_rank(options: argparse.Namespace) -> None:
         split_denoisers(pipe, **{"ring_degree" if options.ring else "ulysses_degree": count})
     backend = options.backend[0]
     arguments = {key: DEFAULTS[key] for key in ("height", "width", "guidance_scale")}
-    arguments |= {"num_frames": options.num_frames, "num_inference_steps": options.steps, "prompt": PROMPT}
+    arguments |= {"num_frames": options.num_frames, "num_inference_steps": options.steps, "prompt": options.prompt}
     with ExitStack() as stack:
         # the clip is short for real devices
         config = {} if backend == "torch_sdpa" else {"sparsity": options.sparsity, "min_tokens": 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +23,16 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().pa
 import torch
 from hypothesis import settings
 
+from garbage import collect_seldom
+
 # the first example of a property often pays for imports; runs are made repeatable instead of timed
 settings.register_profile("house", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("house")
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    collect_seldom()
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
+from garbage import collect_seldom
+
 TESTS = Path(__file__).parent
 PRELOAD = ("ditattn.cli.app", "tiny_pipelines.everything", "split_pipelines")
 
@@ -61,6 +63,7 @@ def _run(module: str, arguments: list[str], environment: dict[str, str], ends: d
     # a shell that starts the tests in the background ignores SIGINT, and children inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
+    collect_seldom()
     os.environ.clear()
     os.environ.update(environment)
     for number, end in ends.items():

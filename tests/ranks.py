@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from forked import PRELOAD, forking
+from garbage import collect_seldom
 
 # what a rank may take for one answer; it only ends a hang
 PATIENCE_S = 1200
@@ -68,6 +69,7 @@ def _serve(rank: int, count: int, meeting: str, end: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    collect_seldom()
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=timedelta(seconds=PATIENCE_S))
     while True:
         function, args = end.recv()
@@ -107,6 +109,7 @@ def _command(arguments: list[str], rank: int, count: int, port: int, folder: Pat
     from ditattn.cli.app import run
 
     torch.set_num_threads(1)
+    collect_seldom()
     for name in ("stdout", "stderr"):
         with open(folder / f"{rank}.{name}", "wb") as file:
             os.dup2(file.fileno(), getattr(sys, name).fileno())

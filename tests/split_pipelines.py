@@ -123,9 +123,10 @@ BOTH: dict[str, Callable[[], TinyPipeline]] = {
 
 
 class PlanWatch:
-    """Keeps the plan of every call, the orders, and what a call without a tail is off from exact attention over its own plan."""
+    """Keeps the plan of every call, the orders, and, `exactly`, what a call without a tail is off from attention over its own plan."""
 
-    def __init__(self) -> None:
+    def __init__(self, exactly: bool = False) -> None:
+        self.exactly = exactly
         self.masks: list[Tensor] = []
         self.orders: list[TokenOrder] = []
         self.query_orders: list[Any] = []
@@ -139,7 +140,7 @@ class PlanWatch:
                 self.orders.append(record.order)
                 self.query_orders.append(record.query_order)
                 self.rows.append(getattr(metadata, "rows", None))
-                if record.query_order is not None and not getattr(metadata, "tail", False):
+                if self.exactly and record.query_order is not None and not getattr(metadata, "tail", False):
                     self.errors.append(_off(record, query, key, value, out, impl.softmax_scale, metadata.known_key_lengths))
 
     @property
@@ -209,11 +210,21 @@ def made_once(make: Callable[[], Any]) -> Any:
     return made[0]
 
 
+def in_one_piece(name: str, backend: str, config: Mapping[str, Any], head_groups: int = 1) -> tuple[Tensor, list[Tensor], Any]:
+    """What `run` returns for a pipeline that is not split. Split in whatever way, it is to do the same, so it runs once for all of them."""
+    return made_once(lambda: _in_one_piece(name, backend, tuple(config.items()), head_groups))
+
+
+@cache
+def _in_one_piece(name: str, backend: str, config: tuple[tuple[str, Any], ...], head_groups: int) -> tuple[Tensor, list[Tensor], Any]:
+    with _in_head_groups(head_groups):
+        return run(whole(name), backend, dict(config))
+
+
 def compare(name: str, backend: str, config: Mapping[str, Any], degrees: Mapping[str, Any]) -> dict[str, Any]:
     """A split run beside one in one piece: largest error, the share of plan entries that differ from those of this rank's heads, report."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    with _in_head_groups(ranks if backend == "permuted_sparse_attn" else 1):
-        expected, plans, _ = made_once(lambda: run(whole(name), backend, config))
+    expected, plans, _ = in_one_piece(name, backend, config, ranks if backend == "permuted_sparse_attn" else 1)
     out, ours, report = run(split(name, tuple(degrees.items())), backend, config)
     share = HEADS // ranks
     of_rank = [mask[:, rank * share : (rank + 1) * share] for mask in plans]
@@ -221,15 +232,25 @@ def compare(name: str, backend: str, config: Mapping[str, Any], degrees: Mapping
     return {"error": float((out - expected).abs().max()), "wrong": wrong, "report": report}
 
 
-def compare_ring(name: str, backend: str, config: Mapping[str, Any], degrees: Mapping[str, Any]) -> dict[str, Any]:
-    """A run by each rank's own queries beside one in one piece; where blocks fall together, plan entries that differ from its rows."""
-    expected, plans, _ = made_once(lambda: run(whole(name), backend, config))
-    watch = PlanWatch()
+def compare_ring(
+    name: str, backend: str, config: Mapping[str, Any], degrees: Mapping[str, Any], exactly: bool = False, beside: bool = True
+) -> dict[str, Any]:
+    """A run by each rank's own queries.
+
+    Args:
+        exactly: what its calls are off from attention over their own plans.
+        beside: how far it is from a run in one piece; where blocks fall together, plan entries that differ from its rows.
+    """
+    watch = PlanWatch(exactly)
     tiny = split(name, tuple(degrees.items()))
     with ditattn.install(tiny.pipe, backend, **config) as handle:
         handle.watch(watch)
         out = tiny.run(1)
     report = handle.report().components["transformer"]
+    found = {"off": watch.errors, "report": report, "dealt": watch.dealt}
+    if not beside:
+        return found
+    expected, plans, _ = in_one_piece(name, backend, config)
     wrong, ulysses = [], degrees.get("ulysses_degree", 1)
     # permuted_sparse_attn has a budget for each rank
     if plans and not report.own_blocks and backend != "permuted_sparse_attn":
@@ -239,7 +260,7 @@ def compare_ring(name: str, backend: str, config: Mapping[str, Any], degrees: Ma
         place = watch.orders[0].inverse if watch.orders[0].inverse is not None else torch.arange(length)
         blocks = place[watch.query_orders[0].apply(watch.rows[0].tokens().unsqueeze(0))[0]][::128] // 128
         wrong = [float((mask != other[:, :, blocks]).float().mean()) for mask, other in zip(watch.masks, plans, strict=True)]
-    return {"error": float((out - expected).abs().max()), "wrong": wrong, "off": watch.errors, "report": report, "dealt": watch.dealt}
+    return {**found, "error": float((out - expected).abs().max()), "wrong": wrong}
 
 
 def compiled(name: str, degrees: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,8 +295,7 @@ def probed(name: str, backend: str, degrees: Mapping[str, Any]) -> tuple[list[Ce
 def tensor_parallel(name: str, backend: str, config: Mapping[str, Any], by_hand: bool = False) -> dict[str, Any]:
     """As `compare`, for weights that are split: by diffusers, or by torch's own tool."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    with _in_head_groups(ranks if backend == "permuted_sparse_attn" else 1):
-        expected, plans, of_one = made_once(lambda: run(whole(name), backend, config))
+    expected, plans, of_one = in_one_piece(name, backend, config, ranks if backend == "permuted_sparse_attn" else 1)
     tiny = build(name)
     _split_weights(tiny.pipe.transformer, by_hand)
     out, ours, report = run(tiny, backend, config)
@@ -312,11 +332,15 @@ def guided(name: str, backend: str, config: Mapping[str, Any], degrees: Mapping[
     """As `compare`, for ranks that share the branches of guidance; steps enough to share some."""
     # so few that a sparse backend would drop none
     few = name in FEW_TOKENS and backend == "torch_sdpa"
-    tiny, alone = (few_tokens(build(name), name) if few else build(name) for _ in range(2))
-    expected, _, of_one = made_once(lambda: run(alone, backend, config, steps=4))
+
+    def built() -> TinyPipeline:
+        return few_tokens(build(name), name) if few else build(name)
+
+    expected, _, of_one = made_once(lambda: run(built(), backend, config, steps=3))
+    tiny = built()
     split_denoisers(tiny.pipe, cfg_parallel=True, **degrees)
-    out, _, report = run(tiny, backend, config, steps=4)
-    again, _, _ = run(tiny, backend, config, steps=4)
+    out, _, report = run(tiny, backend, config, steps=3)
+    again, _, _ = run(tiny, backend, config, steps=3)
     errors = [float((latents - expected).abs().max()) for latents in (out, again)]
     return {"error": max(errors), "report": report, "of one": of_one}
 
@@ -345,7 +369,7 @@ def fully_sharded() -> dict[str, Any]:
     """Weights that are split where they lie and whole where a layer runs."""
     names = ("1x8x16,1x8x16,4x2x16,4x4x8",) * 2
     config = {**SPARSE, "head_bricks": names}
-    expected, _, _ = made_once(lambda: run(whole("wan"), "permuted_sparse_attn", config))
+    expected, _, _ = in_one_piece("wan", "permuted_sparse_attn", config)
     tiny, mesh = build("wan"), init_device_mesh("cpu", (dist.get_world_size(),))
     for part in (*tiny.pipe.transformer.blocks, tiny.pipe.transformer):
         fully_shard(part, mesh=mesh)

@@ -29,10 +29,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPARSE_BACKENDS = ("rain_fusion_attn", "block_sparse_attn", "permuted_sparse_attn")
 NUM_LAYERS = 2
-# where the first step is dense: schedules that go all the way in the first of two steps show nothing of the second
-NUM_STEPS_OF_SPARSE = 3
+NUM_STEPS = 3
 # fp32, latents of order 1. The native kernel on the same numbers is bit-identical; another exact one sums in another order, and guidance 6
-# over the steps makes ten times as much of the difference. Dropping blocks moves these latents by 5e-3 and more.
+# over the steps makes ten times as much of the difference. Dropping blocks moves these latents by 9e-4 and more in one step.
 OTHER_KERNEL_BOUND = 1e-4
 # keys are padded at the end, of which FlashAttention takes no count; other masks make a call torch's own with every dense backend
 PADDED = {"hunyuan video", "hunyuan video 1.5", "motif video", "hunyuan image", "ernie image", "nucleusmoe image"}
@@ -64,11 +63,6 @@ def least_steps(name: str) -> int:
 def steps_of(name: str, num_steps: int) -> dict[str, list[int]]:
     """Steps of every denoiser."""
     return {component: [step for step in steps if step < num_steps] for component, steps in CASES[name].steps.items()}
-
-
-@cache
-def native_of_sparse(name: str) -> Tensor:
-    return built(name)[0].run(NUM_STEPS_OF_SPARSE)
 
 
 @cache
@@ -148,32 +142,47 @@ def test_keeping_every_block_through_the_sparse_kernel_is_native(name: str, back
 @pytest.mark.shows("references")
 @every_family
 @pytest.mark.parametrize("backend", SPARSE_BACKENDS)
-def test_lower_density_runs_in_the_right_steps_and_layers(name: str, backend: str) -> None:
-    (tiny, _), native = built(name), native_of_sparse(name)
+def test_lower_density_runs(name: str, backend: str) -> None:
+    tiny, native = built(name)
     case = CASES[name]
-    with ditattn.install(tiny.pipe, backend, sparsity=0.6, skip_first_steps=1, min_tokens=0) as handle:
-        out = tiny.run(NUM_STEPS_OF_SPARSE)
+    with ditattn.install(tiny.pipe, backend, sparsity=0.6, skip_first_steps=0, min_tokens=0) as handle:
+        out = tiny.run(least_steps(name))
     assert out.isfinite().all()
-    assert (out - native).abs().max() > 1e-3
+    assert (out - native).abs().max() > 5 * OTHER_KERNEL_BOUND
     report = handle.report()
     assert set(report.components) == set(case.steps)
-    for component, steps in steps_of(name, NUM_STEPS_OF_SPARSE).items():
+    for component, steps in steps_of(name, least_steps(name)).items():
         ran = report.components[component]
+        assert ran.dense == 0
+        assert ran.sparse == case.forwards * NUM_LAYERS * len(steps)
+        # of blocks two fifths are kept; a kept short one holds fewer pairs
+        assert 0.36 <= ran.sparse_density < case.densest
+        assert list(ran.sparse_density_by_layer) == list(range(NUM_LAYERS))
+
+
+@pytest.mark.parametrize(("name", "backend"), each_with_one(CASES, SPARSE_BACKENDS, start=2, marks=slow))
+def test_steps_are_those_of_the_run(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what says the step, and by the time, which falls from step to step: what steps are told by where no scheduler is at hand."""
+    tiny, _ = built(name)
+    case = CASES[name]
+    times = _noted_times(monkeypatch)
+    with ditattn.install(tiny.pipe, backend, sparsity=0.6, skip_first_steps=1, min_tokens=0) as handle:
+        out = tiny.run(NUM_STEPS)
+    assert out.isfinite().all()
+    for component, steps in steps_of(name, NUM_STEPS).items():
+        ran = handle.report().components[component]
         calls = case.forwards * NUM_LAYERS
         forwards = 1 if name == "mochi" else case.forwards
         assert ran.step_sources == {case.source: len(steps) * forwards}
         assert ran.dense_reasons == ({"first steps": calls} if 0 in steps else {})
         assert ran.sparse == calls * len([step for step in steps if step > 0])
-        # of blocks two fifths are kept; a kept short one holds fewer pairs
-        assert ran.sparse_density is None or 0.36 <= ran.sparse_density < case.densest
         assert {step: density is not None for step, density in ran.sparse_density_by_step.items()} == {step: step > 0 for step in steps}
-        assert list(ran.sparse_density_by_layer) == list(range(NUM_LAYERS))
+        assert times[component] == sorted(times[component], reverse=True)
+        assert len(set(times[component])) == len(steps)
 
 
-@every_family
-def test_the_time_falls_from_step_to_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What steps are told by where no scheduler is at hand."""
-    tiny, _ = built(name)
+def _noted_times(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
+    """Of every forward of each denoiser from now on."""
     times: dict[str, list[float]] = {}
     enter = DenoisingStage.enter
 
@@ -182,12 +191,7 @@ def test_the_time_falls_from_step_to_step(name: str, monkeypatch: pytest.MonkeyP
         return enter(stage, model, arguments, *rest, **named)
 
     monkeypatch.setattr(DenoisingStage, "enter", note)
-    with ditattn.install(tiny.pipe, "torch_sdpa"):
-        out = tiny.run(NUM_STEPS_OF_SPARSE)
-    torch.testing.assert_close(out, native_of_sparse(name), rtol=0, atol=OTHER_KERNEL_BOUND)
-    for component, steps in steps_of(name, NUM_STEPS_OF_SPARSE).items():
-        assert times[component] == sorted(times[component], reverse=True)
-        assert len(set(times[component])) == len(steps)
+    return times
 
 
 @every_family

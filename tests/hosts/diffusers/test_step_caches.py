@@ -138,19 +138,28 @@ def demo() -> TinyPipeline:
 
 MODELS = {"wan": wan, "cogvideox": cogvideox, "demo model": demo}
 QUICK = ("wan", "cache-dit, last block too")
+# of the class of "wan", but for its size and where its weights come from: with one cache of each package
+SAME_CLASS, ITS_CACHES = "demo model", ("PyramidAttentionBroadcast", "cache-dit")
+
+
+def marks_of(model: str, cache: str) -> list[Any]:
+    return [
+        *([] if (model, cache) == QUICK else [pytest.mark.slow]),
+        *([pytest.mark.long] if model == SAME_CLASS and cache not in ITS_CACHES else []),
+    ]
 
 
 def every_pair_and(further: str, values: Iterable[Any]) -> Any:
     """Parameters of a test: the model, its cache, and one of the values. Two of the three meet in every way, all three under `long`."""
     possible = list(itertools.product(MODELS, CACHES, values))
-    chosen = covering(possible)
+    chosen = covering([one for one in possible if one[0] != SAME_CLASS or one[1] in ITS_CACHES])
     return pytest.mark.parametrize(
         ("build", "cache", further),
         [
             pytest.param(
                 *(MODELS[model], CACHES[name], value),
                 id=f"{model}, {name}, {value if isinstance(value, str) else ', '.join(value)}",
-                marks=[*([] if (model, name) == QUICK else [pytest.mark.slow]), *marks_beyond(chosen, (model, name, value))],
+                marks=[*marks_of(model, name), *marks_beyond(chosen, (model, name, value))],
             )
             for model, name, value in possible
         ],
@@ -160,7 +169,7 @@ def every_pair_and(further: str, values: Iterable[Any]) -> Any:
 every_pair = pytest.mark.parametrize(
     ("build", "cache"),
     [
-        pytest.param(build, cache, id=f"{model}, {name}", marks=[] if (model, name) == QUICK else [pytest.mark.slow])
+        pytest.param(build, cache, id=f"{model}, {name}", marks=marks_of(model, name))
         for model, build in MODELS.items()
         for name, cache in CACHES.items()
     ],
