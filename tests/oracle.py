@@ -51,8 +51,12 @@ def attention(
                 visible_here = torch.cat([visible_here, dropped], dim=-1)
             scores = scores.masked_fill(~visible_here, -torch.inf)
             rows = visible_here.any(-1)
-            out[b, rows, h] = scores[rows].softmax(-1) @ v
-            lse[b, h, rows] = scores[rows].logsumexp(-1)
+            scores = scores[rows]
+            peak = scores.amax(-1, keepdim=True)
+            weights = (scores - peak).exp()
+            total = weights.sum(-1, keepdim=True)
+            out[b, rows, h] = weights @ v / total
+            lse[b, h, rows] = (total.log() + peak).squeeze(-1)
     return out, lse
 
 

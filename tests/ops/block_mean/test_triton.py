@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
 from ditattn.packages import TRITON
+from fresh_python import child
 
 COMPILE = """
 import sys
@@ -34,9 +33,10 @@ for arch in map(int, sys.argv[1:]):
 
 @pytest.mark.slow
 @pytest.mark.skipif(TRITON.missing(), reason=TRITON.sentence())
-def test_it_compiles_for_every_architecture_and_reads_16_bytes_at_a_time() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def test_it_compiles_for_every_architecture_and_reads_16_bytes_at_a_time(tmp_path: Path) -> None:
     archs = ("80", "86", "90", "100", "120")
-    done = subprocess.run([sys.executable, "-c", COMPILE, *archs], env=environment, capture_output=True, text=True, timeout=300)
+    script = tmp_path / "compile_means.py"
+    script.write_text(COMPILE, encoding="utf-8")
+    done = child([str(script), *archs], interpreted=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines() == [f"{arch} True" for arch in archs for _ in ("ordered", "plain")]

@@ -146,7 +146,7 @@ def test_zero_scale_and_more_blocks_than_a_step(name: str, dtype: torch.dtype, d
     """140 key blocks: more means than there are tokens in a block."""
     case = Case("many blocks", plan="uneven", tail=True, heads=1, key_heads=1, dim=32, query_length=150, key_length=140 * 128 - 3)
     for scale in (None, 0.0):
-        p = build(replace(case, scale=scale), dtype, device)
+        p = shared(replace(case, scale=scale), dtype, device)
         out, lse = attend(p, name, p.tail)
         judge.check_output(out, p, judge.coarser(TABLE, name))
         judge.check_lse(lse, p, judge.coarser(TABLE, name))
