@@ -79,12 +79,15 @@ def _serve(rank: int, count: int, meeting: str, end: Connection) -> None:
             end.send((True, traceback.format_exc()))
 
 
-def run_command(arguments: Sequence[str], count: int, folder: Path) -> tuple[list[int | None], str, str]:
+def run_command(
+    arguments: Sequence[str], count: int, folder: Path, prepare: Callable[[], None] | None = None
+) -> tuple[list[int | None], str, str]:
     """`torchrun --nproc-per-node COUNT -m ditattn ARGUMENTS` without what starting it costs: its processes are forked from one that has
     imported diffusers.
 
     Args:
         folder: takes what every rank says, in files.
+        prepare: what every rank does first; of a module that it can import.
 
     Returns:
         Exit statuses by rank, and what all of them wrote to stdout and to stderr.
@@ -92,7 +95,7 @@ def run_command(arguments: Sequence[str], count: int, folder: Path) -> tuple[lis
     context = forking()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    ranks = [context.Process(target=_command, args=(list(arguments), rank, count, port, folder)) for rank in range(count)]
+    ranks = [context.Process(target=_command, args=(list(arguments), rank, count, port, folder, prepare)) for rank in range(count)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -103,7 +106,7 @@ def run_command(arguments: Sequence[str], count: int, folder: Path) -> tuple[lis
     return [process.exitcode for process in ranks], *said
 
 
-def _command(arguments: list[str], rank: int, count: int, port: int, folder: Path) -> None:
+def _command(arguments: list[str], rank: int, count: int, port: int, folder: Path, prepare: Callable[[], None] | None) -> None:
     import torch
 
     from ditattn.cli.app import run
@@ -115,4 +118,6 @@ def _command(arguments: list[str], rank: int, count: int, port: int, folder: Pat
             os.dup2(file.fileno(), getattr(sys, name).fileno())
     values = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in values.items()}, GLOO_SOCKET_IFNAME="lo")
+    if prepare is not None:
+        prepare()
     sys.exit(run(arguments))

@@ -15,6 +15,7 @@ import yaml
 
 pytest.importorskip("torchmetrics", reason="SSIM comes from torchmetrics")
 
+import sparse_clock
 from ditattn.backends.config import RainFusionAttentionConfig
 from ditattn.backends.permuted_sparse_attn import PermutedSparseAttentionConfig
 from ditattn.cli.app import run
@@ -31,14 +32,9 @@ FIXED = ("--attention-backend-config", "min_tokens=0")
 
 
 def quick_tune(wan_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Its arguments. The tiny model's sparse calls are slower than its dense ones, so the clock is told otherwise."""
+    """Its arguments."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    measured = Sensitivity.from_readings.__func__
-
-    def as_if_faster(cls, *arguments):
-        return replace(measured(cls, *arguments), call_time_shares=(1.0, -0.9), attention_share=0.5)
-
-    monkeypatch.setattr(Sensitivity, "from_readings", classmethod(as_if_faster))
+    monkeypatch.setattr(Sensitivity, "from_readings", classmethod(sparse_clock.as_if_faster))
     backend = ("--attention-backend", "rain_fusion_attn")
     return ["tune", "--model-path", wan_folder, "--prompt", "a red circle", *CALL, *FIXED, *backend, "--output-path", folder / "out"]
 
