@@ -42,6 +42,9 @@ unexport PYTHONDONTWRITEBYTECODE
 PROCESSES ?= auto
 TESTS := -m pytest -q -n $(PROCESSES) --maxprocesses 8 --dist worksteal
 
+# the suites of the hosts, most of whose time is imports: one process each, what they say one after the other
+SIDE_BY_SIDE := $(if $(filter 0,$(PROCESSES)),,-j3 -O PROCESSES=1)
+
 .PHONY: demo test test-all compatibility test-npu test-sglang test-vllm-omni test-isa test-versions test-torch-versions test-wheel wheel wheels sdist check-dist check static docs format clean
 
 # a clip from the package's own small model: densely, with the recommended sparse backend at three sparsities, with another one beside it
@@ -53,12 +56,12 @@ demo: $(READY)
 # every behaviour
 test: $(READY) $(NPU_READY) $(SGLANG_READY)
 	$(BIN)/python $(TESTS) -m "not long" --durations=20
-	$(MAKE) test-npu test-sglang test-vllm-omni
+	$(MAKE) $(SIDE_BY_SIDE) test-npu test-sglang test-vllm-omni
 
 # every build too: sanitizers, other compilers, every GPU architecture, all products of families, backends and splits
 test-all: $(READY) $(NPU_READY) $(SGLANG_READY)
 	$(BIN)/python $(TESTS) --durations=20
-	$(MAKE) test-npu test-sglang test-vllm-omni
+	$(MAKE) $(SIDE_BY_SIDE) test-npu test-sglang test-vllm-omni
 
 # the real torch_npu and mindiesd, on a machine without an NPU
 test-npu: $(NPU_READY)
