@@ -128,7 +128,7 @@ static int next_parts(int dtype) {
   return possible[turn++ % possible.size()];
 }
 
-// With single bf16 numbers on a tile unit: in which order of work, one after the other from call to call. The overlapped one is for calls without
+// With single bf16 numbers on a tile unit: by which schedule, one after the other from call to call. The overlapped one is for calls without
 // a log-sum-exp, and takes another way where a score lies far above those of the first keys: then scores are large, of numbers that bf16 has.
 static void next_schedule(DitattnAttention& a) {
   static int turn = 0;

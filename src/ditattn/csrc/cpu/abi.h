@@ -31,7 +31,7 @@ struct DitattnAttention {
   int32_t bf16_parts;                         // products of so many bf16 parts of each number, see amx.h; 0: of fp32. fp16 tensors: not 1
   int32_t causal, num_threads;
   float scale;
-  int32_t overlapped;                         // with bf16_parts 1 on a tile unit: in the order of work of amx_overlapped.h
+  int32_t overlapped;                         // with bf16_parts 1 on a tile unit: by the schedule of amx_overlapped.h
   const DitattnHost* host;                    // or null
   int64_t order_stride;                       // from one key head's order to the next; 0 where all share one
   // Means of the key blocks, fp32 [B, N, G, D], which stand in for the blocks that a row drops; null: none. They need a plan and exclude causal.

@@ -1,11 +1,11 @@
-// Attention with bf16 products on CPUs with AMX in another order of work than amx.h: while the tile unit multiplies, the vector unit forms weights.
+// Attention with bf16 products on CPUs with AMX by another schedule than that of amx.h: while the tile unit multiplies, the vector unit forms weights.
 //
 // A block of queries is two panels of 64. A job is one panel against one visit (128 keys); jobs alternate between the panels. In every step of the
 // loop the tile unit gets the scores of 32 keys x 32 queries of one job and a part of the output of the job before, and after every four products
 // comes a piece of the weights of the scores of the step before: a few instructions of the vector unit at a time, which the CPU runs beside them.
 //
 // That needs weights without waiting for the maximum of the whole job. They are formed relative to a reference, the maximum of the panel's first 32
-// keys. A row whose maximum outgrows it by more than 2^8 has its reference raised before its next job, as FlashAttention 4 does it
+// keys. A row whose maximum outgrows it by more than 2^8 has its reference raised before its next job, as FlashAttention-4 does it
 // (https://arxiv.org/abs/2603.05451). A row that outgrows it by more than 2^24 within a job has that job done again with the true maximum.
 // The row sums are those of the rounded weights: a row with one dominating key then gives its value exactly, though its weight is not 1. A
 // log-sum-exp is that of the weights before they were rounded, so calls that ask for one also add up what rounding takes away.
@@ -29,14 +29,14 @@ template <int D> struct OverlappedAmxKernel : AmxKernel<D, 1> {
   static constexpr float RAISE = 8, AGAIN = 24;             // log2 of how far a maximum may outgrow its reference
 
   // What a panel has while its jobs run. The reference is the maximum in its Softmax.
-  struct Rows {
+  struct RowState {
     alignas(64) float offset[PQ];   // -reference * scale, in log2
     alignas(64) float highest[PQ];  // score of the job
     alignas(64) float missing[PQ];  // from the row sums to those of unrounded weights
     alignas(64) float sum_before[PQ], missing_before[PQ];  // the job
   };
   struct Scratch : Base::Scratch {
-    Rows rows[2];
+    RowState rows[2];
     alignas(64) float ring[RING * PIECE];
   };
   static constexpr size_t SCRATCH_BYTES = sizeof(Scratch);
@@ -62,7 +62,7 @@ template <int D> struct OverlappedAmxKernel : AmxKernel<D, 1> {
 
    private:
     Panel& panel(uint32_t job) const { return t.panels[job % 2]; }
-    Rows& rows(uint32_t job) const { return t.rows[job % 2]; }
+    RowState& rows(uint32_t job) const { return t.rows[job % 2]; }
     unit_t* weights_of(uint32_t job) const { return t.P + job % 2 * (P_PART / VISITS); }
     const Visit& visit(int job) const { return unit.visits[job / 2]; }
     float* slot(uint32_t piece) const { return t.ring + piece % RING * PIECE; }
