@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import judge
-from cases import Case, Problem, build
+from cases import DATA, Case, Problem, build
 from ditattn.errors import BackendUnavailable
 from ditattn.ops import amx_schedule, cpu_library, preference
 from ditattn.ops.amx_schedule import Measurement, measurement
@@ -163,3 +163,13 @@ def test_threads_change_nothing() -> None:
     one = _dense(problem, "cpu_overlapped")
     torch.set_num_threads(4)
     assert torch.equal(one, _dense(problem, "cpu_overlapped"))
+
+
+@needs_tiles
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("data", DATA)
+def test_its_error_is_near_that_of_the_sequential_one(data: str, dim: int) -> None:
+    problem = build(Case("error", query_length=384, key_length=1024, dim=dim, data=data), torch.bfloat16)
+    exact = judge.exact_result(problem)[0]
+    sequential, overlapped = (judge.relative_error(_dense(problem, name), exact) for name in NAMES)
+    assert overlapped < 1.1 * sequential

@@ -2,7 +2,7 @@
 
 `sequential` forms the scores of a visit, its weights and its output one after the other (csrc/cpu/amx.h). `overlapped` forms weights while
 the tile unit multiplies (csrc/cpu/amx_overlapped.h). Their results differ by rounding. Each head size is measured once per process, on one
-thread, in some ten milliseconds; a call that names its implementation (`cpu_sequential`, `cpu_overlapped`) measures nothing.
+thread, in ten runs of 0.5 GFLOP (at D 128); a call that names its implementation (`cpu_sequential`, `cpu_overlapped`) measures nothing.
 """
 
 from __future__ import annotations
