@@ -5,7 +5,6 @@ Without a tile unit most of this is skipped; `make test-isa` runs it on emulated
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor
 import judge
 from cases import DATA, Case, Problem, build
 from ditattn.errors import BackendUnavailable
-from ditattn.ops import amx_schedule, cpu_library, preference
+from ditattn.ops import amx_schedule, cpu_library, preference, self_measurement
 from ditattn.ops.amx_schedule import Measurement, measurement
 from ditattn.ops.block_sparse_attention import TABLE, block_sparse_attention_with_lse
 from ditattn.ops.calls import DenseCall
@@ -43,18 +42,15 @@ def test_the_fastest_runs_decide_and_a_near_tie_does_not(
     sequential_ms: float, overlapped_ms: float, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[int, bool, int]] = []
-    # every run but the last is slowed down by the machine
-    slower = itertools.chain(*([9.0, 9.0] for _ in range(amx_schedule.ROUNDS - 1)), [0.0, 0.0])
-
-    def timed(run: amx_schedule.Run, call: DenseCall, overlapped: bool) -> float:
-        run(call, overlapped)
-        return (overlapped_ms if overlapped else sequential_ms) + next(slower)
-
-    monkeypatch.setattr(amx_schedule, "_time_ms", timed)
+    now_s = [0.0]
+    monkeypatch.setattr(self_measurement.time, "perf_counter", lambda: now_s[0])
 
     def run(call: DenseCall, overlapped: bool) -> None:
         assert call.query.dtype == torch.bfloat16
         calls.append((call.query.shape[3], overlapped, torch.get_num_threads()))
+        # every round but the last is slowed down by the machine
+        slower = 9.0 if len(calls) <= 2 * (amx_schedule.ROUNDS - 1) else 0.0
+        now_s[0] += ((overlapped_ms if overlapped else sequential_ms) + slower) / 1e3
 
     threads = torch.get_num_threads()
     found = measurement(96, run)

@@ -7,14 +7,14 @@ thread, in ten runs of 0.5 GFLOP (at D 128); a call that names its implementatio
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ditattn.ops.calls import DenseCall
+from ditattn.ops.self_measurement import fastest_ms, measured_once
 
 __all__ = ["Measurement", "found", "measurement"]
 
@@ -29,7 +29,7 @@ TOKENS = 1024
 
 @dataclass(frozen=True)
 class Measurement:
-    """Fastest runs of one head size in milliseconds, since a busy machine only ever adds time."""
+    """Fastest runs of one head size in milliseconds."""
 
     head_dim: int
     sequential_ms: float
@@ -58,26 +58,13 @@ def found(head_dim: int) -> Measurement | None:
 
 def measurement(head_dim: int, run: Run) -> Measurement:
     """That of a head size of the kernels: made by the first call, kept for later ones."""
-    if head_dim not in _MEASURED:
-        # in a thread of its own, away from the caller's modes: a profiler or a mode that counts operations would see these calls
-        with ThreadPoolExecutor(1, "ditattn-self-measurement") as pool:
-            # where two threads ask at once, the first answer is that of both
-            _MEASURED.setdefault(head_dim, pool.submit(_measure, head_dim, run).result())
-    return _MEASURED[head_dim]
+    return measured_once(_MEASURED, head_dim, partial(_measure, head_dim, run))
 
 
-@torch.inference_mode()
 def _measure(head_dim: int, run: Run) -> Measurement:
     # OpenMP counts threads per thread
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, TOKENS, 1, head_dim, generator=generator).bfloat16() for _ in range(3))
     call = DenseCall(query, key, value, head_dim**-0.5, False, None)
-    rounds = [(_time_ms(run, call, False), _time_ms(run, call, True)) for _ in range(ROUNDS)]
-    return Measurement(head_dim, *map(min, zip(*rounds, strict=True)))
-
-
-def _time_ms(run: Run, call: DenseCall, overlapped: bool) -> float:
-    start_s = time.perf_counter()
-    run(call, overlapped)
-    return 1e3 * (time.perf_counter() - start_s)
+    return Measurement(head_dim, *fastest_ms([partial(run, call, False), partial(run, call, True)], ROUNDS))

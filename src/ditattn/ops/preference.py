@@ -9,16 +9,15 @@ implementation measures nothing.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ditattn.ops import amx_schedule
 from ditattn.ops.calls import DenseCall
 from ditattn.ops.dense_attention import cpu, pure_torch
+from ditattn.ops.self_measurement import fastest_ms, measured_once
 from ditattn.ops.table import CallFacts, kernel_head_dim
 
 __all__ = ["Measurement", "dense_on_cpu"]
@@ -53,23 +52,15 @@ _MEASURED: dict[CallFacts, Measurement] = {}
 
 def dense_on_cpu(facts: CallFacts) -> Measurement:
     """The compiled dense kernel against torch's SDPA on the CPU."""
-    if facts not in _MEASURED:
-        threads = torch.get_num_threads()
-        # in a thread of its own, away from the caller's mode: under fake tensors, or while a graph is traced, nothing can be timed
-        with ThreadPoolExecutor(1, "ditattn-self-measurement") as pool:
-            # where two threads ask at once, the first answer is that of both
-            _MEASURED.setdefault(facts, pool.submit(_measure, facts, threads).result())
-    return _MEASURED[facts]
+    return measured_once(_MEASURED, facts, partial(_measure, facts, torch.get_num_threads()))
 
 
-@torch.inference_mode()
 def _measure(facts: CallFacts, threads: int) -> Measurement:
     # OpenMP counts threads per thread
     torch.set_num_threads(threads)
     call = _call_of(facts)
-    rounds = [(_time_ms(cpu.run, call), _time_ms(pure_torch.run, call)) for _ in range(ROUNDS)]
+    cpu_ms, torch_ms = fastest_ms([partial(cpu.run, call), partial(pure_torch.run, call)], ROUNDS)
     schedule = amx_schedule.found(kernel_head_dim(facts.head_dim)) if facts.dtype == torch.bfloat16 else None
-    cpu_ms, torch_ms = map(min, zip(*rounds, strict=True))
     return Measurement(facts.sentence(), cpu_ms, torch_ms, schedule)
 
 
@@ -81,9 +72,3 @@ def _call_of(facts: CallFacts) -> DenseCall:
     query, key, value = (torch.randn(*shape, facts.head_dim, generator=generator).to(facts.dtype) for shape in shapes)
     lengths = torch.tensor([num_keys - 1]) if "key_lengths" in facts.needs else None
     return DenseCall(query, key, value, 0.1, "causal" in facts.needs, lengths)
-
-
-def _time_ms(run: Callable[[DenseCall], object], call: DenseCall) -> float:
-    start_s = time.perf_counter()
-    run(call)
-    return 1e3 * (time.perf_counter() - start_s)
